@@ -1,0 +1,59 @@
+"""What all tasks share: the training loss, the sampled labels of the Fisher, the mask, the tracked modules."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from kronfluence.task import Task
+from transformers import PreTrainedModel
+
+from utils.batching import Batch
+from utils.performance_functions.losses import log_odds_loss, sampled_label_loss, sequence_nll
+from utils.performance_functions.pairs import Measurement
+
+
+class InfluenceTask(Task):
+    """A kronfluence task whose training examples are dialogues.
+
+    Args:
+        tracked_modules: dotted names of the Linear modules that are traced.
+        seed: of the labels sampled for the Fisher.
+        fisher_positions: "completion" samples labels where the training loss has them, "all" everywhere.
+    """
+
+    def __init__(self, tracked_modules: list[str], seed: int = 42, fisher_positions: str = "completion") -> None:
+        self.tracked_modules = tracked_modules
+        self.seed = seed
+        self.all_positions = fisher_positions == "all"
+
+    def compute_train_loss(self, batch: Batch, model: PreTrainedModel, sample: bool = False) -> torch.Tensor:
+        """L(z) = sum of the token cross-entropies over the labels, summed over the batch.
+
+        With `sample`, the labels are drawn from the model, for the true Fisher.
+        """
+        if sample:
+            return sampled_label_loss(model, batch, self.seed, self.all_positions)
+        return sequence_nll(model, batch).total.sum()
+
+    def get_influence_tracked_modules(self) -> list[str]:
+        """Every Linear of the last blocks."""
+        return self.tracked_modules
+
+    def get_attention_mask(self, batch: Batch) -> torch.Tensor:
+        """(B, T): padding does not enter the activation covariance."""
+        return batch["attention_mask"]
+
+
+class TrustTask(InfluenceTask):
+    """A task whose measurement is the log-odds loss over answer pairs."""
+
+    measurement: ClassVar[Measurement]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.measurement.name
+
+    def compute_measurement(self, batch: Batch, model: PreTrainedModel) -> torch.Tensor:
+        """f_task, summed over the batch's pairs."""
+        return log_odds_loss(model, batch).sum()

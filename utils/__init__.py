@@ -1,0 +1,1 @@
+"""What every step shares: settings, paths, artefacts, models, batches, influence, selection, repair, reporting."""

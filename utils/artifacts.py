@@ -1,0 +1,270 @@
+"""Artefacts on disk: written whole or not at all, with a manifest that says what they were made from.
+
+A manifest is written last and everything goes to a temporary name first, so "the manifest exists" means "the
+artefact is complete". Its `fingerprint` covers the settings and the fingerprints of the inputs, so that a change
+anywhere upstream is noticed by every step below it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from utils.console import UserError, say, shown_path
+from utils.paths import PROJECT_ROOT
+
+VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
+FINGERPRINT_BYTES = 16
+
+
+def fingerprint_of(value: Any) -> str:  # noqa: ANN401
+    """Fingerprint of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Fingerprint of the names and contents of files."""
+    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
+    for file in sorted(files):
+        digest.update(file.name.encode("utf-8"))
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@functools.cache
+def software_versions() -> dict[str, str]:
+    """Versions of python, of the packages that the numbers depend on, and this repository's git commit."""
+    versions = {"python": platform.python_version()}
+    versions.update({name: metadata.version(name) for name in VERSIONED_PACKAGES})
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
+        )
+        versions["git_commit"] = commit.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        versions["git_commit"] = "unknown"
+    return versions
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def to_json(value: Any) -> str:  # noqa: ANN401
+    """Readable JSON; NaN and infinity are refused, since JSON has neither."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Check tensors for NaN and infinity.
+
+    Raises:
+        UserError: names the source and the first tensor that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            count = int((~torch.isfinite(tensor)).sum())
+            raise UserError(
+                f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
+            )
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is not valid JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{shown_path(path)} is not valid JSON ({error}); delete it and run the step again") from None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One artefact of a step, a file or a folder, and what it is made from.
+
+    Attributes:
+        path: the file or folder.
+        made_by: the script that writes it, named when it is missing.
+        settings: the constants that its content depends on.
+        inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artefacts).
+        is_folder: whether the artefact is a folder; its manifest then lies inside.
+    """
+
+    path: Path
+    made_by: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    is_folder: bool = False
+
+    @property
+    def manifest_path(self) -> Path:
+        """`x.safetensors` has `x.manifest.json` beside it, a folder `manifest.json` inside."""
+        if self.is_folder:
+            return self.path / "manifest.json"
+        return self.path.with_name(f"{self.path.stem}.manifest.json")
+
+    @property
+    def partial_path(self) -> Path:
+        """Where the artefact grows until it is complete."""
+        return self.path.with_name(f"{self.path.name}.partial")
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the settings and inputs."""
+        return fingerprint_of({"settings": self.settings, "inputs": self.inputs})
+
+    def is_finished(self, overwrite: bool = False) -> bool:
+        """Whether a complete artefact made with these settings and inputs is there already.
+
+        With `overwrite`, one made with others counts as unfinished, and is replaced when the new one is complete.
+
+        Raises:
+            UserError: the artefact was made with other settings or inputs; shows both values.
+        """
+        if not self.manifest_path.exists() or not self.path.exists():
+            return False
+        manifest = read_json(self.manifest_path)
+        differences = [
+            f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} now"
+            for theirs, ours in ((manifest["settings"], self.settings), (manifest["inputs"], self.inputs))
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differences and not overwrite:
+            raise UserError(
+                f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "
+                "Set OVERWRITE = True to replace it, or OUTPUT_DIR to keep both"
+            )
+        if not differences:
+            say(f"   finished before: {shown_path(self.path)}")
+        return not differences
+
+    def require(self) -> dict[str, Any]:
+        """The manifest of an artefact that a later step reads.
+
+        Raises:
+            UserError: it is missing or incomplete, or was made from another model or dataset.
+        """
+        if not self.manifest_path.exists() or not self.path.exists():
+            raise UserError(f"{shown_path(self.path)} is missing or incomplete; run {self.made_by} first")
+        manifest = read_json(self.manifest_path)
+        recorded = {**manifest["settings"], **manifest["inputs"]}
+        for name, value in {**self.settings, **self.inputs}.items():
+            if recorded.get(name) != value:
+                raise UserError(
+                    f"{shown_path(self.path)} was made with {name} = {recorded.get(name)!r}, but this step has "
+                    f"{name} = {value!r}; make them agree or run {self.made_by} again with OVERWRITE = True"
+                )
+        return manifest
+
+    def load_tensors(self) -> dict[str, torch.Tensor]:
+        """Read a safetensors artefact.
+
+        Raises:
+            UserError: missing, made from something else, unreadable or truncated, or not finite.
+        """
+        self.require()
+        try:
+            tensors = load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{shown_path(self.path)} cannot be read ({error}); delete it and run {self.made_by} again"
+            ) from None
+        require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
+        return tensors
+
+    def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
+        """Write a safetensors artefact and its manifest.
+
+        Args:
+            tensors: checked to be finite before anything is written.
+            started: `time.monotonic()` when the work on it began.
+            details: further facts for the manifest.
+        """
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        require_finite(tensors, shown_path(self.path))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, self.partial_path)
+        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
+
+    def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
+        """Write a JSON artefact and its manifest."""
+        write_atomically(self.partial_path, to_json(content))
+        self._publish_file(started, {}, details)
+
+    def _publish_file(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> None:
+        self.manifest_path.unlink(missing_ok=True)
+        self.partial_path.replace(self.path)
+        write_atomically(self.manifest_path, to_json(self._manifest(started, shapes, details)))
+        self._say_written(started, shapes)
+
+    @contextmanager
+    def growing_folder(self) -> Iterator[Path]:
+        """A temporary folder that keeps what a killed run left, as long as settings and inputs are the same."""
+        marker = self.partial_path / "settings.json"
+        if not marker.exists() or read_json(marker)["fingerprint"] != self.fingerprint:
+            shutil.rmtree(self.partial_path, ignore_errors=True)
+            write_atomically(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
+        yield self.partial_path
+
+    def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
+        """Put the manifest into the grown folder and give the folder its name."""
+        (self.partial_path / "settings.json").unlink()
+        manifest = to_json(self._manifest(started, shapes, details))
+        write_atomically(self.partial_path / self.manifest_path.name, manifest)
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial_path.replace(self.path)
+        self._say_written(started, shapes)
+
+    def _manifest(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "artifact": self.path.name,
+            "made_by": self.made_by,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "shapes": shapes,
+            "seconds": round(time.monotonic() - started, 3),
+            "versions": software_versions(),
+            **details,
+        }
+
+    def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
+        shape = (
+            f" {tuple(next(iter(shapes.values())))}"
+            if len(shapes) == 1
+            else f" {len(shapes)} tensors"
+            if shapes
+            else ""
+        )
+        say(f"   wrote {shown_path(self.path)}{shape} in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,185 @@
+"""Models and tokenizers: loading, families, the last blocks. Nothing else knows what a model looks like inside."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from utils.artifacts import fingerprint_of, fingerprint_of_files
+from utils.console import UserError
+from utils.paths import PROJECT_ROOT, anchored
+from utils.settings import hub_access
+
+# The keyword for the precision of the weights was renamed in transformers 5.
+DTYPE_KEYWORD = "torch_dtype" if int(transformers.__version__.split(".")[0]) < 5 else "dtype"
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """Where a family of models keeps its transformer blocks."""
+
+    name: str
+    model_type: str  # `model_type` in the model's config.json
+    blocks: str  # dotted name of the list of transformer blocks
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        ModelFamily("pythia", model_type="gpt_neox", blocks="gpt_neox.layers"),
+        ModelFamily("qwen", model_type="qwen2", blocks="model.layers"),
+    )
+}
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that DEVICE names; "auto" takes a GPU where there is one.
+
+    Raises:
+        UserError: the device does not exist here.
+    """
+    # cuDNN attention gives NaN gradients on Hopper GPUs for some masked lengths (torch 2.11 and later).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"DEVICE = {device!r}: not available here ({reason}); allowed: auto, cpu, cuda, cuda:N"
+        ) from None
+    return resolved
+
+
+def locate(model: str, marker: str = "config.json") -> str:
+    """A local folder's full path, or the hub id unchanged.
+
+    Args:
+        marker: a file that the folder must hold.
+
+    Raises:
+        UserError: neither a folder with the marker nor the form of a hub id.
+    """
+    folder = anchored(model)
+    if (folder / marker).is_file():
+        return str(folder)
+    if folder.exists():
+        raise UserError(f"{model}: the folder has no {marker}; it must be one that save_pretrained made")
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or (PROJECT_ROOT / model).parent.is_dir()
+    if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        hint = "run data/make_sft_model.py first, or give" if model.startswith("data/") else "give"
+        raise UserError(f"no model at {model}: {hint} a folder made by save_pretrained or a hub id like owner/name")
+    return model
+
+
+def _from_hub_or_folder(loader: type, model: str, what: str, marker: str = "config.json", **keywords: object) -> object:
+    """Call `loader.from_pretrained`, turning the many ways of not finding something into one readable line."""
+    located, access = locate(model, marker), hub_access()
+    try:
+        return loader.from_pretrained(located, cache_dir=access.cache, token=access.token, **keywords)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = access.without_token(str(error)).splitlines()[0]
+        raise UserError(f"{model}: cannot load the {what}: {reason}") from None
+
+
+def load_config(model: str) -> transformers.PretrainedConfig:
+    """The model's config.json."""
+    return _from_hub_or_folder(AutoConfig, model, "configuration")
+
+
+def load_model(model: str, device: torch.device) -> PreTrainedModel:
+    """Load a causal language model in float32 and evaluation mode.
+
+    Raises:
+        UserError: the model is not found or cannot be read.
+    """
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()  # a log file has no use for transformers' own bars
+    loaded = _from_hub_or_folder(AutoModelForCausalLM, model, "weights", **{DTYPE_KEYWORD: torch.float32})
+    return loaded.to(device).eval()
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Load the model's tokenizer; its pad token is its end-of-sequence token.
+
+    Raises:
+        UserError: there is none, or it has no end-of-sequence token.
+    """
+    tokenizer = _from_hub_or_folder(AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_max_length = int(1e30)  # lengths are cut by this project's own limits
+    return tokenizer
+
+
+def model_fingerprint(model: str) -> str:
+    """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
+
+    Raises:
+        UserError: the model is not found or has no weights.
+    """
+    located = locate(model)
+    folder = Path(located)
+    if not folder.is_dir():
+        return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights:
+        raise UserError(f"{model}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
+    return fingerprint_of_files([*weights, folder / "config.json"])
+
+
+def find_family(model_type: str, family: str) -> ModelFamily:
+    """The family of a model, by the `model_type` of its configuration.
+
+    Raises:
+        UserError: the type is not supported, or MODEL_FAMILY says something else.
+    """
+    supported = ", ".join(f"{known.name} ({known.model_type})" for known in FAMILIES.values())
+    found = next((known for known in FAMILIES.values() if known.model_type == model_type), None)
+    if found is None:
+        raise UserError(f"model type {model_type!r} is not supported; supported: {supported}")
+    if family not in ("auto", found.name):
+        raise UserError(
+            f"MODEL_FAMILY = {family!r}, but the model is of type {model_type!r}; allowed: auto, {found.name}"
+        )
+    return found
+
+
+def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -> list[str]:
+    """Dotted names of every Linear in the last transformer blocks, in the model's order.
+
+    Raises:
+        UserError: the family is unsupported, or NUM_BLOCKS exceeds the number of blocks.
+    """
+    prefix = find_family(model.config.model_type, family).blocks
+    total = len(model.get_submodule(prefix))
+    if num_blocks > total:
+        raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")
+    last = tuple(f"{prefix}.{block}." for block in range(total - num_blocks, total))
+    return [name for name, module in model.named_modules() if name.startswith(last) and isinstance(module, nn.Linear)]
+
+
+def last_hidden_state(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the final norm.
+
+    Sequences are padded on the right and attention is causal, so no token ever attends to padding and no mask is
+    needed.
+
+    Args:
+        input_ids: (B, T).
+
+    Returns:
+        (B, T, hidden).
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state

@@ -1,0 +1,101 @@
+"""Where everything lies: one function for each artefact, used by its writer and by every reader.
+
+`model_name` is the last part of a model's name, `output_dir` the run's OUTPUT_DIR. Numbers in names are written
+with `:g`, so that 10.0 is `10`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_SEED = 42
+
+
+def anchored(path: str | Path) -> Path:
+    """A path of the user's: relative ones start at the repository, whatever the working directory is."""
+    return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+
+
+def model_short_name(model: str | Path) -> str:
+    """Last part of a hub id or folder: `lomahony/pythia-70m-helpful-sft` -> `pythia-70m-helpful-sft`."""
+    return Path(model).name
+
+
+def _influence_dir(output_dir: str | Path, seed: int) -> Path:
+    suffix = "" if seed == DEFAULT_SEED else f"-{seed}"
+    return anchored(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
+
+
+def _precision_suffix(half_precision: bool) -> str:
+    return "_half" if half_precision else ""
+
+
+def _selection_name(scores_type: str, bottom_k: int, if_weight: float) -> str:
+    """`dpp_ifweight10_bottom100`; only dpp depends on the weight of the influence term."""
+    weight = f"_ifweight{if_weight:g}" if scores_type == "dpp" else ""
+    return f"{scores_type}{weight}_bottom{bottom_k}"
+
+
+def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
+    """Step 1: kronfluence's factor files, shared by all tasks."""
+    return _influence_dir(output_dir, seed) / model_name / f"factors_{strategy}{_precision_suffix(half_precision)}"
+
+
+def scores_file(
+    output_dir: str | Path, task: str, model_name: str, strategy: str, half_precision: bool, seed: int
+) -> Path:
+    """Step 1: influence scores of one task, tensor `all_modules` (1, N_train)."""
+    folder = f"scores_{strategy}{_precision_suffix(half_precision)}"
+    return _influence_dir(output_dir, seed) / f"{task}_{model_name}" / folder / "pairwise_scores.safetensors"
+
+
+def token_scores_file(
+    output_dir: str | Path, task: str, model_name: str, strategy: str, half_precision: bool, seed: int
+) -> Path:
+    """Step 1, with COMPUTE_PER_TOKEN_SCORES: one score for every token, beside the scores."""
+    scores = scores_file(output_dir, task, model_name, strategy, half_precision, seed)
+    return scores.with_name("per_token_scores.safetensors")
+
+
+def representations_file(output_dir: str | Path, model_name: str) -> Path:
+    """Step 2: tensor `representations` (N_train, hidden)."""
+    return anchored(output_dir) / "representations" / f"{model_name}_sumreps.safetensors"
+
+
+def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, if_weight: float) -> Path:
+    """Step 3: the chosen indices in pick order."""
+    return anchored(output_dir) / "dpp" / f"{task}_{model_name}_indices_{bottom_k}_ifweight{if_weight:g}.json"
+
+
+def gradients_file(
+    output_dir: str | Path,
+    task: str,
+    model_name: str,
+    scores_type: str,
+    bottom_k: int,
+    if_weight: float,
+    seed: int,
+) -> Path:
+    """Step 4: the repair gradient, one tensor for each tracked module."""
+    folder = f"query_grads_{_selection_name(scores_type, bottom_k, if_weight)}"
+    return _influence_dir(output_dir, seed) / f"{task}_{model_name}" / folder / "aggregated_query_grads.safetensors"
+
+
+def repaired_model_dir(
+    output_dir: str | Path,
+    task: str,
+    model_name: str,
+    scores_type: str,
+    bottom_k: int,
+    if_weight: float,
+    learning_rate: float,
+) -> Path:
+    """Step 5: the repaired checkpoint."""
+    name = f"{task}_{model_name}_{_selection_name(scores_type, bottom_k, if_weight)}_lr{learning_rate:g}"
+    return anchored(output_dir) / "gradient_ascent_models" / name
+
+
+def result_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
+    """Steps 5 and 6: one measurement of one model."""
+    return anchored(output_dir) / "results" / f"{model_name}_{metric}_{split}.json"

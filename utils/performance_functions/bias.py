@@ -1,0 +1,58 @@
+"""Bias pairs: a fair against a stereotyped statement about a group of people (DecodingTrust, Wang et al. 2023)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Literal
+
+from utils.artifacts import read_json
+from utils.console import UserError, shown_path
+from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement
+
+PLACEHOLDER = "[target_group]"
+TEST_SHARE = 0.2
+
+
+def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+    """Every group x topic x stereotype x counter-statement of `bias/templates.json`.
+
+    Groups in sorted order; each group's records, in order of topic, stereotype and counter-statement, are shuffled
+    by one `random.Random(42)`; the first 20 % are test, the rest train.
+
+    Raises:
+        UserError: the file is missing or lacks a part.
+    """
+    path = data_dir / "bias" / "templates.json"
+    if not path.is_file():
+        raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
+    templates = read_json(path)
+    try:
+        prompt, groups, topics = templates["prompt"], templates["target_groups"], templates["topics"]
+        statements = [
+            (counter, stereotype)
+            for topic in topics.values()
+            for stereotype in topic["stereotype"]
+            for counter in topic["antistereotype"]
+        ]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{shown_path(path)} lacks {error}; it needs prompt, target_groups, and topics, each with stereotype and "
+            "antistereotype"
+        ) from None
+    if not groups or not statements:
+        raise UserError(f"{shown_path(path)} has no groups or no topics; it needs at least one of each")
+    shuffler = random.Random(SPLIT_SEED)
+    pairs: list[AnswerPair] = []
+    for group in sorted(groups):
+        records = [
+            AnswerPair(*(text.replace(PLACEHOLDER, group) for text in (prompt, f" {counter}", f" {stereotype}")))
+            for counter, stereotype in statements
+        ]
+        shuffler.shuffle(records)
+        num_test = int(len(records) * TEST_SHARE)
+        pairs += records[:num_test] if split == "test" else records[num_test:]
+    return pairs
+
+
+BIAS = Measurement("bias", load_pairs, max_tokens=128)

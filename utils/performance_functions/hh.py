@@ -1,0 +1,131 @@
+"""The dialogues (HH): the training data that is traced, and the perplexity that a repair must not spoil."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, load_dataset
+from transformers import PreTrainedTokenizerBase
+
+from utils.artifacts import fingerprint_of
+from utils.batching import Example, LabelledSequence
+from utils.console import UserError, shown_path
+from utils.paths import PROJECT_ROOT, anchored
+from utils.settings import hub_access
+
+MAX_DIALOGUE_TOKENS = 1_024
+TOKENIZED_AT_ONCE = 1_000
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """One split of the dialogues.
+
+    Attributes:
+        prompts: each ends with the last "Assistant:".
+        completions: each begins with a space.
+    """
+
+    prompts: list[str]
+    completions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the texts in their order."""
+        return fingerprint_of([self.prompts, self.completions])
+
+
+def load_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogues:
+    """Load the `prompt` and `chosen` columns of a hub data set, or of a folder with train.jsonl and test.jsonl.
+
+    Raises:
+        UserError: the data set is missing or empty, or a row lacks a text.
+    """
+    folder = anchored(hh_dataset)
+    source = f"HH_DATASET = {hh_dataset!r}, split {split}"
+    rows = (
+        _read_json_lines(folder / f"{split}.jsonl", source) if folder.is_dir() else _download(hh_dataset, split, source)
+    )
+    if not rows:
+        raise UserError(f"{source} is empty; it needs at least one dialogue")
+    for position, row in enumerate(rows):
+        for column in ("prompt", "chosen"):
+            if column not in row:
+                raise UserError(
+                    f"{source}, row {position}: no {column!r}; it has {', '.join(row)}, and needs prompt and chosen"
+                )
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise UserError(f"{source}, row {position}: {column!r} is {row[column]!r}; it must be a text")
+    return Dialogues([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+
+
+def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise UserError(f"{source}: {shown_path(file)} is missing; the folder needs train.jsonl and test.jsonl")
+    rows = []
+    try:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise UserError(f"{shown_path(file)}, line {number} is not a JSON object with prompt and chosen")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown_path(file)}, line {number} is not valid JSON ({error})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown_path(file)} is not UTF-8 ({error})") from None
+    return rows
+
+
+def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hh_dataset) or (PROJECT_ROOT / hh_dataset).parent.is_dir():
+        raise UserError(
+            f"{source}: no such folder; give a folder with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
+        )
+    access = hub_access()
+    try:
+        return load_dataset(hh_dataset, split=split, cache_dir=access.cache, token=access.token).to_list()
+    except Exception as error:  # datasets raises many kinds for hubs it cannot reach and files it cannot read
+        reason = access.without_token(str(error)).splitlines()[0]
+        raise UserError(f"{source}: cannot be loaded ({reason})") from error
+
+
+def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens.
+
+    Labels are the completion's tokens: those after as many as the prompt alone has. The final EOS is none.
+    """
+    examples: list[Example] = []
+    for start in range(0, len(dialogues), TOKENIZED_AT_ONCE):
+        prompts = dialogues.prompts[start : start + TOKENIZED_AT_ONCE]
+        completions = dialogues.completions[start : start + TOKENIZED_AT_ONCE]
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        text_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for prompt, text in zip(prompt_ids, text_ids, strict=True):
+            cut = np.asarray([*text, tokenizer.eos_token_id][:MAX_DIALOGUE_TOKENS], dtype=np.int32)
+            examples.append((LabelledSequence(cut, len(prompt), min(len(text), MAX_DIALOGUE_TOKENS)),))
+    return examples
+
+
+def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
+    """The number that the released evaluation prints: mean over batches of 8 of each batch's mean token NLL.
+
+    It depends on the batch size and on the order (`Dataset.shuffle(seed=42)`), so it stands beside the token-level
+    mean only for comparison.
+
+    Args:
+        totals: sum of the NLL of each dialogue, in dataset order.
+        num_tokens: number of its label tokens.
+    """
+    order = Dataset.from_dict({"index": list(range(len(totals)))}).shuffle(seed=42)["index"]
+    totals, num_tokens = np.asarray(totals)[list(order)], np.asarray(num_tokens)[list(order)]
+    batches = range(0, len(totals), 8)
+    return float(np.mean([totals[i : i + 8].sum() / num_tokens[i : i + 8].sum() for i in batches]))
