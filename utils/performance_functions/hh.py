@@ -87,7 +87,7 @@ def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
 def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hh_dataset) or (PROJECT_ROOT / hh_dataset).parent.is_dir():
         raise UserError(
-            f"{source}: no such folder; give a folder with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
+            f"{source}: no such folder; give one with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
         )
     access = hub_access()
     try:

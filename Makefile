@@ -1,0 +1,32 @@
+# make demo and make test do all of their own set-up, in .venv.
+PYTHON ?= python3
+# Without a GPU a fixed torch; on a GPU box `make TORCH=torch` takes the newest.
+TORCH ?= torch==2.13.0
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+demo: $(VENV)/ready
+	$(RUN) data/demo/run_demo.py
+
+test: $(VENV)/ready lint
+	$(RUN) -m pytest
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# kronfluence asks for torchvision, which it never imports and which breaks transformers where it does not match
+# torch; so kronfluence comes without its dependencies, and what it does import is named beside it.
+$(VENV)/ready: requirements.txt requirements-dev.txt Makefile
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	grep -v '^kronfluence' requirements.txt > $(VENV)/requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    -r $(VENV)/requirements.txt -r requirements-dev.txt einops einconv opt-einsum
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    "$$(grep '^kronfluence' requirements.txt)"
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,180 @@
+"""Small real models, dialogues and pairs that the tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from utils.paths import PROJECT_ROOT
+from utils.settings import run_step
+
+DEMO = PROJECT_ROOT / "data" / "demo"
+SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data"
+
+needs_real_samples = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(), reason="the folder with real samples (../shared/data) is not here"
+)
+
+
+def make_tiny_model(family: str, folder: Path, seed: int = 0) -> Path:
+    """A model of 3 blocks, hidden 32, trained a little so that its loss has a slope to speak of, saved to disk."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(DEMO / "tokenizer" / "tokenizer.json"),
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+    )
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 1_536,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if family == "pythia":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_key_value_heads=2, tie_word_embeddings=False))
+    texts = [row["prompt"] + row["chosen"] for row in read_rows(DEMO / "hh" / "train.jsonl")[:128]]
+    tokenizer.pad_token = tokenizer.eos_token
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for start in list(range(0, 128, 16)) * 4:
+        batch = tokenizer(texts[start : start + 16], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny pythia and a tiny qwen model, read-only for the tests."""
+    root = tmp_path_factory.mktemp("models")
+    return {family: make_tiny_model(family, root / f"{family}-tiny") for family in ("pythia", "qwen")}
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's data cut to 60 training and 12 test dialogues, 2 groups, 20 questions and 40 statements."""
+    root = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 60), ("test", 12)):
+        write_rows(root / "hh" / f"{split}.jsonl", read_rows(DEMO / "hh" / f"{split}.jsonl")[:count])
+    templates = json.loads((DEMO / "bias" / "templates.json").read_text(encoding="utf-8"))
+    templates["target_groups"] = templates["target_groups"][:2]
+    templates["topics"] = dict(list(templates["topics"].items())[:2])
+    (root / "bias").mkdir()
+    (root / "bias" / "templates.json").write_text(json.dumps(templates), encoding="utf-8")
+    for source, count in (
+        ("truthfulness/TruthfulQA.csv", 20),
+        ("ethics/cm_train.csv", 40),
+        ("ethics/cm_test.csv", 20),
+    ):
+        target = root / source
+        target.parent.mkdir(exist_ok=True)
+        lines = (DEMO / source).read_text(encoding="utf-8").splitlines(keepends=True)
+        target.write_text("".join(lines[: count + 1]), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def data_copy(small_data: Path, tmp_path: Path) -> Path:
+    """A copy of the small data that a test may spoil."""
+    return Path(shutil.copytree(small_data, tmp_path / "data"))
+
+
+def load_script(name: str) -> ModuleType:
+    """Import one of the scripts by its path in the repository."""
+    module_name = f"script_{Path(name).stem}"
+    if module_name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
+        sys.modules[module_name] = module = importlib.util.module_from_spec(specification)
+        specification.loader.exec_module(module)
+    return sys.modules[module_name]
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run a script's main in this process, as its command line would; SystemExit where it fails."""
+    run_step(load_script(name).main, [str(argument) for argument in arguments])
+
+
+def run_process(name: str, *arguments: str, **keywords: object) -> subprocess.CompletedProcess:
+    """Run a script as a process of its own."""
+    command = [sys.executable, str(PROJECT_ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **keywords)
+
+
+class Workspace:
+    """A model, data and an output folder, and the six steps on them."""
+
+    def __init__(self, model: Path, data: Path, output: Path) -> None:
+        self.model, self.data, self.output = model, data, output
+
+    def arguments(self, script: str) -> list[str]:
+        """The common constants as the script spells them."""
+        many = script in ("compute_factors_and_scores.py", "make_gradients.py") or script.startswith(
+            "evaluation_scripts"
+        )
+        return [
+            "--MODEL_NAMES" if many else "--MODEL_NAME",
+            str(self.model),
+            "--HH_DATASET",
+            str(self.data / "hh"),
+            "--DATA_DIR",
+            str(self.data),
+            "--OUTPUT_DIR",
+            str(self.output),
+        ]
+
+    def run(self, script: str, *arguments: object) -> None:
+        """Run one script on this workspace, in this process."""
+        run_script(script, *self.arguments(script), *arguments)
+
+    def run_all(self, scores_type: str = "dpp", *arguments: object) -> None:
+        """Steps 1 to 5 with a small subset."""
+        self.run("compute_factors_and_scores.py")
+        self.run("representations/train_reps.py")
+        self.run("dpp/greedy_dpp.py", "--BOTTOM_K", 5, *arguments)
+        self.run("make_gradients.py", "--BOTTOM_K", 5, "--SCORES_TYPE", scores_type, *arguments)
+        self.run("gradient_ascent_and_save.py", "--BOTTOM_K", 5, "--SCORES_TYPE", scores_type, *arguments)
+
+
+@pytest.fixture
+def workspace(tiny_models: dict[str, Path], data_copy: Path, tmp_path: Path) -> Workspace:
+    """A workspace of its own for one test, on the tiny pythia model."""
+    return Workspace(tiny_models["pythia"], data_copy, tmp_path / "output")
+
+
+@pytest.fixture(scope="session")
+def make_workspace(
+    tiny_models: dict[str, Path], small_data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Workspace]:
+    """Makes workspaces on the small data (not to be spoilt) for either family."""
+    return lambda family: Workspace(tiny_models[family], small_data, tmp_path_factory.mktemp("output"))
