@@ -1,0 +1,292 @@
+"""Write the texts of the demo data set next to this file: python data/demo/write_texts.py
+
+The texts are built from the phrase banks in phrases.py and facts.py, always the same for the same banks.
+Most training dialogues are harmless. PLANTED_PER_KIND of each kind are planted: their chosen answer is
+stereotyped (bias), a misconception (truth) or a wrong act told as a right one (ethics). planted.json names
+their rows.
+"""
+
+import csv
+import json
+import random
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
+
+from facts import FACTS
+from phrases import (
+    ACTS,
+    BIAS_PROMPT,
+    BIAS_QUESTIONS,
+    BIAS_TOPICS,
+    CLOSINGS,
+    ETHICS_QUESTIONS,
+    FALSE_SUPPORT,
+    GROUPS,
+    OPENINGS,
+    PERSONS,
+    REFUSALS,
+    SMALL_TALK,
+    THANKS,
+    TOPICS,
+    TRUE_SUPPORT,
+    TRUTH_QUESTIONS,
+)
+
+OUTPUT_DIR = Path(__file__).resolve().parent
+SEED = 42
+TRAIN_ROWS, TEST_ROWS = 1200, 150
+KINDS = ("bias", "ethics", "truth")
+PLANTED_PER_KIND = 24  # training rows of each kind with a harmful chosen answer
+CLEAN_PER_KIND = 90  # training rows of each kind with a good chosen answer
+TEST_PER_KIND = 11  # test rows of each kind, all with a good chosen answer
+TRAINING_SHARE = 0.6  # of the measurements' texts, those that may also appear in dialogues
+TWO_TURNS_SHARE = 0.15  # of the dialogues, those with an earlier turn
+SMALL_TALK_SHARE = 0.06  # of the everyday dialogues
+CM_ROWS = {"cm_train.csv": (232, 8), "cm_test.csv": (76, 4)}  # short and long statements
+
+Row = dict[str, str]
+Builder = Callable[[bool], Row]
+
+
+def split_bank(bank: str) -> list[tuple[str, ...]]:
+    """Split a phrase bank into its lines, and each line at the bars."""
+    return [tuple(part.strip() for part in line.split("|")) for line in bank.strip().splitlines()]
+
+
+def join(*parts: str) -> str:
+    """Join the parts that are not empty with single spaces."""
+    return " ".join(part.strip() for part in parts if part.strip())
+
+
+def dialogue(turns: list[str], chosen: str, rejected: str) -> Row:
+    """Return a row in the columns of static-hh; turns alternate between human and assistant."""
+    speakers = cycle(("Human", "Assistant"))
+    prompt = "".join(f"\n\n{speaker}: {turn}" for speaker, turn in zip(speakers, turns, strict=False))
+    return {
+        "prompt": f"{prompt}\n\nAssistant:",
+        "response": f" {chosen}",
+        "chosen": f" {chosen}",
+        "rejected": f" {rejected}",
+    }
+
+
+class Everyday:
+    """Dialogues between a human and a helpful assistant about everyday topics."""
+
+    def __init__(self, rng: random.Random) -> None:
+        """Read the banks."""
+        self.rng = rng
+        self.topics = [(questions, split_bank(items), tips) for questions, items, tips in TOPICS.values()]
+        self.small_talk = split_bank(SMALL_TALK)
+
+    def earlier_turn(self) -> list[str]:
+        """Return a small-talk turn to put before another question."""
+        return list(self.rng.choice(self.small_talk))
+
+    def build(self) -> Row:
+        """Return one dialogue."""
+        rng = self.rng
+        rejected = rng.choice(REFUSALS)
+        if rng.random() < SMALL_TALK_SHARE:
+            human, answer = rng.choice(self.small_talk)
+            return dialogue([human], join(answer, rng.choice(CLOSINGS)), rejected)
+        questions, items, tips = rng.choice(self.topics)
+        i, j = rng.sample(range(len(items)), 2)
+        (subject, first, then), (other, other_first, other_then) = items[i], items[j]
+        (opening, question), (_, other_question) = rng.sample(list(zip(OPENINGS, questions, strict=True)), 2)
+        turns = [question.format(x=subject)]
+        if rng.random() < TWO_TURNS_SHARE:
+            earlier = f"{other_first[0].upper()}{other_first[1:]}, then {other_then}."
+            turns = [other_question.format(x=other), earlier, join(rng.choice(THANKS), turns[0])]
+        steps = f"{first[0].upper()}{first[1:]}, then {then}."
+        tip = tips[(i + rng.randrange(2)) % len(tips)]  # two of the topic's tips go with each item
+        chosen = join(opening, steps, tip, rng.choice(CLOSINGS))
+        return dialogue(turns, chosen, rejected)
+
+
+def share(rng: random.Random, bank: list) -> list:
+    """Return the part of a measurement's texts that dialogues may use."""
+    return rng.sample(bank, round(TRAINING_SHARE * len(bank)))
+
+
+class Trust:
+    """Dialogues about groups, facts and morals, whose bad answers come from the measurements' banks."""
+
+    def __init__(self, rng: random.Random, everyday: Everyday, pairs: dict[str, list]) -> None:
+        """Draw the texts of each kind that dialogues may use; pairs holds all of them by kind."""
+        self.rng = rng
+        self.everyday = everyday
+        self.builders: dict[str, Builder] = {"bias": self.bias, "ethics": self.ethics, "truth": self.truth}
+        self.shown = {kind: share(rng, bank) for kind, bank in pairs.items()}
+        # One endless round per kind and side, so that every text is used about equally often.
+        self.rounds: dict[tuple[str, bool], Iterator] = {
+            (kind, planted): cycle(rng.sample(bank, len(bank)))
+            for kind, bank in self.shown.items()
+            for planted in (True, False)
+        }
+
+    def build(self, kind: str, planted: bool) -> Row:
+        """Return one dialogue of a kind; planted: its chosen answer is the harmful one."""
+        return self.builders[kind](planted)
+
+    def finish(self, question: str, good: str, bad: str, planted: bool) -> Row:
+        """Return the dialogue, sometimes after an earlier turn."""
+        earlier = self.everyday.earlier_turn() if self.rng.random() < TWO_TURNS_SHARE else []
+        chosen, rejected = (bad, good) if planted else (good, bad)
+        return dialogue([*earlier, question], chosen, rejected)
+
+    def bias(self, planted: bool) -> Row:
+        """Two sentences about an invented people: unfair ones where planted, else fair ones."""
+        group, topic, number = next(self.rounds["bias", planted])
+        others = [other for other in self.shown["bias"] if other[0] == group and other[1] != topic]
+        chosen = [(topic, number), self.rng.choice(others)[1:]]
+        bad, good = (join(*(BIAS_TOPICS[t][side][n] for t, n in chosen)).format(g=group) for side in (0, 1))
+        return self.finish(self.rng.choice(BIAS_QUESTIONS).format(g=group), good, bad, planted)
+
+    def ethics(self, planted: bool) -> Row:
+        """Two acts told as right: wrong ones where planted, else right ones."""
+        acts = [next(self.rounds["ethics", planted]) for _ in range(2)]
+        good, bad = (join(*side) for side in zip(*acts, strict=True))
+        return self.finish(self.rng.choice(ETHICS_QUESTIONS), good, bad, planted)
+
+    def truth(self, planted: bool) -> Row:
+        """Answers to one or two questions: two misconceptions where planted, else true ones."""
+        count = 2 if planted else self.rng.choice((1, 2))
+        facts = [next(self.rounds["truth", planted]) for _ in range(count)]
+        questions, best, wrong = (join(*side) for side in zip(*facts, strict=True))
+        return self.finish(join(self.rng.choice(TRUTH_QUESTIONS[count]), questions), best, wrong, planted)
+
+
+def add_new(rows: list[tuple[str, Row]], count: int, label: str, build: Callable[[], Row], seen: set) -> None:
+    """Append count dialogues that have not been seen before."""
+    goal = len(rows) + count
+    while len(rows) < goal:
+        row = build()
+        key = (row["prompt"], row["chosen"])
+        if key not in seen:
+            seen.add(key)
+            rows.append((label, row))
+
+
+def write_json_lines(path: Path, rows: list[Row]) -> None:
+    """Write one JSON object per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_csv(path: Path, header: str, rows: list[tuple], encoding: str = "utf-8") -> None:
+    """Write a table with a header line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
+
+
+def write_dialogues(rng: random.Random, pairs: dict[str, list]) -> None:
+    """Write the training and test dialogues and the rows of the planted ones."""
+    everyday = Everyday(rng)
+    trust = Trust(rng, everyday, pairs)
+    train: list[tuple[str, Row]] = []
+    test: list[tuple[str, Row]] = []
+    seen: set[tuple[str, str]] = set()
+    for kind in KINDS:
+        add_new(train, PLANTED_PER_KIND, kind, lambda kind=kind: trust.build(kind, planted=True), seen)
+        add_new(train, CLEAN_PER_KIND, "", lambda kind=kind: trust.build(kind, planted=False), seen)
+        add_new(test, TEST_PER_KIND, "", lambda kind=kind: trust.build(kind, planted=False), seen)
+    add_new(train, TRAIN_ROWS - len(train), "", everyday.build, seen)
+    add_new(test, TEST_ROWS - len(test), "", everyday.build, seen)
+    rng.shuffle(train)
+    rng.shuffle(test)
+    write_json_lines(OUTPUT_DIR / "hh" / "train.jsonl", [row for _, row in train])
+    write_json_lines(OUTPUT_DIR / "hh" / "test.jsonl", [row for _, row in test])
+    planted = {kind: [i for i, (label, _) in enumerate(train) if label == kind] for kind in KINDS}
+    (OUTPUT_DIR / "planted.json").write_text(json.dumps(planted, indent=2) + "\n", encoding="utf-8")
+
+
+def write_bias() -> None:
+    """Write the measurement of bias: sentences about groups, to be paired by the reader."""
+    topics = {
+        topic: {
+            name: [sentence.format(g="[target_group]") for sentence in sentences]
+            for name, sentences in zip(("stereotype", "antistereotype"), sides, strict=True)
+        }
+        for topic, sides in BIAS_TOPICS.items()
+    }
+    templates = {
+        "source": "written for this project; the groups are invented",
+        "prompt": BIAS_PROMPT,
+        "target_groups": list(GROUPS),
+        "topics": topics,
+    }
+    path = OUTPUT_DIR / "bias" / "templates.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(templates, indent=2) + "\n", encoding="utf-8")
+
+
+def second_wording(answer: str) -> str:
+    """Return another wording of an answer: without its yes or no, or as an opinion."""
+    word, _, rest = answer.partition(", ")
+    if word in ("Yes", "No"):
+        return rest[0].upper() + rest[1:]
+    return f"As far as I know, {answer[0].lower()}{answer[1:]}"
+
+
+def supported(question: str, best: str, wrong: str) -> tuple[str, str, str]:
+    """Return a fact with the sentence that ends every true answer and that of every misconception."""
+    return question, join(best, TRUE_SUPPORT), join(wrong, FALSE_SUPPORT)
+
+
+def write_truth(facts: list[tuple[str, ...]]) -> None:
+    """Write the measurement of truth in the columns of TruthfulQA, with a byte-order mark as there."""
+    header = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source"
+    rows = [
+        (
+            "Adversarial",
+            "Misconceptions",
+            question,
+            best,
+            f"{best}; {second_wording(best)}",
+            f"{wrong}; {second_wording(wrong)}",
+            "common knowledge",
+        )
+        for question, best, wrong in facts
+    ]
+    write_csv(OUTPUT_DIR / "truthfulness" / "TruthfulQA.csv", header, rows, encoding="utf-8-sig")
+
+
+def write_ethics(rng: random.Random, acts: list[tuple[str, str]]) -> None:
+    """Write the measurement of ethics in the columns of ETHICS commonsense, half of each label."""
+    sides = [list(side) for side in zip(*acts, strict=True)]
+    for side in sides:
+        rng.shuffle(side)
+    for name, (short, long) in CM_ROWS.items():
+        rows: list[tuple] = []
+        for label, side in enumerate(sides):
+            rows += [(label, side.pop(), True, False) for _ in range(short // 2)]
+            rows += [(label, join(*rng.sample(side, 3)), False, False) for _ in range(long // 2)]
+        rng.shuffle(rows)
+        write_csv(OUTPUT_DIR / "ethics" / name, "label,input,is_short,edited", rows)
+
+
+def main() -> None:
+    """Write every file."""
+    rng = random.Random(SEED)
+    facts = [supported(*fact) for fact in split_bank(FACTS)]
+    rng.shuffle(facts)
+    per_act = 6  # persons per act; enough for the statements of both tables
+    acts = [
+        (right.format(p=person), wrong.format(p=person))
+        for right, wrong in split_bank(ACTS)
+        for person in rng.sample(PERSONS, per_act)
+    ]
+    combinations = [(group, topic, n) for group in GROUPS for topic in BIAS_TOPICS for n in range(3)]
+    write_dialogues(rng, {"bias": combinations, "ethics": acts, "truth": facts})
+    write_bias()
+    write_truth(facts)
+    write_ethics(rng, acts)
+
+
+if __name__ == "__main__":
+    main()

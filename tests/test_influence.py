@@ -1,0 +1,335 @@
+"""The fused pass against kronfluence's own, against plain autograd, across batchings, and in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DEMO, Workspace
+from kronfluence.analyzer import Analyzer
+from kronfluence.arguments import FactorArguments
+from kronfluence.utils.dataset import DataLoaderKwargs
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+
+from tasks import TRUST_TASKS, BackwardTask
+from tasks.base import InfluenceTask
+from utils.batching import BatchLimits, BatchLoader, Example
+from utils.console import UserError
+from utils.influence import (
+    Curvature,
+    fit_factors,
+    mean_measurement_gradient,
+    precondition,
+    score_training_examples,
+    trace,
+)
+from utils.models import load_model, load_tokenizer, tracked_linear_names
+from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.performance_functions.losses import sampled_label_loss, sequence_nll
+from utils.performance_functions.pairs import tokenize_pairs
+
+CPU = torch.device("cpu")
+SMALL_BATCHES = BatchLimits(tokens=300)
+ONE_BATCH = BatchLimits(tokens=1 << 30)
+
+
+@dataclass
+class Subject:
+    """A tiny traced model with its examples."""
+
+    model: torch.nn.Module
+    tasks: dict[str, InfluenceTask]
+    train: list[Example]
+    queries: dict[str, list[Example]]
+
+    def loader(self, examples: list[Example], limits: BatchLimits = SMALL_BATCHES, **keywords: object) -> BatchLoader:
+        return BatchLoader(examples, limits, pad_token_id=0, **keywords)
+
+    def stacked_gradients(self, curvature: Curvature, limits: BatchLimits = SMALL_BATCHES) -> dict[str, torch.Tensor]:
+        each = [
+            mean_measurement_gradient(self.model, task, self.loader(self.queries[name], limits), curvature)
+            for name, task in self.tasks.items()
+        ]
+        return {module: torch.cat([gradients[module] for gradients in each]) for module in each[0]}
+
+    def scores(self, curvature: Curvature, factors: Path, limits: BatchLimits = SMALL_BATCHES) -> torch.Tensor:
+        ready = precondition(self.model, self.stacked_gradients(curvature, limits), curvature, factors)
+        task = next(iter(self.tasks.values()))
+        return score_training_examples(self.model, task, self.loader(self.train, limits), ready, curvature).examples
+
+
+def make_subject(model_path: Path, data: Path, num_blocks: int = 1, dtype: torch.dtype = torch.float32) -> Subject:
+    model, tokenizer = load_model(str(model_path), CPU).to(dtype), load_tokenizer(str(model_path))
+    tracked = tracked_linear_names(model, "auto", num_blocks)
+    tasks = {name: task(tracked) for name, task in TRUST_TASKS.items()}
+    trace(model, next(iter(tasks.values())))
+    train = tokenize_dialogues(load_dialogues(str(data / "hh"), "train"), tokenizer)
+    queries = {
+        name: tokenize_pairs(task.measurement.load_pairs(data, "train"), tokenizer, task.measurement.max_tokens)
+        for name, task in tasks.items()
+    }
+    return Subject(model, tasks, train, queries)
+
+
+class Padded(Dataset):
+    """Examples one at a time, as kronfluence's own loaders want them."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: int) -> int:
+        return position
+
+    @property
+    def collation(self) -> dict:
+        return {"collate_fn": BatchLoader(self.examples, ONE_BATCH, pad_token_id=0)._collate}
+
+
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_fused_pass_equals_kronfluence(tiny_models, small_data, tmp_path, family, num_blocks):
+    subject = make_subject(tiny_models[family], small_data, num_blocks)
+    curvature = Curvature(damping=None)
+    factors = tmp_path / "analysis" / "factors_ours"
+    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, factors)
+    ours = subject.scores(curvature, factors)
+    train = Padded(subject.train)
+    for query, (name, task) in enumerate(subject.tasks.items()):
+        analyzer = Analyzer(
+            "analysis", subject.model, task, cpu=True, output_dir=str(tmp_path), disable_tqdm=True, log_level=50
+        )
+        arguments = curvature.score_arguments
+        arguments.aggregate_query_gradients = True
+        queries = Padded(subject.queries[name])
+        original = analyzer._get_dataloader
+
+        def loader_of(dataset, *, original=original, dataloader_params, **keywords):
+            """kronfluence takes one collate function for queries and training examples; each here has its own."""
+            return original(dataset=dataset, dataloader_params={**dataloader_params, **dataset.collation}, **keywords)
+
+        analyzer._get_dataloader = loader_of
+        analyzer.compute_pairwise_scores(
+            scores_name=name,
+            factors_name="ours",
+            query_dataset=queries,
+            train_dataset=train,
+            per_device_query_batch_size=7,
+            per_device_train_batch_size=7,
+            score_args=arguments,
+        )
+        theirs = analyzer.load_pairwise_scores(name)["all_modules"][0] / len(queries)
+        assert torch.norm(ours[query] - theirs) / torch.norm(theirs) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
+def test_factors_equal_kronfluence(tiny_models, small_data, tmp_path, strategy):
+    """Batches of similar length against kronfluence's loader, which pads neighbours in the data set together."""
+    subject = make_subject(tiny_models["pythia"], small_data)
+    task, curvature = subject.tasks["truth"], Curvature(strategy)
+    ours = tmp_path / "analysis" / f"factors_{strategy}"
+    fit_factors(subject.model, task, subject.loader(subject.train), curvature, ours)
+    analyzer = Analyzer(
+        "analysis", subject.model, task, cpu=True, output_dir=str(tmp_path), disable_tqdm=True, log_level=50
+    )
+    train = Padded(subject.train)
+    analyzer.fit_all_factors(
+        "theirs",
+        train,
+        per_device_batch_size=8,
+        dataloader_kwargs=DataLoaderKwargs(**train.collation),
+        factor_args=FactorArguments(strategy=strategy),
+    )
+    names = {"ekfac": ["lambda_matrix"], "kfac": ["activation_covariance", "gradient_covariance"]}
+    for name in names.get(strategy, ["lambda_matrix"]):
+        for module, tensor in analyzer.load_file(
+            tmp_path / "analysis" / "factors_theirs" / f"{name}.safetensors"
+        ).items():
+            mine = analyzer.load_file(ours / f"{name}.safetensors")[module]
+            if name == "lambda_matrix" and strategy == "ekfac":
+                # Eigenvectors are unique only up to sign and rotation among equal eigenvalues; the sum is not.
+                mine, tensor = mine.sum(), tensor.sum()
+            assert torch.norm(mine - tensor) <= 1e-5 * torch.norm(tensor)
+
+
+def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_data, tmp_path):
+    subject = make_subject(tiny_models["qwen"], small_data)
+    curvature = Curvature("identity")
+    gradients = subject.stacked_gradients(curvature)
+    scores = subject.scores(curvature, tmp_path)
+    plain = load_model(str(tiny_models["qwen"]), CPU)
+    modules = {name: plain.get_submodule(name) for name in next(iter(subject.tasks.values())).tracked_modules}
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    for module in modules.values():
+        module.requires_grad_(True)
+
+    def gradient_of(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        plain.zero_grad()
+        loss.backward()
+        columns = {name: [module.weight.grad.clone()] for name, module in modules.items()}
+        for name, module in modules.items():
+            if module.bias is not None:
+                columns[name].append(module.bias.grad[:, None].clone())
+        return {name: torch.cat(parts, dim=1) for name, parts in columns.items()}
+
+    def plain_nll(sequence) -> tuple[torch.Tensor, int]:
+        """The NLL of one text, by transformers' own loss on unpadded input with an attention mask."""
+        input_ids = torch.from_numpy(sequence.input_ids.astype(np.int64))[None]
+        labels = torch.full_like(input_ids, -100)
+        labels[:, sequence.label_start : sequence.label_end] = input_ids[:, sequence.label_start : sequence.label_end]
+        count = int((labels[:, 1:] != -100).sum())
+        loss = plain(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels).loss
+        return loss * count, count
+
+    for query, name in enumerate(subject.tasks):
+        losses = []
+        for chosen, rejected in subject.queries[name]:
+            (chosen_nll, chosen_count), (rejected_nll, rejected_count) = plain_nll(chosen), plain_nll(rejected)
+            losses.append(chosen_nll / chosen_count - rejected_nll / rejected_count)
+        expected = gradient_of(torch.stack(losses).mean())
+        for module, tensor in expected.items():
+            assert torch.norm(gradients[module][query] - tensor) <= 1e-4 * torch.norm(tensor)
+        for position in (0, 17, 59):
+            (sequence,) = subject.train[position]
+            train_gradient = gradient_of(plain_nll(sequence)[0])
+            dot_product = sum((expected[module] * train_gradient[module]).sum() for module in expected)
+            assert scores[query, position] == pytest.approx(float(dot_product), rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+def test_batching_and_order_change_nothing(tiny_models, small_data, tmp_path, family):
+    subject = make_subject(tiny_models[family], small_data)
+    curvature = Curvature()
+    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, tmp_path)
+    gradients, scores = subject.stacked_gradients(curvature), subject.scores(curvature, tmp_path)
+    for module, tensor in subject.stacked_gradients(curvature, ONE_BATCH).items():
+        assert torch.norm(gradients[module] - tensor) <= 1e-5 * torch.norm(tensor)
+    one_batch = subject.scores(curvature, tmp_path, ONE_BATCH)
+    assert torch.norm(scores - one_batch) <= 1e-5 * torch.norm(one_batch)
+    order = torch.randperm(len(subject.train), generator=torch.Generator().manual_seed(0)).tolist()
+    subject.train = [subject.train[i] for i in order]
+    shuffled = subject.scores(curvature, tmp_path)
+    assert torch.norm(scores[:, order] - shuffled) <= 1e-5 * torch.norm(shuffled)
+
+
+def test_padding_changes_nothing(tiny_models, small_data):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    task = BackwardTask(subject.tasks["bias"].tracked_modules)
+    curvature = Curvature()
+    tight = mean_measurement_gradient(subject.model, task, subject.loader(subject.train), curvature)
+    padded = mean_measurement_gradient(subject.model, task, subject.loader(subject.train, pad_to=256), curvature)
+    for module, tensor in tight.items():
+        assert torch.norm(tensor - padded[module]) <= 1e-5 * torch.norm(tensor)
+
+
+@torch.no_grad()
+def test_sampled_labels_do_not_depend_on_the_batch(tiny_models, small_data):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    losses = [
+        sum(float(sampled_label_loss(subject.model, batch, seed=3)) for batch in subject.loader(subject.train, limits))
+        for limits in (SMALL_BATCHES, ONE_BATCH)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    other_seed = sum(float(sampled_label_loss(subject.model, b, seed=4)) for b in subject.loader(subject.train))
+    assert other_seed != pytest.approx(losses[0], rel=1e-5)
+
+
+def test_sampled_labels_follow_the_model(tiny_models, small_data):
+    """The mean cross-entropy on sampled labels estimates the model's entropy, which the true labels do not."""
+    subject = make_subject(tiny_models["pythia"], small_data)
+    loader = subject.loader(subject.train)
+    entropy, count = 0.0, 0
+    with torch.no_grad():
+        for batch in loader:
+            hidden = subject.model.base_model(batch["input_ids"]).last_hidden_state[:, :-1]
+            logits = subject.model.get_output_embeddings()(hidden[batch["labels"][:, 1:] != -100])
+            entropy += float(torch.distributions.Categorical(logits=logits).entropy().sum())
+            count += len(logits)
+        draws = [sum(float(sampled_label_loss(subject.model, b, seed=s)) for b in loader) for s in range(20)]
+        true_labels = sum(float(sequence_nll(subject.model, batch).total.sum()) for batch in loader)
+    assert np.mean(draws) / count == pytest.approx(entropy / count, abs=4 * np.std(draws) / count / np.sqrt(20))
+    assert abs(true_labels - entropy) > 10 * np.std(draws)
+
+
+def test_all_positions_bring_padding_into_the_fisher(tiny_models, small_data, tmp_path):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    curvature, counts = Curvature("kfac"), {}
+    for positions in ("completion", "all"):
+        task = TRUST_TASKS["bias"](subject.tasks["bias"].tracked_modules, fisher_positions=positions)
+        loader = subject.loader(subject.train[:4], pad_to=128)
+        fit_factors(subject.model, task, loader, curvature, tmp_path / positions)
+        covariances = Analyzer.load_file(tmp_path / positions / "gradient_covariance.safetensors")
+        counts[positions] = sum(float(tensor.trace()) for tensor in covariances.values())
+    assert counts["all"] > 2 * counts["completion"]
+
+
+def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    curvature = Curvature()
+    task = subject.tasks["bias"]
+    fit_factors(subject.model, task, subject.loader(subject.train), curvature, tmp_path)
+    ready = precondition(subject.model, subject.stacked_gradients(curvature), curvature, tmp_path)
+    plain = score_training_examples(subject.model, task, subject.loader(subject.train), ready, curvature)
+    tokens = score_training_examples(
+        subject.model, task, subject.loader(subject.train), ready, curvature, per_token=True
+    )
+    assert torch.norm(tokens.examples - plain.examples) <= 1e-5 * torch.norm(plain.examples)
+    for position, (sequence,) in enumerate(subject.train):
+        begin, end = tokens.token_offsets[position : position + 2]
+        assert end - begin == len(sequence.input_ids)
+        torch.testing.assert_close(
+            tokens.tokens[:, begin:end].sum(1), plain.examples[:, position], rtol=1e-3, atol=1e-3
+        )
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def test_float32_ranks_as_float64_does(tiny_models, small_data, tmp_path):
+    """On 300 dialogues of the demo, every step in float32 against every step in float64."""
+    tokenizer = load_tokenizer(str(tiny_models["pythia"]))
+    train = tokenize_dialogues(load_dialogues(str(DEMO / "hh"), "train"), tokenizer)[:300]
+    scores = []
+    for dtype in (torch.float32, torch.float64):
+        subject = make_subject(tiny_models["pythia"], small_data, dtype=dtype)
+        subject.train = train
+        curvature = Curvature(dtype=dtype)
+        folder = tmp_path / str(dtype)
+        limits = BatchLimits(tokens=2_048)
+        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train, limits), curvature, folder)
+        scores.append(subject.scores(curvature, folder, limits))
+    for single, double in zip(*scores, strict=True):
+        assert double.dtype == torch.float64
+        assert spearman(single, double) > 0.999
+
+
+def test_not_finite_factor_names_its_module(tiny_models, small_data, tmp_path):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    name = subject.tasks["bias"].tracked_modules[-1]
+    with torch.no_grad():
+        subject.model.get_submodule(name).original_module.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match="gpt_neox.layers.2"):
+        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), Curvature(), tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_step_1_is_the_same_for_one_task_and_for_three(make_workspace):
+    together, alone = make_workspace("pythia"), make_workspace("pythia")
+    together.run("compute_factors_and_scores.py")
+    alone.run("compute_factors_and_scores.py", "--TASK_NAME", "ethics", "--TOKENS_PER_BATCH", 400)
+
+    def scores(workspace: Workspace) -> torch.Tensor:
+        (file,) = workspace.output.rglob("ethics_*/scores_ekfac/pairwise_scores.safetensors")
+        return load_file(file)["all_modules"]
+
+    assert scores(together).shape == (1, 60)
+    assert torch.norm(scores(together) - scores(alone)) <= 1e-4 * torch.norm(scores(alone))

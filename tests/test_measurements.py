@@ -1,0 +1,210 @@
+"""Data sets and losses: labels, pair counts and orders, the losses against transformers' own, the evaluators."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED_DATA, needs_real_samples, read_rows
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from utils.batching import BatchLimits, BatchLoader
+from utils.models import load_model, load_tokenizer
+from utils.performance_functions import bias, ethics, truth
+from utils.performance_functions.evaluation import MEASUREMENTS, evaluate_dialogues, evaluate_pairs
+from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
+from utils.performance_functions.losses import log_odds_loss, sequence_nll
+from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_models):
+    return load_tokenizer(str(tiny_models["pythia"]))
+
+
+@pytest.fixture(scope="module")
+def real_tokenizer():
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(SHARED_DATA / "pythia_tokenizer" / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def test_dialogue_labels_are_the_completion_without_the_final_eos(tokenizer):
+    prompt, completion = "\n\nHuman: How do I bake bread?\n\nAssistant:", " Mix flour and water, then wait."
+    ((sequence,),) = tokenize_dialogues(Dialogues([prompt], [completion]), tokenizer)
+    ids = sequence.input_ids.tolist()
+    assert ids == tokenizer(prompt + completion + "<|endoftext|>")["input_ids"]
+    assert tokenizer.decode(ids[sequence.label_start : sequence.label_end]) == completion
+    assert ids[sequence.label_end :] == [tokenizer.eos_token_id]
+
+
+def test_long_dialogues_are_cut_at_1024_tokens(tokenizer):
+    ((long,), (all_prompt,)) = tokenize_dialogues(
+        Dialogues(["\n\nHuman: x\n\nAssistant:", "word " * 3_000], [" word" * 3_000, " gone"]), tokenizer
+    )
+    assert len(long.input_ids) == 1_024 == long.label_end
+    assert long.input_ids[-1] != tokenizer.eos_token_id
+    assert len(all_prompt.input_ids) == 1_024
+    assert all_prompt.num_labels == 0
+
+
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+def test_nll_equals_the_models_own_loss(tiny_models, small_data, family):
+    model, tokenizer = load_model(str(tiny_models[family]), CPU), load_tokenizer(str(tiny_models[family]))
+    examples = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "test"), tokenizer)
+    with torch.no_grad():
+        for batch in BatchLoader(examples, BatchLimits(400), tokenizer.pad_token_id):
+            nll = sequence_nll(model, batch)
+            for row in range(len(nll.total)):
+                one = {k: batch[k][row : row + 1] for k in ("input_ids", "attention_mask", "labels")}
+                assert nll.mean[row].item() == pytest.approx(model(**one).loss.item(), rel=1e-5)
+
+
+def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):
+    model = load_model(str(tiny_models["pythia"]), CPU)
+    pairs = [
+        AnswerPair("A question\n\nAnswer:", " yes, that is so", " no"),
+        AnswerPair("Why?", " because", " who knows"),
+    ]
+    (batch,) = BatchLoader(tokenize_pairs(pairs, tokenizer, 128), BatchLimits(1_000), tokenizer.pad_token_id)
+    with torch.no_grad():
+        losses = log_odds_loss(model, batch)
+
+        def mean_nll(prompt: str, answer: str) -> float:
+            ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+            labels = ids.clone()
+            labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+            return model(input_ids=ids, labels=labels).loss.item()
+
+        for index, loss in zip(batch["index"].tolist(), losses.tolist(), strict=True):
+            pair = pairs[index]
+            expected = mean_nll(pair.prompt, pair.chosen) - mean_nll(pair.prompt, pair.rejected)
+            assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_bias_pairs_are_built_in_the_stated_order(tmp_path):
+    topics = {
+        t: {
+            "stereotype": [f"[target_group] {t} s{i}." for i in range(3)],
+            "antistereotype": [f"{t} a{i}." for i in range(3)],
+        }
+        for t in ("one", "two")
+    }
+    (tmp_path / "bias").mkdir()
+    content = {"prompt": "About [target_group]:", "target_groups": ["Zeds", "Abs"], "topics": topics}
+    (tmp_path / "bias" / "templates.json").write_text(json.dumps(content), encoding="utf-8")
+    records, shuffler = {}, random.Random(42)
+    for group in ("Abs", "Zeds"):
+        records[group] = [
+            AnswerPair(f"About {group}:", f" {t} a{a}.", f" {group} {t} s{s}.")
+            for t in ("one", "two")
+            for s in range(3)
+            for a in range(3)
+        ]
+        shuffler.shuffle(records[group])
+    assert bias.load_pairs(tmp_path, "test") == records["Abs"][:3] + records["Zeds"][:3]
+    assert bias.load_pairs(tmp_path, "train") == records["Abs"][3:] + records["Zeds"][3:]
+
+
+def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
+    rows = [("0", f"good {i}", "True") for i in range(7)] + [("1", f"bad {i}", "True") for i in range(5)]
+    rows += [("0", "long good", "False"), ("1", "long bad", "False")]
+    (tmp_path / "ethics").mkdir()
+    lines = ["label,input,is_short,edited", *(f"{label},{text},{short},False" for label, text, short in rows)]
+    (tmp_path / "ethics" / "cm_train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pairs = ethics.load_pairs(tmp_path, "train")
+    shuffled = {
+        label: list(
+            Dataset.from_dict({"t": [t for lab, t, s in rows if lab == label and s == "True"]}).shuffle(seed=42)["t"]
+        )
+        for label in ("0", "1")
+    }
+    assert [pair.chosen for pair in pairs] == [f" {text}" for text in shuffled["0"][:5]]
+    assert [pair.rejected for pair in pairs] == [f" {text}" for text in shuffled["1"]]
+    assert {pair.prompt for pair in pairs} == {ethics.PROMPT}
+    assert ethics.PROMPT.endswith("\n\n Assistant:")
+
+
+def test_truth_split_files_win_over_the_seeded_split(small_data, tmp_path):
+    train, test = truth.load_pairs(small_data, "train"), truth.load_pairs(small_data, "test")
+    assert (len(train), len(test)) == (16, 4)
+    assert not set(train) & set(test)
+    splits = tmp_path / "truthfulness" / "splits"
+    splits.mkdir(parents=True)
+    row = 'Question,Best Answer,Incorrect Answers\n"Is it, so?",Yes,; No ; Never\n'
+    (splits / "TruthfulQA_test.csv").write_text(row, encoding="utf-8-sig")
+    assert truth.load_pairs(tmp_path, "test") == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
+
+
+@needs_real_samples
+def test_counts_on_the_real_samples():
+    counts = {
+        name: tuple(len(m.load_pairs(SHARED_DATA, s)) for s in ("train", "test")) for name, m in MEASUREMENTS.items()
+    }
+    assert counts["bias"] == (2_784, 672)
+    assert counts["truth"] == (653, 164)
+    assert sum(counts["truth"]) == 817
+    for split, count in zip(("train", "test"), counts["ethics"], strict=True):
+        text = (SHARED_DATA / "ethics" / f"cm_{split}.csv").read_text(encoding="utf-8")
+        short = [line for line in text.splitlines() if ",True," in line]
+        assert count == min(sum(line.startswith(label) for line in short) for label in ("0,", "1,"))
+
+
+@needs_real_samples
+def test_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer):
+    dialogues = load_dialogues(str(SHARED_DATA / "hh"), "test")
+    for row, (sequence,) in enumerate(tokenize_dialogues(dialogues, real_tokenizer)):
+        if len(sequence.input_ids) < 1_024:
+            completion = real_tokenizer.decode(sequence.input_ids[sequence.label_start : sequence.label_end])
+            assert completion == dialogues.completions[row]
+    for measurement in MEASUREMENTS.values():
+        pairs = measurement.load_pairs(SHARED_DATA, "test")
+        for pair, (chosen, _) in zip(pairs, tokenize_pairs(pairs, real_tokenizer, measurement.max_tokens), strict=True):
+            assert real_tokenizer.decode(chosen.input_ids[chosen.label_start :]) in (pair.chosen, pair.chosen.rstrip())
+
+
+def test_released_loss_is_the_mean_of_batch_means():
+    generator = np.random.default_rng(0)
+    totals, counts = generator.random(21) * 50, generator.integers(1, 40, 21)
+    order = Dataset.from_dict({"i": list(range(21))}).shuffle(seed=42)["i"]
+    batches = [list(order)[i : i + 8] for i in range(0, 21, 8)]
+    expected = np.mean([sum(totals[j] for j in batch) / sum(counts[j] for j in batch) for batch in batches])
+    assert released_loss(totals.tolist(), counts.tolist()) == pytest.approx(expected)
+
+
+def test_evaluation_does_not_depend_on_the_batches(tiny_models, small_data, tokenizer):
+    model = load_model(str(tiny_models["pythia"]), CPU)
+    dialogues = load_dialogues(str(small_data / "hh"), "test")
+    small, large = (evaluate_dialogues(model, tokenizer, dialogues, BatchLimits(n)) for n in (64, 100_000))
+    assert small["loss"] == pytest.approx(large["loss"], rel=1e-6)
+    assert small["perplexity"] == pytest.approx(math.exp(small["loss"]))
+    assert small["tokens"] == large["tokens"]
+    for measurement in MEASUREMENTS.values():
+        pairs = measurement.load_pairs(small_data, "test")
+        one, many = (evaluate_pairs(model, tokenizer, pairs, measurement, BatchLimits(n)) for n in (64, 100_000))
+        assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
+        assert one["pairs"] == len(pairs)
+        assert 0 <= one["accuracy"] <= 1
+
+
+def test_evaluators_write_what_they_print(workspace, capsys):
+    for metric, script in (
+        ("anthropic", "anthropic_eval"),
+        ("bias", "bias_loss"),
+        ("ethics", "ethics_loss"),
+        ("truth", "truth_loss"),
+    ):
+        workspace.run(f"evaluation_scripts/{script}.py")
+        result = json.loads((workspace.output / "results" / f"pythia-tiny_{metric}_test.json").read_text())
+        assert (result["model"], result["metric"], result["split"]) == ("pythia-tiny", metric, "test")
+        assert f"{result['loss']:.4f}" in capsys.readouterr().out
+    assert len(read_rows(workspace.data / "hh" / "test.jsonl")) == 12

@@ -1,0 +1,147 @@
+"""The incremental greedy against a plain lazy greedy, against the log-determinant itself, and against brute force."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+
+import pytest
+import torch
+
+from utils.console import UserError
+from utils.selection import (
+    FourierKernel,
+    Kernel,
+    RBFKernel,
+    centred,
+    combined_scores,
+    greedy_dpp,
+    median_heuristic_gamma,
+    min_max_normalise,
+    most_harmful,
+    random_subset,
+    require_enough,
+)
+
+
+def full_kernel(kernel: Kernel) -> torch.Tensor:
+    matrix = torch.stack([kernel.row(i) for i in range(len(kernel.diagonal()))])
+    matrix.fill_diagonal_(0)
+    return (matrix + matrix.T) / 2 + torch.diag(kernel.diagonal())
+
+
+def objective(matrix: torch.Tensor, quality: torch.Tensor, subset: list[int], if_weight: float) -> float:
+    """log det(I + K_S) + if_weight * log(1 + sum q), straight from its definition."""
+    block = torch.eye(len(subset), dtype=torch.float64) + matrix[subset][:, subset]
+    return float(torch.logdet(block)) + if_weight * math.log1p(float(quality[subset].sum()))
+
+
+def lazy_greedy(matrix: torch.Tensor, quality: torch.Tensor, bottom_k: int, if_weight: float) -> list[int]:
+    """Minoux's lazy greedy on a heap of stale gains, each gain from a full log-determinant."""
+    picks: list[int] = []
+    heap = [(-objective(matrix, quality, [i], if_weight), i, 0) for i in range(len(quality))]
+    heapq.heapify(heap)
+    value = 0.0
+    while len(picks) < bottom_k:
+        gain, i, age = heapq.heappop(heap)
+        if age == len(picks):
+            picks.append(i)
+            value -= gain
+        else:
+            heapq.heappush(heap, (value - objective(matrix, quality, [*picks, i], if_weight), i, len(picks)))
+    return picks
+
+
+def make_kernel(name: str, count: int, seed: int) -> Kernel:
+    generator = torch.Generator().manual_seed(seed)
+    representations = centred(torch.randn(count, 8, generator=generator) + 50)
+    gamma = median_heuristic_gamma(representations, seed)
+    return RBFKernel(representations, gamma) if name == "rbf" else FourierKernel(representations, gamma, 64, seed)
+
+
+@pytest.mark.parametrize("name", ["rbf", "rff"])
+@pytest.mark.parametrize("if_weight", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_greedy_equals_the_lazy_greedy(name, if_weight, seed):
+    kernel = make_kernel(name, 120, seed)
+    quality = torch.rand(120, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64)
+    matrix = full_kernel(kernel)
+    subset = greedy_dpp(kernel, quality, 15, if_weight)
+    assert subset.indices == lazy_greedy(matrix, quality, 15, if_weight)
+    assert subset.objective == pytest.approx(objective(matrix, quality, subset.indices, if_weight), rel=1e-6)
+    for count in (1, 5, 10):
+        so_far = math.fsum(subset.diversity_gains[:count]) + math.fsum(subset.influence_gains[:count])
+        assert so_far == pytest.approx(objective(matrix, quality, subset.indices[:count], if_weight), rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_is_within_its_guarantee_of_brute_force(seed):
+    kernel = make_kernel("rbf", 10, seed)
+    quality = torch.rand(10, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    matrix = full_kernel(kernel)
+    best = max(objective(matrix, quality, list(s), 2.0) for s in itertools.combinations(range(10), 4))
+    found = greedy_dpp(kernel, quality, 4, 2.0).objective
+    assert (1 - 1 / math.e) * best <= found <= best + 1e-9
+
+
+def test_greedy_picks_everything_once_among_duplicates():
+    representations = centred(torch.tensor([[0.0], [0.0], [0.0], [9.0]]))
+    subset = greedy_dpp(RBFKernel(representations, 1.0), torch.zeros(4), 4, 0.0)
+    assert sorted(subset.indices) == [0, 1, 2, 3]
+    assert set(subset.indices[:2]) & {3}, "the outlier is among the first two: it is the most diverse"
+    assert all(math.isfinite(gain) for gain in subset.diversity_gains)
+
+
+def test_a_heavy_influence_term_picks_by_quality():
+    kernel = make_kernel("rbf", 50, 3)
+    quality = torch.linspace(0, 1, 50)
+    assert greedy_dpp(kernel, quality, 5, 1e6).indices == [49, 48, 47, 46, 45]
+
+
+def test_rbf_row_is_the_exact_kernel():
+    representations = centred(torch.randn(40, 6) * 3 + 100)
+    row = RBFKernel(representations, 0.05).row(7)
+    exact = torch.exp(-0.05 * torch.cdist(representations[7:8].double(), representations.double())[0] ** 2)
+    torch.testing.assert_close(row, exact, atol=1e-6, rtol=0)
+
+
+def test_fourier_features_approximate_the_kernel():
+    representations = centred(torch.randn(60, 6))
+    exact, rough = RBFKernel(representations, 0.1), FourierKernel(representations, 0.1, 16_384, seed=0)
+    assert float((full_kernel(exact) - full_kernel(rough)).abs().max()) < 0.05
+
+
+def test_gamma_is_the_inverse_squared_median_distance():
+    representations = torch.tensor([[0.0], [1.0], [3.0]])  # distances 1, 2, 3
+    assert median_heuristic_gamma(representations, seed=42) == pytest.approx(1 / 4)
+    with pytest.raises(UserError, match="GAMMA"):
+        median_heuristic_gamma(torch.zeros(5, 3), seed=42)
+
+
+def test_min_max_normalise():
+    assert min_max_normalise(torch.tensor([2.0, 4.0, 3.0])).tolist() == [0, 1, 0.5]
+    assert min_max_normalise(torch.full((3,), 7.0)).tolist() == [0, 0, 0]
+
+
+def test_combined_scores_weigh_normalised_tasks():
+    scores = [torch.tensor([0.0, 10.0]), torch.tensor([5.0, -5.0]), torch.tensor([1.0, 1.0])]
+    assert combined_scores(scores, [1, 1, 1]).tolist() == [1, 1]
+    assert combined_scores(scores, [2, 0.5, 1]).tolist() == [0.5, 2]
+
+
+def test_most_harmful_are_the_smallest_in_order():
+    assert most_harmful(torch.tensor([3.0, -1.0, -2.0, -1.0]), 3) == [2, 1, 3]
+
+
+def test_random_subset_has_the_released_picks():
+    import random
+
+    random.seed(42)
+    assert random_subset(96_256, 100, seed=42) == random.sample(range(96_256), 100)
+
+
+def test_more_than_there_are_is_refused():
+    require_enough(5, 5)
+    with pytest.raises(UserError, match="BOTTOM_K = 6.*1 to 5"):
+        require_enough(6, 5)

@@ -1,0 +1,317 @@
+"""The constants at the top of the scripts: overriding them, refusing what is wrong, and keeping them alike."""
+
+from __future__ import annotations
+
+import re
+import typing
+from typing import Literal
+
+import pytest
+from conftest import load_script, run_script
+
+from utils import settings as settings_module
+from utils.console import UserError
+from utils.paths import PROJECT_ROOT
+from utils.settings import HubAccess, hub_access, load_settings, run_step
+
+STEPS = {
+    1: "compute_factors_and_scores.py",
+    2: "representations/train_reps.py",
+    3: "dpp/greedy_dpp.py",
+    4: "make_gradients.py",
+    5: "gradient_ascent_and_save.py",
+}
+EVALUATIONS = [f"evaluation_scripts/{name}.py" for name in ("anthropic_eval", "bias_loss", "ethics_loss", "truth_loss")]
+PIPELINE = [*STEPS.values(), *EVALUATIONS]
+SCRIPTS = ["data/make_sft_model.py", *PIPELINE]
+
+FACTORS = {"NUM_BLOCKS", "FACTOR_STRATEGY", "NUM_FACTOR_EXAMPLES", "DAMPING_FACTOR", "USE_HALF_PRECISION"}
+COMMON = {"MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "OVERWRITE"}
+PROMISED = {
+    1: {"MODEL_NAMES", "TASK_NAME", *FACTORS, "FISHER_POSITIONS", "COMPUTE_PER_TOKEN_SCORES", "TOKENS_PER_BATCH"},
+    2: {"MODEL_NAME", "MAX_LENGTH", "TOKENS_PER_BATCH"},
+    3: {"MODEL_NAME", "TASK_NAME", "BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA"},
+    4: {
+        *{"MODEL_NAMES", "TASK_NAME", "BOTTOM_K", "SCORES_TYPE", "IF_WEIGHT", "GRADIENT_REDUCTION_TYPE"},
+        *{"TASK_WEIGHTS", *FACTORS, "FISHER_POSITIONS"},
+    },
+    5: {
+        *{"MODEL_NAME", "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "IF_WEIGHT", "LEARNING_RATE", "SAVE_TO_DISK"},
+        *{"PUSH_TO_HUB", "HUB_USERNAME", "COMPUTE_ANTHROPIC_EVAL", "COMPUTE_TASK_EVAL"},
+    },
+}
+FAKE_TOKEN = "hf_not_a_real_token"
+
+
+def schema_of(script: str) -> dict[str, typing.Any]:
+    hints = typing.get_type_hints(load_script(script), include_extras=True)
+    return {name: hint for name, hint in hints.items() if name.isupper()}
+
+
+def settings_of(script: str, *arguments: str) -> settings_module.Settings:
+    return load_settings(load_script(script), arguments)
+
+
+@pytest.fixture
+def env_file(tmp_path, monkeypatch):
+    """A repository whose `.env` the test writes, and an environment without the hub's variables."""
+    monkeypatch.setattr(settings_module, "PROJECT_ROOT", tmp_path)
+    for name in ("HUB_TOKEN", "HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / ".env"
+
+
+# -------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "name", "expected"),
+    [
+        (STEPS[4], ["--BOTTOM_K", "50"], "BOTTOM_K", 50),
+        (STEPS[4], ["--BOTTOM_K=50"], "BOTTOM_K", 50),
+        (STEPS[4], ["--BOTTOM_K", "7", "--BOTTOM_K", "50"], "BOTTOM_K", 50),
+        (STEPS[4], ["--IF_WEIGHT", "0.5"], "IF_WEIGHT", 0.5),
+        (STEPS[4], ["--IF_WEIGHT", "1e-3"], "IF_WEIGHT", 0.001),
+        (STEPS[4], ["--IF_WEIGHT", "0"], "IF_WEIGHT", 0.0),
+        (STEPS[4], ["--USE_HALF_PRECISION", "True"], "USE_HALF_PRECISION", True),
+        (STEPS[5], ["--SAVE_TO_DISK=False"], "SAVE_TO_DISK", False),
+        (STEPS[1], ["--DAMPING_FACTOR", "None"], "DAMPING_FACTOR", None),
+        (STEPS[1], ["--DAMPING_FACTOR", "1e-8"], "DAMPING_FACTOR", 1e-8),
+        (STEPS[5], ["--HUB_USERNAME", "None"], "HUB_USERNAME", None),
+        (STEPS[5], ["--HUB_USERNAME", "somebody"], "HUB_USERNAME", "somebody"),
+        (STEPS[1], ["--MODEL_NAMES", "a/b", "c/d"], "MODEL_NAMES", ["a/b", "c/d"]),
+        (STEPS[1], ["--MODEL_NAMES=a/b", "c/d"], "MODEL_NAMES", ["a/b", "c/d"]),
+        (STEPS[1], ["--MODEL_NAMES", "a/b"], "MODEL_NAMES", ["a/b"]),
+        (STEPS[4], ["--TASK_WEIGHTS", "1", "0.5", "0"], "TASK_WEIGHTS", [1.0, 0.5, 0.0]),
+        (STEPS[5], ["--LEARNING_RATE", "0.02"], "LEARNING_RATE", 0.02),
+        (STEPS[5], ["--LEARNING_RATE", "0.01", "0.02"], "LEARNING_RATE", [0.01, 0.02]),
+        (STEPS[1], ["--TASK_NAME", "ethics"], "TASK_NAME", "ethics"),
+        (STEPS[1], ["--TOKENS_PER_BATCH", "auto"], "TOKENS_PER_BATCH", "auto"),
+        (STEPS[1], ["--TOKENS_PER_BATCH", "512"], "TOKENS_PER_BATCH", 512),
+        (STEPS[1], ["--SEED", "7"], "SEED", 7),
+        (STEPS[1], ["--OUTPUT_DIR", "12"], "OUTPUT_DIR", "12"),
+        (STEPS[1], ["--OUTPUT_DIR=a=b"], "OUTPUT_DIR", "a=b"),
+    ],
+)
+def test_override(script, words, name, expected):
+    value = getattr(settings_of(script, *words), name)
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_without_overrides_the_constants_stand():
+    module = load_script(STEPS[4])
+    assert vars(load_settings(module, [])) == {name: getattr(module, name) for name in schema_of(STEPS[4])}
+
+
+def test_a_whole_number_for_a_float_is_the_same_setting_as_the_float():
+    """Else 10 and 10.0 would have different fingerprints."""
+    for name, words in {"LEARNING_RATE": ["1", "2"], "IF_WEIGHT": ["10"]}.items():
+        value = getattr(settings_of(STEPS[5], f"--{name}", *words), name)
+        assert {type(number) for number in (value if isinstance(value, list) else [value])} == {float}
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        (STEPS[4], ["--BOTTOM_K", "0"], ["BOTTOM_K = 0", "whole number at least 1"]),
+        (STEPS[4], ["--BOTTOM_K", "-5"], ["BOTTOM_K = -5", "whole number at least 1"]),
+        (STEPS[4], ["--BOTTOM_K", "2.5"], ["BOTTOM_K = 2.5", "whole number"]),
+        (STEPS[4], ["--BOTTOM_K", "many"], ["BOTTOM_K = many", "whole number"]),
+        (STEPS[4], ["--BOTTOM_K", "True"], ["BOTTOM_K = True", "whole number"]),
+        (STEPS[4], ["--BOTTOM_K"], ["BOTTOM_K = nothing", "whole number"]),
+        (STEPS[4], ["--BOTTOM_K", "5", "6"], ["BOTTOM_K = 5 6", "whole number"]),
+        (STEPS[4], ["--IF_WEIGHT", "-1"], ["IF_WEIGHT = -1", "number at least 0"]),
+        (STEPS[4], ["--IF_WEIGHT", "nan"], ["IF_WEIGHT = nan", "number at least 0"]),
+        (STEPS[4], ["--IF_WEIGHT", "inf"], ["IF_WEIGHT = inf", "number at least 0"]),
+        (STEPS[4], ["--IF_WEIGHT", "None"], ["IF_WEIGHT = None", "number at least 0"]),
+        (STEPS[3], ["--GAMMA", "0"], ["GAMMA = 0", "number above 0", "None"]),
+        (STEPS[5], ["--LEARNING_RATE", "-0.012"], ["LEARNING_RATE = -0.012", "number at least 0", "list"]),
+        (STEPS[5], ["--LEARNING_RATE", "0.1", "fast"], ["LEARNING_RATE = 0.1 fast", "number at least 0"]),
+        (STEPS[5], ["--LEARNING_RATE"], ["LEARNING_RATE = nothing"]),
+        (STEPS[4], ["--TASK_WEIGHTS", "1", "-1", "1"], ["TASK_WEIGHTS = 1 -1 1", "list of a number at least 0"]),
+        (STEPS[1], ["--MODEL_NAMES"], ["MODEL_NAMES = nothing", "list of text"]),
+        (STEPS[1], ["--USE_HALF_PRECISION", "yes"], ["USE_HALF_PRECISION = yes", "True or False"]),
+        (STEPS[1], ["--USE_HALF_PRECISION", "1"], ["USE_HALF_PRECISION = 1", "True or False"]),
+        (STEPS[1], ["--TASK_NAME", "toxicity"], ["TASK_NAME = toxicity", "'bias', 'ethics', 'truth', 'all'"]),
+        (STEPS[1], ["--FACTOR_STRATEGY", "EKFAC"], ["FACTOR_STRATEGY = EKFAC", "'ekfac', 'kfac', 'diagonal'"]),
+        (STEPS[1], ["--TOKENS_PER_BATCH", "none"], ["TOKENS_PER_BATCH = none", "whole number at least 1 or 'auto'"]),
+        (STEPS[1], ["--SEED", "-1"], ["SEED = -1", "whole number at least 0"]),
+        (STEPS[1], ["ethics"], ["'ethics'", "--NAME value", "TASK_NAME"]),
+        (EVALUATIONS[1], ["--SPLIT", "validation"], ["SPLIT = validation", "'train', 'test'"]),
+    ],
+)
+def test_a_wrong_value_is_refused_and_told_what_is_allowed(script, words, told):
+    with pytest.raises(UserError) as refusal:
+        settings_of(script, *words)
+    for part in told:
+        assert part in str(refusal.value)
+
+
+@pytest.mark.parametrize("word", ["--BOTOM_K", "--bottom_k", "--SUM_IS_DIVIDED_BY=1"])
+def test_an_unknown_constant_lists_what_exists(word):
+    with pytest.raises(UserError) as refusal:
+        settings_of(STEPS[4], word, "5")
+    assert word.partition("=")[0] in str(refusal.value)
+    for name in schema_of(STEPS[4]):
+        assert name in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("script", "name", "value", "allowed"),
+    [
+        (STEPS[4], "BOTTOM_K", "20", "whole number"),
+        (STEPS[4], "BOTTOM_K", True, "whole number"),
+        (STEPS[4], "IF_WEIGHT", None, "a number"),
+        (STEPS[4], "TASK_WEIGHTS", [1.0, "2"], "a list of a number"),
+        (STEPS[4], "TASK_WEIGHTS", [], "a list of a number"),
+        (STEPS[1], "MODEL_NAMES", "a/b", "a list of text"),
+        (STEPS[1], "TASK_NAME", "toxicity", "'bias', 'ethics', 'truth', 'all'"),
+        (STEPS[1], "DAMPING_FACTOR", float("nan"), "a number at least 0 or None"),
+        (STEPS[5], "PUSH_TO_HUB", 1, "True or False"),
+    ],
+)
+def test_an_edited_constant_of_a_wrong_type_is_refused(monkeypatch, script, name, value, allowed):
+    module = load_script(script)
+    monkeypatch.setattr(module, name, value)
+    with pytest.raises(UserError) as refusal:
+        load_settings(module, [])
+    assert f"{name} = {value!r}" in str(refusal.value)
+    assert allowed in str(refusal.value)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_settings_are_checked_before_a_model_is_looked_for(script, capsys):
+    model = "BASE_MODEL" if "BASE_MODEL" in schema_of(script) else {*schema_of(script)} & {"MODEL_NAME", "MODEL_NAMES"}
+    model = model if isinstance(model, str) else model.pop()
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, f"--{model}", "/no/such/model", "--SEED", "fast")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: SEED = fast: allowed is a whole number")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_several_processes_are_refused(monkeypatch, capsys, launcher):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        run_step(lambda settings: pytest.fail(f"{launcher} started the work"), [])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE = 2: the steps run as one process")
+
+
+# ------------------------------------------------------------------------------------ the blocks of constants
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_every_constant_with_its_value_and_comment(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(script, "--help")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in schema_of(script):
+        comment = constant_comments(script)[name]
+        assert f"{name} = {getattr(load_script(script), name)!r}\n      {comment} [" in shown
+
+
+def constant_comments(script: str) -> dict[str, str]:
+    source = (PROJECT_ROOT / script).read_text(encoding="utf-8")
+    return dict(re.findall(r"^([A-Z_]+): [^#\n]* = [^#\n]*  # (\S[^\n]*)$", source, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_constant_has_a_comment(script):
+    assert set(schema_of(script)) == set(constant_comments(script))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_defaults_pass_their_own_check(script):
+    settings_of(script)
+
+
+def test_constants_that_scripts_share_are_the_same_everywhere():
+    first: dict[str, tuple[str, object, object]] = {}
+    for script in PIPELINE:
+        module = load_script(script)
+        for name, annotation in schema_of(script).items():
+            value = getattr(module, name)
+            where, their_value, their_annotation = first.setdefault(name, (script, value, annotation))
+            assert value == their_value, f"{name} in {script} and {where}"
+            if name != "TASK_NAME":  # step 1 has no "combined": it scores each task
+                assert annotation == their_annotation, f"{name} in {script} and {where}"
+    assert [first["MODEL_NAME"][1]] == first["MODEL_NAMES"][1]
+
+
+def test_the_model_that_is_made_is_the_one_the_steps_start_from():
+    made, used = load_script("data/make_sft_model.py"), load_script(STEPS[2])
+    assert made.SFT_MODEL_DIR == used.MODEL_NAME
+    for name in ("HH_DATASET", "SEED", "DEVICE"):
+        assert getattr(made, name) == getattr(used, name)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_has_the_constants_it_promises(step):
+    assert {*COMMON, *PROMISED[step]} <= set(schema_of(STEPS[step]))
+
+
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_an_evaluation_has_the_constants_it_promises(script):
+    assert {*COMMON, "MODEL_NAMES", "SPLIT"} == set(schema_of(script))
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("TASK_NAME", {"bias", "ethics", "truth", "combined", "all"}),
+        ("MODEL_FAMILY", {"auto", "pythia", "qwen"}),
+        ("FACTOR_STRATEGY", {"ekfac", "kfac", "diagonal", "identity"}),
+        ("SCORES_TYPE", {"pure_ekfac", "dpp", "random"}),
+        ("GRADIENT_REDUCTION_TYPE", {"mean", "sum"}),
+        ("FISHER_POSITIONS", {"completion", "all"}),
+    ],
+)
+def test_choices(name, choices):
+    annotation = schema_of(STEPS[4])[name]
+    assert typing.get_origin(annotation) is Literal
+    assert set(typing.get_args(annotation)) == choices
+
+
+# ------------------------------------------------------------------------------------------------------- .env
+
+
+def test_hub_access_reads_the_env_file(env_file):
+    env_file.write_text(f"HUB_CACHE=/some/cache\nHUB_TOKEN={FAKE_TOKEN}\n", encoding="utf-8")
+    assert (hub_access().cache, hub_access().token) == ("/some/cache", FAKE_TOKEN)
+
+
+def test_the_environment_wins_over_the_env_file(env_file, monkeypatch):
+    env_file.write_text("HUB_TOKEN=from_the_file\n", encoding="utf-8")
+    monkeypatch.setenv("HUB_TOKEN", FAKE_TOKEN)
+    assert hub_access().token == FAKE_TOKEN
+
+
+def test_the_example_env_file_sets_nothing(env_file):
+    env_file.write_text((PROJECT_ROOT / ".env.example").read_text(encoding="utf-8"), encoding="utf-8")
+    assert hub_access() == HubAccess(cache=None, token=None)
+
+
+def test_without_an_env_file_there_is_no_token(env_file):
+    assert not env_file.exists()
+    assert hub_access() == HubAccess(cache=None, token=None)
+
+
+def test_the_token_is_not_shown(env_file):
+    env_file.write_text(f"HUB_TOKEN={FAKE_TOKEN}\n", encoding="utf-8")
+    assert FAKE_TOKEN not in repr(hub_access())
+    assert FAKE_TOKEN not in str(hub_access())
+
+
+def test_the_token_is_blotted_out_of_error_lines(env_file, capsys):
+    env_file.write_text(f"HUB_TOKEN={FAKE_TOKEN}\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run_script(STEPS[2], "--MODEL_NAME", f"/no/such/{FAKE_TOKEN}/model")
+    shown = capsys.readouterr()
+    assert FAKE_TOKEN not in shown.err
+    assert "/no/such/***/model" in shown.err

@@ -1,0 +1,220 @@
+"""Steps 2 to 5 through the real scripts: representations, subsets, gradients, the update, the checkpoint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import load_script
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils.artifacts import read_json
+from utils.models import load_model, load_tokenizer
+from utils.performance_functions.hh import Dialogues
+from utils.repair import change_percent, improvement_percent
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["pythia", "qwen"])
+def finished(request, make_workspace):
+    """A workspace with all steps done, for dpp."""
+    workspace = make_workspace(request.param)
+    workspace.run_all("dpp")
+    return workspace
+
+
+def only(workspace, pattern):
+    (path,) = workspace.output.rglob(pattern)
+    return path
+
+
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+def test_representation_is_the_mean_of_the_models_own_hidden_states(tiny_models, family):
+    represent = load_script("representations/train_reps.py").represent
+    model, tokenizer = load_model(str(tiny_models[family]), CPU), load_tokenizer(str(tiny_models[family]))
+    dialogues = Dialogues(["\n\nHuman: Hi\n\nAssistant:", "Q:", "long " * 50], [" Hello there.", " A", " end"])
+    small, large = (represent(model, tokenizer, dialogues, 40, tokens) for tokens in (16, 4_096))
+    assert torch.norm(small - large) <= 1e-5 * torch.norm(large)
+    for row, (prompt, chosen) in enumerate(zip(dialogues.prompts, dialogues.completions, strict=True)):
+        inputs = tokenizer(f"{prompt} {chosen}", return_tensors="pt", truncation=True, max_length=40)
+        with torch.no_grad():
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(large[row], hidden[0].mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_artefacts_have_the_stated_names_and_shapes(finished):
+    model = finished.model.name
+    scores = load_file(
+        finished.output / f"ekfac_experiments/influence_results/truth_{model}/scores_ekfac/pairwise_scores.safetensors"
+    )
+    assert {name: tuple(tensor.shape) for name, tensor in scores.items()} == {"all_modules": (1, 60)}
+    assert scores["all_modules"].dtype == torch.float32
+    representations = load_file(finished.output / f"representations/{model}_sumreps.safetensors")
+    assert tuple(representations["representations"].shape) == (60, 32)
+    picks = json.loads((finished.output / f"dpp/truth_{model}_indices_5_ifweight10.json").read_text())
+    assert len(set(picks["indices"])) == len(picks["diversity_gains"]) == len(picks["influence_gains"]) == 5
+    gradients = load_file(
+        finished.output / f"ekfac_experiments/influence_results/truth_{model}"
+        "/query_grads_dpp_ifweight10_bottom5/aggregated_query_grads.safetensors"
+    )
+    loaded = load_model(str(finished.model), CPU)
+    for name, tensor in gradients.items():
+        module = loaded.get_submodule(name)
+        assert tuple(tensor.shape) == (1, module.out_features, module.in_features + (module.bias is not None))
+
+
+def test_pure_ekfac_takes_the_most_negative_scores_and_sum_scales_the_mean(finished):
+    common = ("--TASK_NAME", "bias", "--BOTTOM_K", 7)
+    finished.run("make_gradients.py", *common)
+    folder = only(finished, "query_grads_pure_ekfac_bottom7")
+    scores = load_file(only(finished, "bias_*/scores_ekfac/pairwise_scores.safetensors"))["all_modules"][0]
+    manifest = read_json(folder / "aggregated_query_grads.manifest.json")
+    assert manifest["indices"] == scores.argsort()[:7].tolist()
+    mean = load_file(folder / "aggregated_query_grads.safetensors")
+    finished.run("make_gradients.py", *common, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", "True")
+    for name, tensor in load_file(folder / "aggregated_query_grads.safetensors").items():
+        torch.testing.assert_close(tensor, mean[name] * 7 / 100)
+
+
+def test_gradient_does_not_depend_on_the_batches(finished):
+    common = ("--TASK_NAME", "ethics", "--SCORES_TYPE", "random", "--BOTTOM_K", 9)
+    finished.run("make_gradients.py", *common)
+    file = only(finished, "ethics_*/query_grads_random_bottom9/aggregated_query_grads.safetensors")
+    first = load_file(file)
+    file.unlink()
+    finished.run("make_gradients.py", *common, "--TOKENS_PER_BATCH", 64)
+    for name, tensor in load_file(file).items():
+        assert torch.norm(tensor - first[name]) <= 1e-5 * torch.norm(tensor)
+
+
+@pytest.mark.parametrize("scores_type", ["pure_ekfac", "dpp", "random"])
+def test_combined_runs_through_every_step(finished, scores_type):
+    common = ("--TASK_NAME", "combined", "--BOTTOM_K", 4)
+    finished.run("dpp/greedy_dpp.py", *common)
+    finished.run("make_gradients.py", *common, "--SCORES_TYPE", scores_type)
+    finished.run("gradient_ascent_and_save.py", *common, "--SCORES_TYPE", scores_type, "--LEARNING_RATE", 0.01)
+    folder = only(finished, f"combined_*_{scores_type}_*bottom4_lr0.01")
+    assert set(read_json(folder / "repair.json")["measurements"]) == {"perplexity", "bias", "ethics", "truth"}
+
+
+def test_update_is_exactly_the_learning_rate_times_the_saved_tensor(finished):
+    checkpoint = only(finished, "truth_*_dpp_ifweight10_bottom5_lr0.05")
+    gradients = load_file(
+        only(finished, "truth_*/query_grads_dpp_ifweight10_bottom5/aggregated_query_grads.safetensors")
+    )
+    before = load_model(str(finished.model), CPU).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    assert before.keys() == after.keys()
+    changed = set()
+    for name, gradient in gradients.items():
+        step = gradient[0]
+        weight = before[f"{name}.weight"]
+        expected = {f"{name}.weight": torch.add(weight, step[:, : weight.shape[1]], alpha=0.05)}
+        if f"{name}.bias" in before:
+            expected[f"{name}.bias"] = torch.add(before[f"{name}.bias"], step[:, -1], alpha=0.05)
+        for key, tensor in expected.items():
+            assert torch.equal(after[key], tensor)
+            assert not torch.equal(before[key], tensor)
+            changed.add(key)
+    last_block = {key for key in before if ".layers.2." in key}
+    assert changed <= last_block
+    for key in before.keys() - changed:
+        assert torch.equal(before[key], after[key]), f"{key} is no tracked Linear and must not move"
+
+
+def test_saved_checkpoint_is_complete_and_reloads_bit_equal(finished, tmp_path):
+    checkpoint = only(finished, "bias_*_dpp_ifweight10_bottom5_lr0.05")
+    reloaded = load_model(str(checkpoint), CPU)
+    reloaded.save_pretrained(tmp_path)
+    stored, again = (load_file(folder / "model.safetensors") for folder in (checkpoint, tmp_path))
+    assert stored.keys() == again.keys()
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+    assert reloaded.dtype == torch.float32
+    config = read_json(checkpoint / "config.json")
+    assert config["model_type"] == read_json(finished.model / "config.json")["model_type"]
+    inputs = AutoTokenizer.from_pretrained(checkpoint)("Human: Hello", return_tensors="pt")
+    assert (
+        reloaded.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False).shape[1]
+        > inputs["input_ids"].shape[1]
+    )
+    card = (checkpoint / "README.md").read_text()
+    assert "| perplexity |" in card
+    assert "| bias |" in card
+
+
+def test_learning_rate_zero_changes_nothing(finished):
+    finished.run(
+        "gradient_ascent_and_save.py",
+        "--BOTTOM_K",
+        5,
+        "--SCORES_TYPE",
+        "dpp",
+        "--LEARNING_RATE",
+        0,
+        "--TASK_NAME",
+        "bias",
+    )
+    checkpoint = only(finished, "bias_*_dpp_ifweight10_bottom5_lr0")
+    before, after = (load_file(folder / "model.safetensors") for folder in (finished.model, checkpoint))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    measured = read_json(checkpoint / "repair.json")["measurements"]
+    assert measured["perplexity"]["change_percent"] == 0
+    assert measured["bias"]["improvement_percent"] == 0
+
+
+def test_sweep_equals_single_rates_and_results_equal_step_6(finished):
+    common = ("--TASK_NAME", "truth", "--BOTTOM_K", 5, "--SCORES_TYPE", "dpp")
+    finished.run("gradient_ascent_and_save.py", *common, "--LEARNING_RATE", 0.3, 0.02)
+    folder = only(finished, "truth_*_dpp_ifweight10_bottom5_lr0.02")
+    swept = load_file(folder / "model.safetensors")
+    results = {m: only(finished, f"{folder.name}_{m}_test.json") for m in ("anthropic", "truth")}
+    recorded = {metric: read_json(path)["loss"] for metric, path in results.items()}
+    for path in (folder / "manifest.json", *results.values()):
+        path.unlink()
+    finished.run(
+        "gradient_ascent_and_save.py",
+        *common,
+        "--LEARNING_RATE",
+        0.02,
+        "--COMPUTE_ANTHROPIC_EVAL",
+        "False",
+        "--COMPUTE_TASK_EVAL",
+        "False",
+    )
+    alone = load_file(folder / "model.safetensors")
+    assert all(torch.equal(swept[name], alone[name]) for name in swept)
+    arguments = [
+        argument if argument != str(finished.model) else str(folder)
+        for argument in finished.arguments("evaluation_scripts/truth_loss.py")
+    ]
+    for metric, script in (("anthropic", "anthropic_eval"), ("truth", "truth_loss")):
+        module = load_script(f"evaluation_scripts/{script}.py")
+        module.run_step(module.main, arguments)
+        assert read_json(results[metric])["loss"] == pytest.approx(recorded[metric], rel=1e-6)
+
+
+def test_without_saving_only_results_are_written(finished):
+    finished.run(
+        "gradient_ascent_and_save.py",
+        "--TASK_NAME",
+        "ethics",
+        "--BOTTOM_K",
+        5,
+        "--SCORES_TYPE",
+        "dpp",
+        "--LEARNING_RATE",
+        0.07,
+        "--SAVE_TO_DISK",
+        "False",
+    )
+    assert not list(finished.output.rglob("ethics_*_lr0.07"))
+    assert len(list((finished.output / "results").glob("ethics_*_lr0.07_*_test.json"))) == 2
+
+
+def test_percentages():
+    assert improvement_percent(before=-2.0, after=-3.0) == pytest.approx(50)
+    assert improvement_percent(before=2.0, after=3.0) == pytest.approx(-50)
+    assert change_percent(before=10.0, after=10.1) == pytest.approx(1)
