@@ -63,7 +63,7 @@ def load_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogue
                 raise UserError(
                     f"{source}, row {position}: no {column!r}; it has {', '.join(row)}, and needs prompt and chosen"
                 )
-            if not isinstance(row[column], str) or not row[column].strip():
+            if not isinstance(row[column], str):
                 raise UserError(f"{source}, row {position}: {column!r} is {row[column]!r}; it must be a text")
     return Dialogues([row["prompt"] for row in rows], [row["chosen"] for row in rows])
 

@@ -26,8 +26,8 @@ class SequenceNLL(NamedTuple):
 
     @property
     def mean(self) -> torch.Tensor:
-        """(B,) nats per label token."""
-        return self.total / self.num_tokens
+        """(B,) nats per label token; 0 for a sequence without labels (a prompt that fills the whole context)."""
+        return self.total / self.num_tokens.clamp(min=1)
 
 
 def label_logits(
