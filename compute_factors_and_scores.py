@@ -21,7 +21,7 @@ from tasks import TRUST_TASKS
 from tasks.base import TrustTask
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
-from utils.batching import BatchLoader
+from utils.batching import BatchLoader, Example
 from utils.console import banner, say
 from utils.influence import (
     SCORES_NAME,
@@ -35,9 +35,9 @@ from utils.influence import (
 )
 from utils.models import resolve_device
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
-from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
+from utils.performance_functions.pairs import tokenize_pairs
 from utils.pipeline import Pipeline, Traceable, load_traceable, tasks_of
-from utils.settings import Family, NonNegativeFloat, PositiveInt, Settings, Strategy, TraceTask, run_step
+from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
@@ -45,7 +45,7 @@ MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's 
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # of the factor subset and of the labels sampled for the Fisher
+SEED: Seed = 42  # of the factor subset and of the labels sampled for the Fisher
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 
@@ -85,7 +85,7 @@ def fit_missing_factors(
 def score_tasks(
     subject: Traceable,
     tasks: list[TrustTask],
-    pairs: dict[str, list[AnswerPair]],
+    queries: dict[str, list[Example]],
     train: BatchLoader,
     factors: Artifact,
     per_token: bool,
@@ -93,9 +93,9 @@ def score_tasks(
     """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
     gradients = []
     for task in tasks:
-        examples = tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens)
+        description = f"{task.name} queries"
         loader = BatchLoader(
-            examples, subject.limits, train.pad_token_id, train.device, description=f"{task.name} queries"
+            queries[task.name], subject.limits, train.pad_token_id, train.device, description=description
         )
         gradients.append(mean_measurement_gradient(subject.model, task, loader, subject.curvature))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
@@ -131,18 +131,22 @@ def trace_model(settings: Settings, model_name: str) -> None:
     tasks = {
         name: TRUST_TASKS[name](subject.tracked_modules, settings.SEED, settings.FISHER_POSITIONS) for name in names
     }
+    queries = {
+        name: tokenize_pairs(pairs[name], subject.tokenizer, tasks[name].measurement.max_tokens) for name in unfinished
+    }
     trace(subject.model, tasks[names[0]])
     fit_missing_factors(factors, settings, subject, tasks[names[0]], train)
     if not unfinished:
         return
     scored = [tasks[name] for name in unfinished]
-    scores = score_tasks(subject, scored, pairs, train, factors, settings.COMPUTE_PER_TOKEN_SCORES)
+    scores = score_tasks(subject, scored, queries, train, factors, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         if settings.COMPUTE_PER_TOKEN_SCORES:
             tokens = {"scores": scores.tokens[query], "offsets": scores.token_offsets}
             outputs[name][1].save_tensors(tokens, started)
         sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
-        outputs[name][0].save_tensors({SCORES_NAME: scores.examples[query : query + 1]}, started, sign=sign)
+        if not is_finished(outputs[name][0]):
+            outputs[name][0].save_tensors({SCORES_NAME: scores.examples[query : query + 1]}, started, sign=sign)
 
 
 def main(settings: Settings) -> None:

@@ -17,10 +17,18 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
-from utils.artifacts import Artifact, to_json, write_atomically
+from utils.artifacts import Artifact, require_finite, to_json, write_atomically
 from utils.console import banner, say, shown_path
 from utils.hub import push_folder, require_hub_access
-from utils.models import find_family, load_config, load_model, load_tokenizer, model_fingerprint, resolve_device
+from utils.models import (
+    copy_tokenizer,
+    find_family,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_device,
+)
 from utils.performance_functions.evaluation import MEASUREMENTS, Evaluator
 from utils.pipeline import STEP_5, gradients_artifact, scored_tasks, tasks_of
 from utils.repair import ascend, model_card, original_weights, repair_report
@@ -30,6 +38,7 @@ from utils.settings import (
     PositiveInt,
     RepairTask,
     ScoresType,
+    Seed,
     Settings,
     run_step,
 )
@@ -40,7 +49,7 @@ MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's 
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # as in steps 1 and 4, whose folders carry it
+SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 
@@ -48,7 +57,7 @@ TASK_NAME: RepairTask = "all"  # as in step 4
 SCORES_TYPE: ScoresType = "pure_ekfac"  # as in step 4
 BOTTOM_K: PositiveInt = 20  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
-LEARNING_RATE: NonNegativeFloat | list[NonNegativeFloat] = 0.05  # step size; a list is a sweep; try 0.012 on real models
+LEARNING_RATE: NonNegativeFloat | list[NonNegativeFloat] = 0.05  # step size; a list sweeps; try 0.012 on real models
 SAVE_TO_DISK: bool = True  # write the repaired checkpoint
 PUSH_TO_HUB: bool = False  # upload it; needs SAVE_TO_DISK, HUB_USERNAME and HUB_TOKEN in .env
 HUB_USERNAME: str | None = None  # owner of the hub repository
@@ -94,21 +103,26 @@ class Repair:
         if checkpoint.is_finished(self.settings.OVERWRITE):
             return
         started = time.monotonic()
-        model, tokenizer = self.model_at(learning_rate)
+        model, _ = self.model_at(learning_rate)
+        require_finite(dict(model.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.growing_folder() as folder:
             model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            copy_tokenizer(self.settings.MODEL_NAME, folder)
             checkpoint.publish_folder(started, {name: list(step.shape) for name, step in self._steps.items()})
 
     def report(self, checkpoint: Artifact, learning_rate: float, evaluator: Evaluator) -> dict[str, Any]:
         """Measure before and after on the test split; results that are there are read."""
-        saved = self.settings.SAVE_TO_DISK
-        after_fingerprint = model_fingerprint(str(checkpoint.path)) if saved else checkpoint.fingerprint
+        is_saved = self.settings.SAVE_TO_DISK or checkpoint.is_finished(overwrite=True)
+        after_fingerprint = model_fingerprint(str(checkpoint.path)) if is_saved else checkpoint.fingerprint
         before, after = {}, {}
         for metric in self.metrics:
             before[metric] = evaluator.result(metric, self.name, self.fingerprint, lambda: self.model_at(0.0))
             after[metric] = evaluator.result(
-                metric, checkpoint.path.name, after_fingerprint, lambda: self.model_at(learning_rate)
+                metric,
+                checkpoint.path.name,
+                after_fingerprint,
+                lambda: self.model_at(learning_rate),
+                recipe=checkpoint.fingerprint,
             )
         recipe = {
             "model": self.settings.MODEL_NAME,
@@ -139,12 +153,14 @@ def write_if_changed(path: paths.Path, text: str) -> None:
 
 def main(settings: Settings) -> None:
     """Repair for every task at every learning rate."""
-    find_family(load_config(settings.MODEL_NAME).model_type, settings.MODEL_FAMILY)
+    find_family(load_config(settings.MODEL_NAME), settings.MODEL_FAMILY)
     access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
     rates = settings.LEARNING_RATE if isinstance(settings.LEARNING_RATE, list) else [settings.LEARNING_RATE]
     evaluator = Evaluator(settings, "test")
     for task in tasks_of(settings.TASK_NAME):
         repair = Repair(settings, task)
+        for metric in repair.metrics:
+            evaluator.data(metric)  # a missing file is found before the repair, not after it
         for learning_rate in rates:
             banner(
                 "step 5: repair",

@@ -15,7 +15,7 @@ import time
 from typing import Literal
 
 from tasks import BackwardTask
-from utils.artifacts import fingerprint_of, read_json
+from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader
 from utils.console import UserError, banner, say, shown_path
 from utils.influence import Gradients, mean_measurement_gradient, precondition, trace
@@ -29,6 +29,7 @@ from utils.settings import (
     PositiveInt,
     RepairTask,
     ScoresType,
+    Seed,
     Settings,
     Strategy,
     run_step,
@@ -40,7 +41,7 @@ MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's 
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # of the random subset; as in step 1, whose factors are read
+SEED: Seed = 42  # of the random subset; as in step 1, whose factors are read
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 
@@ -77,11 +78,13 @@ def choose_subset(pipeline: Pipeline, task: str) -> list[int]:
     if settings.SCORES_TYPE == "pure_ekfac":
         return most_harmful(scores, settings.BOTTOM_K)
     artifact = pipeline.dpp(task, **fingerprints)
-    artifact.require()
-    indices = read_json(artifact.path)["indices"]
-    if len(set(indices)) != settings.BOTTOM_K or not all(0 <= index < total for index in indices):
+    content = artifact.load_json()
+    indices = content.get("indices") if isinstance(content, dict) else None
+    are_indices = isinstance(indices, list) and all(index in range(total) for index in indices)
+    if not are_indices or len(set(indices)) != settings.BOTTOM_K:
         raise UserError(
-            f"{shown_path(artifact.path)} does not hold {settings.BOTTOM_K} indices below {total}; run {STEP_3} again"
+            f"{shown_path(artifact.path)} does not hold {settings.BOTTOM_K} indices below {total}; "
+            f"delete it and run {STEP_3} again"
         )
     return indices
 

@@ -35,12 +35,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
-from utils.batching import IGNORED_LABEL, Example, batch_limits
+from utils.batching import IGNORED_LABEL, Batch, Example, batch_limits
 from utils.console import UserError, banner, progress_bar, say
 from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions.evaluation import evaluate_dialogues
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
-from utils.settings import PositiveFloat, PositiveInt, Settings, run_step
+from utils.performance_functions.losses import sequence_nll
+from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 BASE_MODEL: str = "pythia-demo"  # hub id, local folder, or a bare architecture of ARCHITECTURES
@@ -50,7 +51,7 @@ SFT_MODEL_DIR: str = "data/demo/pythia-demo-sft"  # where the model goes
 NUM_EPOCHS: PositiveInt = 4  # passes over the training split
 BATCH_SIZE: PositiveInt = 16  # dialogues in an optimizer step
 LEARNING_RATE: PositiveFloat = 2e-3  # peak; 1e-5 suits a pretrained base
-SEED: int = 42  # of the random weights and of the order of the dialogues
+SEED: Seed = 42  # of the random weights and of the order of the dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace a model that was made with other settings
 # -----------------------------------------------------------------------------------------------------------
@@ -112,6 +113,15 @@ class PadToLongest:
             return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
 
         return {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED_LABEL)}
+
+
+class CompletionTrainer(Trainer):
+    """A Trainer whose loss is the mean over the label tokens, with logits computed at those alone."""
+
+    def compute_loss(self, model: PreTrainedModel, inputs: Batch, *_: object, **__: object) -> torch.Tensor:
+        """Mean cross-entropy over the completions of the batch."""
+        nll = sequence_nll(model, inputs)
+        return nll.total.sum() / nll.num_tokens.sum().clamp(min=1)
 
 
 class ProgressBar(TrainerCallback):
@@ -176,7 +186,7 @@ def fine_tune(
         remove_unused_columns=False,
         dataloader_pin_memory=model.device.type == "cuda",
     )
-    trainer = Trainer(
+    trainer = CompletionTrainer(
         model=model,
         args=arguments,
         train_dataset=DialogueDataset(examples),

@@ -37,6 +37,7 @@ from utils.settings import (
     PositiveFloat,
     PositiveInt,
     RepairTask,
+    Seed,
     Settings,
     Strategy,
     run_step,
@@ -48,7 +49,7 @@ MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's 
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # of the random features and of the sample behind GAMMA
+SEED: Seed = 42  # of the random features and of the sample behind GAMMA
 DEVICE: str = "auto"  # unused here: the greedy runs on the CPU
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 

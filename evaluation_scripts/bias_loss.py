@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.console import banner, say
 from utils.performance_functions.evaluation import evaluate_models
 from utils.reporting import results_table
-from utils.settings import Family, Settings, run_step
+from utils.settings import Family, Seed, Settings, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # models to measure: hub ids or local folders
@@ -25,7 +25,7 @@ MODEL_FAMILY: Family = "auto"  # unused here: any causal language model can be m
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # unused here: nothing in this step is random
+SEED: Seed = 42  # unused here: nothing in this step is random
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace results that were made from other data or weights
 

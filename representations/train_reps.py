@@ -23,7 +23,7 @@ from utils.console import banner, say
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
 from utils.performance_functions.hh import Dialogues
 from utils.pipeline import Pipeline
-from utils.settings import Family, PositiveInt, Settings, run_step
+from utils.settings import Family, PositiveInt, Seed, Settings, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
@@ -31,7 +31,7 @@ MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's 
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: int = 42  # unused here: nothing in this step is random
+SEED: Seed = 42  # unused here: nothing in this step is random
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 

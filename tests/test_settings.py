@@ -12,7 +12,7 @@ from conftest import load_script, run_script
 from utils import settings as settings_module
 from utils.console import UserError
 from utils.paths import PROJECT_ROOT
-from utils.settings import HubAccess, hub_access, load_settings, run_step
+from utils.settings import HubAccess, hub_access, load_settings
 
 STEPS = {
     1: "compute_factors_and_scores.py",
@@ -185,19 +185,18 @@ def test_an_edited_constant_of_a_wrong_type_is_refused(monkeypatch, script, name
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_settings_are_checked_before_a_model_is_looked_for(script, capsys):
-    model = "BASE_MODEL" if "BASE_MODEL" in schema_of(script) else {*schema_of(script)} & {"MODEL_NAME", "MODEL_NAMES"}
-    model = model if isinstance(model, str) else model.pop()
+    (model,) = {"MODEL_NAME", "MODEL_NAMES", "BASE_MODEL"} & set(schema_of(script))
     with pytest.raises(SystemExit) as stop:
         run_script(script, f"--{model}", "/no/such/model", "--SEED", "fast")
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: SEED = fast: allowed is a whole number")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_several_processes_are_refused(monkeypatch, capsys, launcher):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_several_processes_are_refused(script, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as stop:
-        run_step(lambda settings: pytest.fail(f"{launcher} started the work"), [])
+        run_script(script)
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: WORLD_SIZE = 2: the steps run as one process")
 
@@ -306,6 +305,13 @@ def test_the_token_is_not_shown(env_file):
     env_file.write_text(f"HUB_TOKEN={FAKE_TOKEN}\n", encoding="utf-8")
     assert FAKE_TOKEN not in repr(hub_access())
     assert FAKE_TOKEN not in str(hub_access())
+
+
+def test_the_reason_of_an_error_is_one_short_line_without_the_token():
+    access = HubAccess(token=FAKE_TOKEN)
+    assert access.reason(OSError(f"\n403 for\n{FAKE_TOKEN}\n")) == "403 for ***"
+    assert access.reason(OSError()) == "OSError"
+    assert len(access.reason(OSError("long " * 1_000))) <= 300
 
 
 def test_the_token_is_blotted_out_of_error_lines(env_file, capsys):

@@ -31,6 +31,7 @@ from utils.paths import PROJECT_ROOT
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 FINGERPRINT_BYTES = 16
+GROWING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
 
 
 def fingerprint_of(value: Any) -> str:  # noqa: ANN401
@@ -95,8 +96,11 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
             )
 
 
-def read_json(path: Path) -> Any:  # noqa: ANN401
+def read_json(path: Path, remedy: str = "delete it and run the step again") -> Any:  # noqa: ANN401
     """Read a JSON file.
+
+    Args:
+        remedy: what the user is told to do where it is broken.
 
     Raises:
         UserError: the file is not valid JSON.
@@ -104,7 +108,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown_path(path)} is not valid JSON ({error}); delete it and run the step again") from None
+        raise UserError(f"{shown_path(path)} is not valid JSON ({error}); {remedy}") from None
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class Artifact:
         """
         if not self.manifest_path.exists() or not self.path.exists():
             return False
-        manifest = read_json(self.manifest_path)
+        manifest = self._read_manifest()
         differences = [
             f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} now"
             for theirs, ours in ((manifest["settings"], self.settings), (manifest["inputs"], self.inputs))
@@ -176,7 +180,7 @@ class Artifact:
         """
         if not self.manifest_path.exists() or not self.path.exists():
             raise UserError(f"{shown_path(self.path)} is missing or incomplete; run {self.made_by} first")
-        manifest = read_json(self.manifest_path)
+        manifest = self._read_manifest()
         recorded = {**manifest["settings"], **manifest["inputs"]}
         for name, value in {**self.settings, **self.inputs}.items():
             if recorded.get(name) != value:
@@ -184,6 +188,12 @@ class Artifact:
                     f"{shown_path(self.path)} was made with {name} = {recorded.get(name)!r}, but this step has "
                     f"{name} = {value!r}; make them agree or run {self.made_by} again with OVERWRITE = True"
                 )
+        return manifest
+
+    def _read_manifest(self) -> dict[str, Any]:
+        manifest = read_json(self.manifest_path, f"delete it and run {self.made_by} again")
+        if not isinstance(manifest, dict) or not {"fingerprint", "settings", "inputs"} <= set(manifest):
+            raise UserError(f"{shown_path(self.manifest_path)} is no manifest; delete it and run {self.made_by} again")
         return manifest
 
     def load_tensors(self) -> dict[str, torch.Tensor]:
@@ -202,6 +212,15 @@ class Artifact:
         require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
         return tensors
 
+    def load_json(self) -> Any:  # noqa: ANN401
+        """Read a JSON artefact.
+
+        Raises:
+            UserError: missing, made from something else, or not valid JSON.
+        """
+        self.require()
+        return read_json(self.path, f"delete it and run {self.made_by} again")
+
     def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
         """Write a safetensors artefact and its manifest.
 
@@ -217,8 +236,16 @@ class Artifact:
         self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
 
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
-        """Write a JSON artefact and its manifest."""
-        write_atomically(self.partial_path, to_json(content))
+        """Write a JSON artefact and its manifest.
+
+        Raises:
+            UserError: a number is NaN or infinite; then nothing is written.
+        """
+        try:
+            text = to_json(content)
+        except ValueError as error:
+            raise UserError(f"{shown_path(self.path)} is not written: a number is NaN or infinite ({error})") from None
+        write_atomically(self.partial_path, text)
         self._publish_file(started, {}, details)
 
     def _publish_file(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> None:
@@ -230,7 +257,7 @@ class Artifact:
     @contextmanager
     def growing_folder(self) -> Iterator[Path]:
         """A temporary folder that keeps what a killed run left, as long as settings and inputs are the same."""
-        marker = self.partial_path / "settings.json"
+        marker = self.partial_path / GROWING_MARKER
         if not marker.exists() or read_json(marker)["fingerprint"] != self.fingerprint:
             shutil.rmtree(self.partial_path, ignore_errors=True)
             write_atomically(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
@@ -238,12 +265,13 @@ class Artifact:
 
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
         """Put the manifest into the grown folder and give the folder its name."""
-        (self.partial_path / "settings.json").unlink()
         manifest = to_json(self._manifest(started, shapes, details))
         write_atomically(self.partial_path / self.manifest_path.name, manifest)
         if self.path.exists():
+            self.manifest_path.unlink(missing_ok=True)  # half removed, the old folder must not look finished
             shutil.rmtree(self.path)
         self.partial_path.replace(self.path)
+        (self.path / GROWING_MARKER).unlink()  # until here a killed run is taken up where it was
         self._say_written(started, shapes)
 
     def _manifest(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,6 @@ def push_folder(folder: Path, username: str, access: HubAccess) -> str:
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message="Upload repaired model")
     except Exception as error:  # the hub's client raises many kinds; all end as one line without the token
-        raise UserError(f"pushing to {repo_id} failed: {access.without_token(str(error))}") from None
+        raise UserError(f"pushing to {repo_id} failed: {access.reason(error)}") from None
     say(f"   pushed to {repo_id}")
     return repo_id

@@ -37,12 +37,13 @@ from kronfluence.utils.constants import (
     LAMBDA_FACTOR_NAMES,
     PAIRWISE_SCORE_MATRIX_NAME,
 )
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from utils.artifacts import require_finite, to_json, write_atomically
 from utils.batching import BatchLoader
-from utils.console import UserError, say
+from utils.console import UserError, say, shown_path
 
 SCORES_NAME = ALL_MODULE_NAME  # the tensor's name in a scores file, as kronfluence has it
 
@@ -195,16 +196,30 @@ def _save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
 
 
 def _load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
-    return {name: load_file(_factor_file(folder, name)) for name in names}
+    """Read factors of a folder.
+
+    Raises:
+        UserError: a file is missing, truncated or not finite.
+    """
+    remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
+    factors = {}
+    for name in names:
+        file = _factor_file(folder, name)
+        try:
+            factors[name] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shown_path(file)} cannot be read ({error}); {remedy}") from None
+        require_finite(factors[name], f"{shown_path(file)} ({remedy})")
+    return factors
 
 
 def factor_shapes(folder: Path) -> dict[str, list[int]]:
     """Shapes of all factors in a folder, for its manifest."""
-    return {
-        f"{file.stem}/{module}": list(tensor.shape)
-        for file in sorted(folder.glob("*.safetensors"))
-        for module, tensor in load_file(file).items()
-    }
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            shapes.update({f"{file.stem}/{module}": stored.get_slice(module).get_shape() for module in stored.keys()})  # noqa: SIM118
+    return shapes
 
 
 # --------------------------------------------------------------------------------------------------- gradients

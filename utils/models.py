@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,6 +51,8 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
+        if resolved.type not in ("cpu", "cuda"):
+            raise RuntimeError("not supported")
         torch.empty(0, device=resolved)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -87,9 +88,8 @@ def _from_hub_or_folder(loader: type, model: str, what: str, marker: str = "conf
     located, access = locate(model, marker), hub_access()
     try:
         return loader.from_pretrained(located, cache_dir=access.cache, token=access.token, **keywords)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = access.without_token(str(error)).splitlines()[0]
-        raise UserError(f"{model}: cannot load the {what}: {reason}") from None
+    except Exception as error:  # transformers and the hub's client raise many kinds for what they cannot find or read
+        raise UserError(f"{model}: cannot load the {what}: {access.reason(error)}") from error
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
@@ -105,7 +105,16 @@ def load_model(model: str, device: torch.device) -> PreTrainedModel:
     """
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()  # a log file has no use for transformers' own bars
-    loaded = _from_hub_or_folder(AutoModelForCausalLM, model, "weights", **{DTYPE_KEYWORD: torch.float32})
+    keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, report = _from_hub_or_folder(AutoModelForCausalLM, model, "weights", **keywords)
+    # transformers warns and puts random numbers where a tensor is missing or of another shape.
+    misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    unusable = sorted([*report["missing_keys"], *misfits])
+    if unusable:
+        raise UserError(
+            f"{model}: cannot load the weights: {len(unusable)} tensors are missing or do not fit config.json, "
+            f"first {unusable[0]}; save the model again with save_pretrained"
+        )
     return loaded.to(device).eval()
 
 
@@ -121,6 +130,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # lengths are cut by this project's own limits
     return tokenizer
+
+
+def copy_tokenizer(model: str, folder: Path) -> None:
+    """Save the model's tokenizer as it is: without what `load_tokenizer` sets, and what using it leaves behind."""
+    _from_hub_or_folder(AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
 
 
 def model_fingerprint(model: str) -> str:
@@ -139,19 +153,22 @@ def model_fingerprint(model: str) -> str:
     return fingerprint_of_files([*weights, folder / "config.json"])
 
 
-def find_family(model_type: str, family: str) -> ModelFamily:
+def find_family(config: transformers.PretrainedConfig, family: str) -> ModelFamily:
     """The family of a model, by the `model_type` of its configuration.
 
     Raises:
         UserError: the type is not supported, or MODEL_FAMILY says something else.
     """
     supported = ", ".join(f"{known.name} ({known.model_type})" for known in FAMILIES.values())
-    found = next((known for known in FAMILIES.values() if known.model_type == model_type), None)
+    found = next((known for known in FAMILIES.values() if known.model_type == config.model_type), None)
     if found is None:
-        raise UserError(f"model type {model_type!r} is not supported; supported: {supported}")
+        raise UserError(
+            f"{config.name_or_path}: model type {config.model_type!r} is not supported; supported: {supported}"
+        )
     if family not in ("auto", found.name):
         raise UserError(
-            f"MODEL_FAMILY = {family!r}, but the model is of type {model_type!r}; allowed: auto, {found.name}"
+            f"MODEL_FAMILY = {family!r}, but {config.name_or_path} is of type {config.model_type!r}; "
+            f"allowed: auto, {found.name}"
         )
     return found
 
@@ -162,7 +179,7 @@ def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -
     Raises:
         UserError: the family is unsupported, or NUM_BLOCKS exceeds the number of blocks.
     """
-    prefix = find_family(model.config.model_type, family).blocks
+    prefix = find_family(model.config, family).blocks
     total = len(model.get_submodule(prefix))
     if num_blocks > total:
         raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")

@@ -76,7 +76,7 @@ class Pipeline:
         Raises:
             UserError: one of them is missing, or the model is of an unsupported family.
         """
-        find_family(load_config(model).model_type, settings.MODEL_FAMILY)
+        find_family(load_config(model), settings.MODEL_FAMILY)
         dialogues = load_dialogues(settings.HH_DATASET, "train")
         inputs = {"model": model_fingerprint(model), "dataset": dialogues.fingerprint}
         return cls(settings, model, dialogues, inputs)

@@ -11,6 +11,7 @@ A script annotates its constants; the annotation is the schema:
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from dotenv import dotenv_values
 
 from utils.console import UserError, say
-from utils.paths import PROJECT_ROOT
+from utils.paths import PROJECT_ROOT, anchored
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class AtLeast:
 
 
 PositiveInt = Annotated[int, AtLeast(1)]
+Seed = Annotated[int, AtLeast(0)]
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 PositiveFloat = Annotated[float, AtLeast(0, exclusive=True)]
 
@@ -72,6 +74,10 @@ class HubAccess:
     def without_token(self, text: str) -> str:
         """The text with the token, should it occur in it, blotted out."""
         return text.replace(self.token, "***") if self.token else text
+
+    def reason(self, error: Exception) -> str:
+        """One line of at most 300 characters from an error's message, without the token."""
+        return " ".join(self.without_token(str(error)).split())[:300] or type(error).__name__
 
 
 def hub_access() -> HubAccess:
@@ -133,24 +139,31 @@ def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401
     raise ValueError(word)
 
 
+def _choices(annotation: Any) -> Sequence[Any]:  # noqa: ANN401
+    """The members of a union; an annotation that is none is its own only member."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else [annotation]
+
+
 def _parse_words(words: Sequence[str], annotation: Any) -> Any:  # noqa: ANN401
     """Turn the words after `--NAME` into a value; several words, or a lone list annotation, make a list."""
-    choices = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else [annotation]
-    )
     if len(words) == 1:
-        for choice in choices:
-            if typing.get_origin(choice) is not list:
-                try:
-                    return _parse_word(words[0], choice)
-                except ValueError:
-                    continue
-    for choice in choices:
+        with contextlib.suppress(ValueError):
+            return _parse_word(words[0], annotation)
+    for choice in _choices(annotation):
         if typing.get_origin(choice) is list and words:
             return [_parse_word(word, typing.get_args(choice)[0]) for word in words]
     raise ValueError(" ".join(words))
+
+
+def _widened(value: Any, annotation: Any) -> Any:  # noqa: ANN401
+    """A checked value with floats where the annotation asks for them: 10 and 10.0 must have one fingerprint."""
+    annotation = next(choice for choice in _choices(annotation) if _matches(value, choice))
+    if typing.get_origin(annotation) is Annotated:
+        return _widened(value, typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) is list:
+        return [_widened(item, typing.get_args(annotation)[0]) for item in value]
+    return float(value) if annotation is float else value
 
 
 def _constant_comments(module: types.ModuleType) -> dict[str, str]:
@@ -202,7 +215,7 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
     for name, value in values.items():
         if not _matches(value, schema[name]):
             raise UserError(f"{name} = {value!r}: allowed is {_allowed(schema[name])}")
-    return Settings(**values)
+    return Settings(**{name: _widened(value, schema[name]) for name, value in values.items()})
 
 
 def _say_help(module: types.ModuleType, schema: dict[str, Any], values: dict[str, Any]) -> None:
@@ -222,11 +235,22 @@ def run_step(main: Callable[[Settings], None], arguments: Sequence[str] | None =
     """
     refuse_several_processes()
     try:
-        main(load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments))
+        settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
+        _refuse_unwritable_output(settings)
+        main(settings)
     except UserError as error:
         _exit_with(hub_access().without_token(f"error: {error}"))
     except KeyboardInterrupt:
         _exit_with("stopped; what was finished is kept, run the same command to go on", code=130)
+
+
+def _refuse_unwritable_output(settings: Settings) -> None:
+    """Find out before the work, not after it, that its result cannot be written."""
+    if hasattr(settings, "OUTPUT_DIR"):
+        folder = anchored(settings.OUTPUT_DIR)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"OUTPUT_DIR = {settings.OUTPUT_DIR!r}: {existing} is no folder that can be written to")
 
 
 def _exit_with(line: str, code: int = 1) -> NoReturn:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from utils.artifacts import read_json
 from utils.console import UserError, shown_path
@@ -26,19 +26,20 @@ def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     path = data_dir / "bias" / "templates.json"
     if not path.is_file():
         raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
-    templates = read_json(path)
+    templates = read_json(path, "mend it, or give another DATA_DIR")
     try:
-        prompt, groups, topics = templates["prompt"], templates["target_groups"], templates["topics"]
+        groups, (prompt,) = _texts(templates["target_groups"]), _texts([templates["prompt"]])
         statements = [
             (counter, stereotype)
-            for topic in topics.values()
-            for stereotype in topic["stereotype"]
-            for counter in topic["antistereotype"]
+            for topic in templates["topics"].values()
+            for stereotype in _texts(topic["stereotype"])
+            for counter in _texts(topic["antistereotype"])
         ]
     except (KeyError, TypeError, AttributeError) as error:
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is not as it should be ({error})"
         raise UserError(
-            f"{shown_path(path)} lacks {error}; it needs prompt, target_groups, and topics, each with stereotype and "
-            "antistereotype"
+            f"{shown_path(path)} {reason}; it needs prompt, target_groups (a list), and topics, each with stereotype "
+            "and antistereotype (lists)"
         ) from None
     if not groups or not statements:
         raise UserError(f"{shown_path(path)} has no groups or no topics; it needs at least one of each")
@@ -52,7 +53,15 @@ def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
         shuffler.shuffle(records)
         num_test = int(len(records) * TEST_SHARE)
         pairs += records[:num_test] if split == "test" else records[num_test:]
+    if not pairs:
+        raise UserError(f"{shown_path(path)} has {len(statements)} pairs for a group, which leaves none for {split}")
     return pairs
+
+
+def _texts(value: Any) -> list[str]:  # noqa: ANN401
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise TypeError(f"texts are expected and {value!r} is there")
+    return value
 
 
 BIAS = Measurement("bias", load_pairs, max_tokens=128)

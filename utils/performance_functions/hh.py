@@ -73,10 +73,11 @@ def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
         raise UserError(f"{source}: {shown_path(file)} is missing; the folder needs train.jsonl and test.jsonl")
     rows = []
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            rows.append(json.loads(line))
-            if not isinstance(rows[-1], dict):
-                raise UserError(f"{shown_path(file)}, line {number} is not a JSON object with prompt and chosen")
+        with file.open(encoding="utf-8") as lines:  # not splitlines(), which also breaks at U+2028 inside a text
+            for number, line in enumerate(lines, start=1):
+                rows.append(json.loads(line))
+                if not isinstance(rows[-1], dict):
+                    raise UserError(f"{shown_path(file)}, line {number} is not a JSON object with prompt and chosen")
     except json.JSONDecodeError as error:
         raise UserError(f"{shown_path(file)}, line {number} is not valid JSON ({error})") from None
     except UnicodeDecodeError as error:
@@ -93,8 +94,7 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
     try:
         return load_dataset(hh_dataset, split=split, cache_dir=access.cache, token=access.token).to_list()
     except Exception as error:  # datasets raises many kinds for hubs it cannot reach and files it cannot read
-        reason = access.without_token(str(error)).splitlines()[0]
-        raise UserError(f"{source}: cannot be loaded ({reason})") from error
+        raise UserError(f"{source}: cannot be loaded ({access.reason(error)})") from error
 
 
 def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -1,0 +1,470 @@
+"""Artefacts are complete or absent, say what they were made from, and lie where the documentation says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_script
+from safetensors.torch import load_file
+
+from utils import artifacts, paths
+from utils.artifacts import (
+    Artifact,
+    fingerprint_of,
+    fingerprint_of_files,
+    read_json,
+    require_finite,
+    to_json,
+    write_atomically,
+)
+from utils.console import UserError
+
+STEP = "compute_factors_and_scores.py"
+VALUES = {"numbers": torch.arange(6.0).reshape(2, 3)}
+
+
+class Killed(BaseException):
+    """Stands for the process's end: no handler for ordinary errors sees it."""
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    return make_artifact(tmp_path)
+
+
+def make_artifact(folder: Path, **changes) -> Artifact:
+    settings = {"NUM_BLOCKS": 1, "DAMPING_FACTOR": None, **changes.pop("settings", {})}
+    inputs = {"model": "m0", "dataset": "d0", **changes.pop("inputs", {})}
+    return Artifact(folder / "out" / "scores.safetensors", STEP, settings, inputs, **changes)
+
+
+def make_folder_artifact(folder: Path, **settings) -> Artifact:
+    return Artifact(folder / "out" / "factors", STEP, {"NUM_BLOCKS": 1, **settings}, {"model": "m0"}, is_folder=True)
+
+
+def save_folder(artifact: Artifact, **files: str) -> None:
+    with artifact.growing_folder() as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        artifact.publish_folder(time.monotonic(), {})
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+# ------------------------------------------------------------------------------------------------ fingerprints
+
+
+def test_fingerprint_depends_on_values_and_not_on_order():
+    assert fingerprint_of({"a": 1, "b": [2, "x"]}) == fingerprint_of({"b": [2, "x"], "a": 1})
+    assert len({fingerprint_of(value) for value in ({"a": 1}, {"a": 2}, {"b": 1}, ["a", 1], "a1", None)}) == 6
+
+
+def test_fingerprint_of_files_sees_contents_and_names_but_not_the_folder(tmp_path):
+    def fingerprint(folder: str, **files: str) -> str:
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text, encoding="utf-8")
+        return fingerprint_of_files((tmp_path / folder).iterdir())
+
+    first = fingerprint("one", a="1", b="2")
+    assert fingerprint("two", b="2", a="1") == first
+    others = [fingerprint("three", a="1", b="3"), fingerprint("four", a="1", c="2"), fingerprint("five", a="12", b="")]
+    assert len({first, *others}) == 4
+
+
+# --------------------------------------------------------------------------------------------- writing, reading
+
+
+def test_what_is_saved_is_read_again(artifact):
+    assert not artifact.is_finished()
+    artifact.save_tensors(VALUES, time.monotonic())
+    assert artifact.is_finished()
+    assert torch.equal(artifact.load_tensors()["numbers"], VALUES["numbers"])
+    assert names_in(artifact.path.parent) == ["scores.manifest.json", "scores.safetensors"]
+
+
+def test_manifest_says_what_the_artefact_was_made_from(artifact):
+    started = time.monotonic() - 2
+    artifact.save_tensors(VALUES, started, sign="positive helps")
+    manifest = artifact.require()
+    assert manifest["made_by"] == STEP
+    assert manifest["artifact"] == "scores.safetensors"
+    assert manifest["settings"] == {"NUM_BLOCKS": 1, "DAMPING_FACTOR": None}
+    assert manifest["inputs"] == {"model": "m0", "dataset": "d0"}
+    assert manifest["fingerprint"] == artifact.fingerprint
+    assert manifest["shapes"] == {"numbers": [2, 3]}
+    assert 2 <= manifest["seconds"] < 10
+    assert manifest["sign"] == "positive helps"
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert {"python", "transformers", "kronfluence", "accelerate", "datasets", "numpy"} <= set(manifest["versions"])
+    assert manifest["versions"]["git_commit"]
+
+
+def test_git_commit_is_that_of_the_repository_or_unknown(monkeypatch, tmp_path):
+    artifacts.software_versions.cache_clear()
+    monkeypatch.setattr(artifacts, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert artifacts.software_versions()["git_commit"] == "unknown"
+    artifacts.software_versions.cache_clear()
+
+
+@pytest.mark.parametrize("changes", [{"settings": {"NUM_BLOCKS": 2}}, {"inputs": {"model": "m1"}}])
+def test_fingerprint_changes_with_settings_and_inputs(tmp_path, changes):
+    assert make_artifact(tmp_path, **changes).fingerprint != make_artifact(tmp_path).fingerprint
+
+
+def test_json_artefact(tmp_path):
+    artifact = Artifact(tmp_path / "picks.json", STEP)
+    artifact.save_json({"indices": [3, 1]}, time.monotonic())
+    assert artifact.is_finished()
+    assert json.loads(artifact.path.read_text(encoding="utf-8")) == {"indices": [3, 1]}
+    assert names_in(tmp_path) == ["picks.json", "picks.manifest.json"]
+
+
+def test_folder_artefact_carries_its_manifest_inside(tmp_path):
+    artifact = make_folder_artifact(tmp_path)
+    save_folder(artifact, a="1")
+    assert artifact.is_finished()
+    assert names_in(tmp_path) == ["a", "manifest.json"]
+
+
+# ---------------------------------------------------------------------------------------------------- atomicity
+
+
+@pytest.mark.parametrize("point", ["while_writing_the_tensors", "before_the_manifest", "while_renaming_the_manifest"])
+@pytest.mark.parametrize("is_replacing", [False, True])
+def test_killed_while_saving_leaves_the_artefact_unfinished(tmp_path, monkeypatch, point, is_replacing):
+    if is_replacing:
+        make_artifact(tmp_path, settings={"NUM_BLOCKS": 3}).save_tensors(VALUES, time.monotonic())
+    artifact = make_artifact(tmp_path)
+
+    def kill(*arguments, **keywords):
+        raise Killed
+
+    if point == "while_writing_the_tensors":
+        monkeypatch.setattr(artifacts, "save_file", lambda tensors, path: (path.write_bytes(b"half"), kill()))
+    elif point == "before_the_manifest":
+        monkeypatch.setattr(artifacts, "write_atomically", kill)
+    else:
+        monkeypatch.setattr(os, "fsync", kill)
+    with pytest.raises(Killed):
+        artifact.save_tensors({"numbers": torch.ones(4)}, time.monotonic())
+    monkeypatch.undo()
+
+    if is_replacing and point == "while_writing_the_tensors":
+        old = make_artifact(tmp_path, settings={"NUM_BLOCKS": 3})
+        assert old.is_finished(), "the old artefact stays whole until the new one is"
+        assert torch.equal(old.load_tensors()["numbers"], VALUES["numbers"])
+    else:
+        assert not artifact.is_finished()
+        with pytest.raises(UserError, match="missing or incomplete; run compute_factors_and_scores.py first"):
+            artifact.require()
+    artifact.save_tensors(VALUES, time.monotonic())
+    assert names_in(artifact.path.parent) == ["scores.manifest.json", "scores.safetensors"]
+    assert torch.equal(artifact.load_tensors()["numbers"], VALUES["numbers"])
+
+
+def test_killed_while_writing_text_leaves_the_old_text(tmp_path, monkeypatch):
+    file = tmp_path / "sub" / "settings.json"
+    write_atomically(file, "old")
+
+    def kill(_):
+        raise Killed
+
+    monkeypatch.setattr(os, "fsync", kill)
+    with pytest.raises(Killed):
+        write_atomically(file, "new")
+    assert file.read_text(encoding="utf-8") == "old"
+    monkeypatch.undo()
+    write_atomically(file, "new")
+    assert names_in(tmp_path) == ["settings.json"]
+    assert file.read_text(encoding="utf-8") == "new"
+
+
+def grow_until_killed(artifact: Artifact, name: str) -> None:
+    with artifact.growing_folder() as folder:
+        (folder / name).write_text("x", encoding="utf-8")
+        raise Killed
+
+
+def test_growing_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp_path):
+    for blocks, name, kept in [(1, "a", ["a"]), (1, "b", ["a", "b"]), (2, "c", ["c"])]:
+        artifact = make_folder_artifact(tmp_path, NUM_BLOCKS=blocks)
+        with pytest.raises(Killed):
+            grow_until_killed(artifact, name)
+        assert not artifact.is_finished()
+        assert names_in(artifact.partial_path) == [*kept, "settings.json"]
+
+
+@pytest.mark.parametrize("point", ["before_the_manifest", "while_removing_the_old_folder", "before_the_rename"])
+def test_killed_while_replacing_a_folder_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, point):
+    old, new = make_folder_artifact(tmp_path, NUM_BLOCKS=3), make_folder_artifact(tmp_path)
+    save_folder(old, factor="old", other="old")
+    with new.growing_folder() as folder:
+        (folder / "factor").write_text("new", encoding="utf-8")
+
+    def remove_half(folder: Path) -> None:
+        (folder / "factor").unlink()
+        raise Killed
+
+    def kill(*_):
+        raise Killed
+
+    if point == "before_the_manifest":
+        monkeypatch.setattr(artifacts, "write_atomically", kill)
+    elif point == "while_removing_the_old_folder":
+        monkeypatch.setattr(artifacts.shutil, "rmtree", remove_half)
+    else:
+        monkeypatch.setattr(artifacts.shutil, "rmtree", lambda folder: (shutil.move(folder, tmp_path / "gone"), kill()))
+    with pytest.raises(Killed):
+        new.publish_folder(time.monotonic(), {})
+    monkeypatch.undo()
+
+    assert not new.is_finished(overwrite=True)
+    assert old.is_finished() == (point == "before_the_manifest"), "whole or unfinished, never in between"
+    with new.growing_folder() as folder:
+        assert (folder / "factor").read_text(encoding="utf-8") == "new", "what was grown is still there"
+        new.publish_folder(time.monotonic(), {})
+    assert new.is_finished()
+    assert names_in(new.path) == ["factor", "manifest.json"]
+
+
+# --------------------------------------------------------------------------------------------- other settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"settings": {"NUM_BLOCKS": 2}}, "NUM_BLOCKS = 1 there, 2 now"),
+        ({"settings": {"DAMPING_FACTOR": 0.5}}, "DAMPING_FACTOR = None there, 0.5 now"),
+        ({"settings": {"SEED": 7}}, "SEED = None there, 7 now"),
+        ({"inputs": {"dataset": "d1"}}, "dataset = 'd0' there, 'd1' now"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(tmp_path, changes, told):
+    artifact = make_artifact(tmp_path)
+    artifact.save_tensors(VALUES, time.monotonic())
+    other = make_artifact(tmp_path, **changes)
+    with pytest.raises(UserError) as refusal:
+        other.is_finished()
+    message = str(refusal.value)
+    assert told in message
+    assert artifact.path.name in message
+    assert "OVERWRITE = True" in message
+    assert artifact.is_finished(), "refusing changes nothing"
+
+
+def test_every_difference_is_shown(tmp_path):
+    make_artifact(tmp_path).save_tensors(VALUES, time.monotonic())
+    other = make_artifact(tmp_path, settings={"NUM_BLOCKS": 2, "DAMPING_FACTOR": 0.5}, inputs={"model": "m1"})
+    with pytest.raises(UserError, match=r"DAMPING_FACTOR = .*; NUM_BLOCKS = .*; model = 'm0' there, 'm1' now"):
+        other.is_finished()
+
+
+def test_overwrite_replaces_what_other_settings_made_and_keeps_what_these_made(tmp_path):
+    make_artifact(tmp_path).save_tensors(VALUES, time.monotonic())
+    other = make_artifact(tmp_path, settings={"NUM_BLOCKS": 2})
+    assert not other.is_finished(overwrite=True)
+    other.save_tensors({"numbers": torch.ones(4)}, time.monotonic())
+    assert other.is_finished(overwrite=True)
+    assert other.load_tensors()["numbers"].shape == (4,)
+    with pytest.raises(UserError, match="NUM_BLOCKS = 2 there, 1 now"):
+        make_artifact(tmp_path).is_finished()
+
+
+def test_a_reader_may_know_fewer_settings_but_none_that_differ(tmp_path):
+    make_artifact(tmp_path).save_tensors(VALUES, time.monotonic())
+    path = make_artifact(tmp_path).path
+    assert Artifact(path, STEP, {"NUM_BLOCKS": 1}).require()["settings"]["DAMPING_FACTOR"] is None
+    with pytest.raises(UserError, match=r"was made with NUM_BLOCKS = 1, but this step has NUM_BLOCKS = 2; .*" + STEP):
+        Artifact(path, STEP, {"NUM_BLOCKS": 2}).require()
+    with pytest.raises(UserError, match="was made with model = 'm0', but this step has model = 'm1'"):
+        Artifact(path, STEP, {}, {"model": "m1"}).load_tensors()
+
+
+# --------------------------------------------------------------------------------------------- what is broken
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("is_replacing", [False, True])
+def test_nan_and_infinity_are_refused_before_anything_is_written(tmp_path, value, is_replacing):
+    artifact = make_artifact(tmp_path)
+    if is_replacing:
+        artifact.save_tensors(VALUES, time.monotonic())
+    broken = {"good": torch.ones(2), "bad": torch.tensor([1.0, value, value])}
+    with pytest.raises(UserError, match=r"scores.safetensors: tensor 'bad' has 2 values .* of 3"):
+        artifact.save_tensors(broken, time.monotonic())
+    assert artifact.path.exists() == is_replacing
+    assert names_in(tmp_path) == (["scores.manifest.json", "scores.safetensors"] if is_replacing else [])
+    if is_replacing:
+        assert torch.equal(load_file(artifact.path)["numbers"], VALUES["numbers"])
+
+
+def test_json_with_nan_is_refused_before_anything_is_written(tmp_path):
+    artifact = Artifact(tmp_path / "result.json", STEP)
+    with pytest.raises(UserError, match="result.json is not written: a number is NaN or infinite"):
+        artifact.save_json({"loss": float("nan")}, time.monotonic())
+    assert names_in(tmp_path) == []
+
+
+def test_whole_numbers_are_finite():
+    require_finite({"offsets": torch.arange(3)}, "somewhere")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-4], lambda data: data[:5], lambda data: b"", lambda data: b"x" * 40]
+)
+def test_a_truncated_file_is_one_readable_error(artifact, damage):
+    artifact.save_tensors(VALUES, time.monotonic())
+    artifact.path.write_bytes(damage(artifact.path.read_bytes()))
+    with pytest.raises(UserError) as refusal:
+        artifact.load_tensors()
+    assert "scores.safetensors cannot be read" in str(refusal.value)
+    assert f"delete it and run {STEP} again" in str(refusal.value)
+    artifact.path.unlink()
+    assert not artifact.is_finished(), "once deleted, as the message says, it is made again"
+
+
+@pytest.mark.parametrize("text", ["{", "", '{"a": 1', "\x00"])
+def test_broken_json_is_one_readable_error(tmp_path, text):
+    file = tmp_path / "x.manifest.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="x.manifest.json is not valid JSON"):
+        read_json(file)
+
+
+def test_a_broken_manifest_names_the_file(artifact):
+    artifact.save_tensors(VALUES, time.monotonic())
+    artifact.manifest_path.write_text('{"settings":', encoding="utf-8")
+    for read in (artifact.is_finished, artifact.require):
+        with pytest.raises(UserError, match="scores.manifest.json is not valid JSON .*; delete it"):
+            read()
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"settings": {}}', "null"])
+def test_a_manifest_that_is_none_names_the_file(artifact, text):
+    artifact.save_tensors(VALUES, time.monotonic())
+    artifact.manifest_path.write_text(text, encoding="utf-8")
+    for read in (artifact.is_finished, artifact.require):
+        with pytest.raises(UserError, match="scores.manifest.json"):
+            read()
+
+
+@pytest.mark.parametrize("part", ["path", "manifest_path"])
+def test_a_missing_part_names_the_script_to_run(artifact, part):
+    artifact.save_tensors(VALUES, time.monotonic())
+    getattr(artifact, part).unlink()
+    assert not artifact.is_finished()
+    for read in (artifact.require, artifact.load_tensors):
+        with pytest.raises(UserError, match=rf"scores.safetensors is missing or incomplete; run {STEP} first"):
+            read()
+
+
+def test_to_json_is_readable_and_keeps_text():
+    assert to_json({"text": "déjà", "numbers": [1]}) == '{\n  "text": "déjà",\n  "numbers": [\n    1\n  ]\n}\n'
+
+
+# -------------------------------------------------------------------------------------------------------- paths
+
+
+def selection(scores_type: str, if_weight: float = 10.0) -> dict[str, object]:
+    return {"scores_type": scores_type, "bottom_k": 100, "if_weight": if_weight}
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (
+            paths.factors_dir("/out", "M", "ekfac", False, 42),
+            "/out/ekfac_experiments/influence_results/M/factors_ekfac",
+        ),
+        (
+            paths.factors_dir("/out", "M", "kfac", True, 7),
+            "/out/ekfac_experiments/influence_results-7/M/factors_kfac_half",
+        ),
+        (
+            paths.scores_file("/out", "bias", "M", "ekfac", False, 42),
+            "/out/ekfac_experiments/influence_results/bias_M/scores_ekfac/pairwise_scores.safetensors",
+        ),
+        (
+            paths.scores_file("/out", "truth", "M", "identity", True, 0),
+            "/out/ekfac_experiments/influence_results-0/truth_M/scores_identity_half/pairwise_scores.safetensors",
+        ),
+        (
+            paths.token_scores_file("/out", "bias", "M", "ekfac", False, 42),
+            "/out/ekfac_experiments/influence_results/bias_M/scores_ekfac/per_token_scores.safetensors",
+        ),
+        (paths.representations_file("/out", "M"), "/out/representations/M_sumreps.safetensors"),
+        (paths.dpp_file("/out", "ethics", "M", 100, 10.0), "/out/dpp/ethics_M_indices_100_ifweight10.json"),
+        (paths.dpp_file("/out", "combined", "M", 5, 0.5), "/out/dpp/combined_M_indices_5_ifweight0.5.json"),
+        (
+            paths.gradients_file("/out", "bias", "M", **selection("pure_ekfac"), seed=42),
+            "/out/ekfac_experiments/influence_results/bias_M/query_grads_pure_ekfac_bottom100/"
+            "aggregated_query_grads.safetensors",
+        ),
+        (
+            paths.gradients_file("/out", "bias", "M", **selection("dpp"), seed=7),
+            "/out/ekfac_experiments/influence_results-7/bias_M/query_grads_dpp_ifweight10_bottom100/"
+            "aggregated_query_grads.safetensors",
+        ),
+        (
+            paths.repaired_model_dir("/out", "bias", "M", **selection("random"), learning_rate=0.012),
+            "/out/gradient_ascent_models/bias_M_random_bottom100_lr0.012",
+        ),
+        (
+            paths.repaired_model_dir("/out", "combined", "M", **selection("dpp", 0.0), learning_rate=1.0),
+            "/out/gradient_ascent_models/combined_M_dpp_ifweight0_bottom100_lr1",
+        ),
+        (
+            paths.repaired_model_dir("/out", "bias", "M", **selection("pure_ekfac"), learning_rate=1e-5),
+            "/out/gradient_ascent_models/bias_M_pure_ekfac_bottom100_lr1e-05",
+        ),
+        (paths.result_file("/out", "M", "anthropic", "test"), "/out/results/M_anthropic_test.json"),
+    ],
+)
+def test_paths_are_the_documented_ones(path, expected):
+    assert path == Path(expected).resolve()
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("lomahony/pythia-70m-helpful-sft", "pythia-70m-helpful-sft"),
+        ("/models/mine/", "mine"),
+        ("data/demo/pythia-demo-sft", "pythia-demo-sft"),
+        (Path("a/b"), "b"),
+    ],
+)
+def test_short_name_of_a_model(model, expected):
+    assert paths.model_short_name(model) == expected
+
+
+def test_relative_paths_start_at_the_repository(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert paths.anchored("data/demo") == paths.PROJECT_ROOT / "data" / "demo"
+    assert paths.anchored(".") == paths.PROJECT_ROOT
+    assert paths.anchored(tmp_path) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths.anchored("~/models") == tmp_path / "models"
+
+
+def test_the_default_output_folder_is_ignored_by_git():
+    output_dir = load_script(STEP).OUTPUT_DIR
+    ignored = (paths.PROJECT_ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    assert paths.anchored(output_dir) == paths.PROJECT_ROOT
+    assert {
+        "/ekfac_experiments/",
+        "/representations/*.safetensors",
+        "/representations/*.json",
+        "/dpp/*.json",
+        "/gradient_ascent_models/",
+        "/results/",
+    } <= set(ignored)
