@@ -20,8 +20,9 @@ from utils.batching import BatchLoader
 from utils.console import UserError, banner, say, shown_path
 from utils.influence import Gradients, mean_measurement_gradient, precondition, trace
 from utils.models import resolve_device
+from utils.paths import STEP_3
 from utils.performance_functions.hh import tokenize_dialogues
-from utils.pipeline import STEP_3, Pipeline, load_traceable, tasks_of
+from utils.pipeline import Pipeline, load_traceable, tasks_of
 from utils.selection import most_harmful, random_subset, require_enough
 from utils.settings import (
     Family,

@@ -9,6 +9,7 @@ import pytest
 from conftest import Workspace
 
 from utils import hub, models, settings
+from utils.console import UserError
 from utils.performance_functions import hh
 
 STEP_5 = "gradient_ascent_and_save.py"
@@ -167,6 +168,14 @@ def test_a_failed_push_is_one_line_without_the_token_and_loses_nothing(ready, fa
     ready.run(STEP_5, *PUSH)
     assert list(fake_hub.uploaded) == [f"somebody/{name}" for name in NAMES]
     assert {file: file.stat().st_mtime_ns for file in before} == before, "what was finished is kept"
+
+
+def test_a_failed_push_does_not_pass_the_token_on(fake_hub, tmp_path):
+    fake_hub.failures["upload_folder"] = OSError(f"bad token {TOKEN}")
+    with pytest.raises(UserError) as failure:
+        hub.push_folder(tmp_path, "somebody", settings.hub_access())
+    assert str(failure.value) == f"pushing to somebody/{tmp_path.name} failed: bad token ***"
+    assert failure.value.__cause__ is None
 
 
 # ----------------------------------------------------------------------------------------------------- the token

@@ -18,7 +18,7 @@ from utils.models import load_model, load_tokenizer
 from utils.performance_functions import bias, ethics, truth
 from utils.performance_functions.evaluation import MEASUREMENTS, evaluate_dialogues, evaluate_pairs
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
-from utils.performance_functions.losses import log_odds_loss, sequence_nll
+from utils.performance_functions.losses import inverse_cdf_sample, log_odds_loss, sequence_nll
 from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
 
 CPU = torch.device("cpu")
@@ -67,6 +67,22 @@ def test_nll_equals_the_models_own_loss(tiny_models, small_data, family):
             for row in range(len(nll.total)):
                 one = {k: batch[k][row : row + 1] for k in ("input_ids", "attention_mask", "labels")}
                 assert nll.mean[row].item() == pytest.approx(model(**one).loss.item(), rel=1e-5)
+
+
+def test_sampling_inverts_the_distribution_function():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(500, 1_000, generator=generator) * 3
+    uniform = torch.rand(500, generator=generator, dtype=torch.float64)
+    cumulative = logits.double().softmax(dim=1).cumsum(dim=1)
+    labels = inverse_cdf_sample(logits, uniform)
+    rows = torch.arange(500)
+    assert (uniform <= cumulative[rows, labels] + 1e-6).all()
+    assert (uniform >= cumulative[rows, labels] - logits.double().softmax(dim=1)[rows, labels] - 1e-6).all()
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    many = inverse_cdf_sample(probabilities.log().expand(20_000, 4), torch.rand(20_000, dtype=torch.float64))
+    frequencies = torch.bincount(many, minlength=4) / 20_000
+    torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
+    assert frequencies[1] == 0
 
 
 def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):

@@ -12,9 +12,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.artifacts import fingerprint_of, fingerprint_of_files
+from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.console import UserError
-from utils.paths import PROJECT_ROOT, anchored
+from utils.paths import PROJECT_ROOT, STEP_5, anchored
 from utils.settings import hub_access
 
 # The keyword for the precision of the weights was renamed in transformers 5.
@@ -140,6 +140,8 @@ def copy_tokenizer(model: str, folder: Path) -> None:
 def model_fingerprint(model: str) -> str:
     """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
 
+    A repaired checkpoint has that of its manifest, so that it is the same model before and after it is saved.
+
     Raises:
         UserError: the model is not found or has no weights.
     """
@@ -147,6 +149,9 @@ def model_fingerprint(model: str) -> str:
     folder = Path(located)
     if not folder.is_dir():
         return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
+    manifest_path = folder / "manifest.json"
+    if manifest_path.is_file() and (manifest := read_json(manifest_path)).get("made_by") == STEP_5:
+        return manifest["fingerprint"]
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:
         raise UserError(f"{model}: the folder has no weights (*.safetensors or pytorch_model*.bin)")

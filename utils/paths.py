@@ -11,6 +11,10 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SEED = 42
 
+# The scripts, as messages name them.
+STEP_1, STEP_2 = "compute_factors_and_scores.py", "representations/train_reps.py"
+STEP_3, STEP_4, STEP_5 = "dpp/greedy_dpp.py", "make_gradients.py", "gradient_ascent_and_save.py"
+
 
 def anchored(path: str | Path) -> Path:
     """A path of the user's: relative ones start at the repository, whatever the working directory is."""

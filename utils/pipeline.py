@@ -25,13 +25,11 @@ from utils.models import (
     model_fingerprint,
     tracked_linear_names,
 )
+from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4
 from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.selection import combined_scores
 from utils.settings import Settings
-
-STEP_1, STEP_2 = "compute_factors_and_scores.py", "representations/train_reps.py"
-STEP_3, STEP_4, STEP_5 = "dpp/greedy_dpp.py", "make_gradients.py", "gradient_ascent_and_save.py"
 
 FACTOR_CONSTANTS = (
     "NUM_BLOCKS",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.console import UserError
+from utils import paths
+from utils.artifacts import Artifact, require_finite, to_json, write_atomically
+from utils.console import UserError, say, shown_path
 from utils.influence import Gradients
+from utils.models import copy_tokenizer, load_model, load_tokenizer, model_fingerprint, resolve_device
+from utils.performance_functions.evaluation import Evaluator
+from utils.pipeline import gradients_artifact, scored_tasks
+from utils.settings import Settings
 
 
 def ascend(model: nn.Module, gradients: Gradients, learning_rate: float, originals: Gradients) -> None:
@@ -111,3 +119,81 @@ def model_card(report: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+class Repair:
+    """One model and one gradient, repaired at each learning rate in turn; loads only when there is work."""
+
+    def __init__(self, settings: Settings, task: str) -> None:
+        self.settings, self.task = settings, task
+        self.name = paths.model_short_name(settings.MODEL_NAME)
+        self.fingerprint = model_fingerprint(settings.MODEL_NAME)
+        self.gradients = gradients_artifact(settings, self.name, task, {}, {"model": self.fingerprint})
+        self.gradients_manifest = self.gradients.require()
+        self.metrics = ["anthropic"] if settings.COMPUTE_ANTHROPIC_EVAL else []
+        self.metrics += scored_tasks(task) if settings.COMPUTE_TASK_EVAL else []
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def model_at(self, learning_rate: float) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, updated at this learning rate (0 gives the POST-SFT model), and its tokenizer."""
+        if self._loaded is None:
+            model_name, device = self.settings.MODEL_NAME, resolve_device(self.settings.DEVICE)
+            self._loaded = load_model(model_name, device), load_tokenizer(model_name)
+            self._steps = self.gradients.load_tensors()
+            self._originals = original_weights(self._loaded[0], self._steps)
+        ascend(self._loaded[0], self._steps, learning_rate, self._originals)
+        return self._loaded
+
+    def checkpoint(self, learning_rate: float) -> Artifact:
+        """The artefact that holds the repaired model."""
+        s = self.settings
+        path = paths.repaired_model_dir(
+            s.OUTPUT_DIR, self.task, self.name, s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, learning_rate
+        )
+        inputs = {"model": self.fingerprint, "gradient": self.gradients_manifest["fingerprint"]}
+        return Artifact(path, paths.STEP_5, {"LEARNING_RATE": learning_rate}, inputs, is_folder=True)
+
+    def save(self, learning_rate: float) -> None:
+        """Write the repaired checkpoint, unless it is there."""
+        checkpoint = self.checkpoint(learning_rate)
+        if checkpoint.is_finished(self.settings.OVERWRITE):
+            return
+        started = time.monotonic()
+        model, _ = self.model_at(learning_rate)
+        require_finite(dict(model.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
+        with checkpoint.growing_folder() as folder:
+            model.save_pretrained(folder)
+            copy_tokenizer(self.settings.MODEL_NAME, folder)
+            checkpoint.publish_folder(started, {name: list(step.shape) for name, step in self._steps.items()})
+
+    def report(self, learning_rate: float, evaluator: Evaluator) -> dict[str, Any]:
+        """Measure before and after on the evaluator's split; results that are there are read."""
+        checkpoint = self.checkpoint(learning_rate)
+        before, after = {}, {}
+        for metric in self.metrics:
+            before[metric] = evaluator.result(metric, self.name, self.fingerprint, lambda: self.model_at(0.0))
+            after[metric] = evaluator.result(
+                metric,
+                checkpoint.path.name,
+                checkpoint.fingerprint,
+                lambda: self.model_at(learning_rate),
+            )
+        recipe = {
+            "model": self.settings.MODEL_NAME,
+            "task": self.task,
+            "scores_type": self.settings.SCORES_TYPE,
+            "if_weight": self.settings.IF_WEIGHT if self.settings.SCORES_TYPE == "dpp" else None,
+            "bottom_k": self.settings.BOTTOM_K,
+            "learning_rate": learning_rate,
+            "num_blocks": self.gradients_manifest["settings"]["NUM_BLOCKS"],
+            "indices": self.gradients_manifest["indices"],
+        }
+        return repair_report(recipe, before, after)
+
+    def describe(self, learning_rate: float, report: dict[str, Any]) -> None:
+        """Write repair.json and the model card into the checkpoint; what says the same already is left untouched."""
+        folder = self.checkpoint(learning_rate).path
+        for name, text in (("repair.json", to_json(report)), ("README.md", model_card(report))):
+            if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
+                write_atomically(folder / name, text)
+        say(f"   repaired model: {shown_path(folder)}")

@@ -101,7 +101,7 @@ def repairs_figure(repairs: Sequence[dict[str, Any]], budget_percent: float, pat
         panel.set_xlabel("perplexity change, %")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("improvement of the task's loss, %")
-    panels[0].legend(title="unlearned dialogues\nchosen by", frameon=False)
+    panels[-1].legend(title="unlearned dialogues\nchosen by", loc="upper left", frameon=False)
     figure.suptitle(f"Each point is one repair; the shaded area costs at most {budget_percent:g} % perplexity")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

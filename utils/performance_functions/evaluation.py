@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -116,7 +115,6 @@ class Evaluator:
         model_name: str,
         fingerprint: str,
         load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-        recipe: str | None = None,
     ) -> dict[str, Any]:
         """One measurement of one model, from `results/` where it is there.
 
@@ -124,8 +122,6 @@ class Evaluator:
             model_name: the name under which the result is kept.
             fingerprint: of the model's weights.
             load: gives the model and its tokenizer; called only if there is something to compute.
-            recipe: fingerprint of what the weights were made from, under which they were measured before they were
-                saved.
 
         Raises:
             UserError: data missing, a result of another model under this name, or a loss that is not finite.
@@ -138,13 +134,9 @@ class Evaluator:
             settings={"metric": metric, "split": self.split},
             inputs={"model": fingerprint, "data": data_fingerprint},
         )
-        started = time.monotonic()
-        if recipe not in (None, fingerprint):
-            unsaved = replace(artifact, inputs={**artifact.inputs, "model": recipe})
-            if unsaved.is_finished(overwrite=True):
-                artifact.save_json(read_json(artifact.path), started)
         if artifact.is_finished(self.settings.OVERWRITE):
             return read_json(artifact.path)
+        started = time.monotonic()
         model, tokenizer = load()
         limits = batch_limits(model, "auto")
         if metric == "anthropic":

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 from utils.batching import IGNORED_LABEL, Batch
 from utils.models import last_hidden_state
 
+SAMPLING_BLOCK = 256  # vocabulary entries that are summed together when a label is drawn
+
 
 class SequenceNLL(NamedTuple):
     """Negative log-likelihood of each sequence's label tokens.
@@ -85,8 +87,6 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
 
     F = E_x E_{y ~ p(y | x)} [grad log p(y | x) grad log p(y | x)^T]   (Martens 2020; Grosse et al. 2023, section 2)
 
-    A label is the inverse of the model's distribution function at a uniform draw.
-
     Args:
         seed: of the draws.
         all_positions: draw labels at prompt and padding positions too, as the released code does.
@@ -100,8 +100,31 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
     logits, rows = label_logits(model, batch["input_ids"], predicts_label)
     counts = torch.bincount(rows, minlength=len(predicts_label)).tolist()
     draws = [fisher_draws(seed, index, n) for index, n in zip(batch["index"].tolist(), counts, strict=True)]
-    with torch.no_grad():
-        cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)  # (n, vocabulary)
-        uniform = torch.from_numpy(np.concatenate(draws)).to(cumulative)[:, None] * cumulative[:, -1:]
-        labels = torch.searchsorted(cumulative, uniform).squeeze(1).clamp_(max=logits.shape[-1] - 1)
-    return F.cross_entropy(logits, labels, reduction="sum")
+    uniform = torch.from_numpy(np.concatenate(draws)).to(logits.device)
+    return F.cross_entropy(logits, inverse_cdf_sample(logits.detach(), uniform), reduction="sum")
+
+
+def inverse_cdf_sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw from softmax(logits) by inverting its distribution function at uniform draws.
+
+    The function is summed block by block, the blocks in float64: over 50,000 entries a float32 running sum would lose
+    the small probabilities, and a float64 one of every single entry costs more than the model does.
+
+    Args:
+        logits: (n, vocabulary).
+        uniform: (n,) float64 in [0, 1).
+
+    Returns:
+        (n,) labels.
+    """
+    vocabulary = logits.shape[1]
+    padded = F.pad(logits.softmax(dim=1), (0, -vocabulary % SAMPLING_BLOCK))
+    blocks = padded.unflatten(1, (-1, SAMPLING_BLOCK))  # (n, blocks, SAMPLING_BLOCK)
+    block_sums = blocks.sum(dim=2).double()  # (n, blocks)
+    cumulative = block_sums.cumsum(dim=1)
+    target = uniform[:, None] * cumulative[:, -1:]  # (n, 1)
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    below = cumulative.gather(1, block) - block_sums.gather(1, block)
+    within = blocks[torch.arange(len(blocks), device=logits.device), block[:, 0]].double().cumsum(dim=1)
+    position = torch.searchsorted(within, target - below, right=True).clamp_(max=SAMPLING_BLOCK - 1)
+    return (block * SAMPLING_BLOCK + position)[:, 0].clamp_(max=vocabulary - 1)
