@@ -26,7 +26,7 @@ from utils.settings import PositiveFloat, PositiveInt, ScoresType, Settings, run
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # trained on first use
 OUTPUT_DIR: str = "."  # where everything goes; relative paths start at the repository
 SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "random"]  # ways of choosing what to unlearn
-LEARNING_RATES: list[PositiveFloat] = [0.02, 0.04, 0.06, 0.08, 0.1]  # step sizes of each repair
+LEARNING_RATES: list[PositiveFloat] = [0.02, 0.04, 0.06, 0.08, 0.09, 0.1, 0.11]  # step sizes of each repair
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
 IF_WEIGHT: PositiveFloat = 10.0  # for dpp: weight of the influence term
 PERPLEXITY_BUDGET_PERCENT: PositiveFloat = 1.0  # a repair may cost this much perplexity
