@@ -37,7 +37,7 @@ from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
 from utils.batching import IGNORED_LABEL, Batch, Example, batch_limits
 from utils.console import UserError, banner, progress_bar, say
-from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
+from utils.models import copy_tokenizer, load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions.evaluation import evaluate_dialogues
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
@@ -222,7 +222,7 @@ def main(settings: Settings) -> None:
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder)
         after = evaluate_dialogues(model.eval(), tokenizer, test, limits)["perplexity"]
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        copy_tokenizer(settings.TOKENIZER if settings.BASE_MODEL in ARCHITECTURES else settings.BASE_MODEL, folder)
         output.publish_folder(started, {}, perplexity={"before": before, "after": after})
     say(f"   test perplexity {before:.2f} -> {after:.2f}")
     say(f"next: python compute_factors_and_scores.py --MODEL_NAMES {settings.SFT_MODEL_DIR}")

@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from conftest import load_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils.artifacts import read_json
-from utils.models import load_model, load_tokenizer
+from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
 from utils.repair import change_percent, improvement_percent
 
@@ -212,6 +212,22 @@ def test_without_saving_only_results_are_written(finished):
     )
     assert not list(finished.output.rglob("ethics_*_lr0.07"))
     assert len(list((finished.output / "results").glob("ethics_*_lr0.07_*_test.json"))) == 2
+
+
+def test_a_checkpoint_with_other_weights_is_another_model(finished):
+    common = ("--TASK_NAME", "bias", "--BOTTOM_K", 5, "--SCORES_TYPE", "dpp", "--LEARNING_RATE", 0.033)
+    finished.run("gradient_ascent_and_save.py", *common)
+    folder = only(finished, "bias_*_dpp_ifweight10_bottom5_lr0.033")
+    saved = model_fingerprint(str(folder))
+    assert saved == read_json(folder / "manifest.json")["fingerprint"]
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 0 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    assert model_fingerprint(str(folder)) != saved
+    script = load_script("evaluation_scripts/bias_loss.py")
+    arguments = finished.arguments("evaluation_scripts/bias_loss.py")
+    arguments[arguments.index(str(finished.model))] = str(folder)
+    with pytest.raises(SystemExit):
+        script.run_step(script.main, arguments)
 
 
 def test_percentages():

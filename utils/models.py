@@ -140,7 +140,8 @@ def copy_tokenizer(model: str, folder: Path) -> None:
 def model_fingerprint(model: str) -> str:
     """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
 
-    A repaired checkpoint has that of its manifest, so that it is the same model before and after it is saved.
+    A repaired checkpoint, as long as its weights are those that were saved, has the fingerprint of its manifest: it is
+    the same model before and after it is saved.
 
     Raises:
         UserError: the model is not found or has no weights.
@@ -149,12 +150,24 @@ def model_fingerprint(model: str) -> str:
     folder = Path(located)
     if not folder.is_dir():
         return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
+    content = weights_fingerprint(folder)
     manifest_path = folder / "manifest.json"
-    if manifest_path.is_file() and (manifest := read_json(manifest_path)).get("made_by") == STEP_5:
-        return manifest["fingerprint"]
+    if manifest_path.is_file():
+        manifest = read_json(manifest_path)
+        if manifest.get("made_by") == STEP_5 and manifest.get("weights") == content:
+            return manifest["fingerprint"]
+    return content
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Fingerprint of the weights and the configuration in a folder.
+
+    Raises:
+        UserError: it has no weights.
+    """
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:
-        raise UserError(f"{model}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
+        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
     return fingerprint_of_files([*weights, folder / "config.json"])
 
 

@@ -13,7 +13,14 @@ from utils import paths
 from utils.artifacts import Artifact, require_finite, to_json, write_atomically
 from utils.console import UserError, say, shown_path
 from utils.influence import Gradients
-from utils.models import copy_tokenizer, load_model, load_tokenizer, model_fingerprint, resolve_device
+from utils.models import (
+    copy_tokenizer,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    resolve_device,
+    weights_fingerprint,
+)
 from utils.performance_functions.evaluation import Evaluator
 from utils.pipeline import gradients_artifact, scored_tasks
 from utils.settings import Settings
@@ -164,7 +171,8 @@ class Repair:
         with checkpoint.growing_folder() as folder:
             model.save_pretrained(folder)
             copy_tokenizer(self.settings.MODEL_NAME, folder)
-            checkpoint.publish_folder(started, {name: list(step.shape) for name, step in self._steps.items()})
+            shapes = {name: list(step.shape) for name, step in self._steps.items()}
+            checkpoint.publish_folder(started, shapes, weights=weights_fingerprint(folder))
 
     def report(self, learning_rate: float, evaluator: Evaluator) -> dict[str, Any]:
         """Measure before and after on the evaluator's split; results that are there are read."""
