@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import time
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from tasks import TRUST_TASKS
 from tasks.base import TrustTask
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
-from utils.batching import BatchLoader, Example
+from utils.batching import Example
 from utils.console import banner, say
 from utils.influence import (
     SCORES_NAME,
@@ -62,46 +63,35 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 
 
 def fit_missing_factors(
-    factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, train: BatchLoader
+    factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, examples: list[Example]
 ) -> None:
     """Fit the factors on a seeded subset of the training dialogues, unless they are there."""
     if factors.is_finished(settings.OVERWRITE):
         return
     started = time.monotonic()
-    count = min(settings.NUM_FACTOR_EXAMPLES, len(train.examples))
-    loader = BatchLoader(
-        train.examples,
-        subject.limits,
-        train.pad_token_id,
-        train.device,
-        indices=random.Random(settings.SEED).sample(range(len(train.examples)), count),
-        pad_to=MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None,
-    )
+    count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
+    indices = random.Random(settings.SEED).sample(range(len(examples)), count)
+    pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
     with factors.growing_folder() as folder:
-        fit_factors(subject.model, task, loader, subject.curvature, folder)
+        fit_factors(
+            subject.model, task, subject.loader(examples, indices=indices, pad_to=pad_to), subject.curvature, folder
+        )
         factors.publish_folder(started, factor_shapes(folder), modules=subject.tracked_modules, examples=count)
 
 
 def score_tasks(
-    subject: Traceable,
-    tasks: list[TrustTask],
-    queries: dict[str, list[Example]],
-    train: BatchLoader,
-    factors: Artifact,
-    per_token: bool,
+    subject: Traceable, queries: dict[TrustTask, list[Example]], examples: list[Example], factors: Path, per_token: bool
 ) -> Scores:
     """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
-    gradients = []
-    for task in tasks:
-        description = f"{task.name} queries"
-        loader = BatchLoader(
-            queries[task.name], subject.limits, train.pad_token_id, train.device, description=description
-        )
-        gradients.append(mean_measurement_gradient(subject.model, task, loader, subject.curvature))
+    model, curvature = subject.model, subject.curvature
+    gradients = [
+        mean_measurement_gradient(model, task, subject.loader(pairs, description=f"{task.name} queries"), curvature)
+        for task, pairs in queries.items()
+    ]
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    preconditioned = precondition(subject.model, stacked, subject.curvature, factors.path)
-    described = train.described("training dialogues")
-    return score_training_examples(subject.model, tasks[0], described, preconditioned, subject.curvature, per_token)
+    preconditioned = precondition(model, stacked, curvature, factors)
+    train = subject.loader(examples, description="training dialogues")
+    return score_training_examples(model, next(iter(queries)), train, preconditioned, curvature, per_token)
 
 
 def trace_model(settings: Settings, model_name: str) -> None:
@@ -125,21 +115,18 @@ def trace_model(settings: Settings, model_name: str) -> None:
 
     subject = load_traceable(settings, model_name, device)
     examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
-    train = BatchLoader(examples, subject.limits, subject.tokenizer.pad_token_id, device)
     linears, tokens = len(subject.tracked_modules), subject.limits.tokens
     say(f"   {len(examples)} dialogues, {linears} Linears, {tokens} tokens per batch")
-    tasks = {
-        name: TRUST_TASKS[name](subject.tracked_modules, settings.SEED, settings.FISHER_POSITIONS) for name in names
-    }
-    queries = {
-        name: tokenize_pairs(pairs[name], subject.tokenizer, tasks[name].measurement.max_tokens) for name in unfinished
-    }
-    trace(subject.model, tasks[names[0]])
-    fit_missing_factors(factors, settings, subject, tasks[names[0]], train)
+    tasks = [
+        TRUST_TASKS[name](subject.tracked_modules, settings.SEED, settings.FISHER_POSITIONS)
+        for name in unfinished or names
+    ]
+    queries = {task: tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens) for task in tasks}
+    trace(subject.model, tasks[0])
+    fit_missing_factors(factors, settings, subject, tasks[0], examples)
     if not unfinished:
         return
-    scored = [tasks[name] for name in unfinished]
-    scores = score_tasks(subject, scored, queries, train, factors, settings.COMPUTE_PER_TOKEN_SCORES)
+    scores = score_tasks(subject, queries, examples, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         if settings.COMPUTE_PER_TOKEN_SCORES:
             tokens = {"scores": scores.tokens[query], "offsets": scores.token_offsets}

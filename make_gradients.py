@@ -16,7 +16,6 @@ from typing import Literal
 
 from tasks import BackwardTask
 from utils.artifacts import fingerprint_of
-from utils.batching import BatchLoader
 from utils.console import UserError, banner, say, shown_path
 from utils.influence import Gradients, mean_measurement_gradient, precondition, trace
 from utils.models import resolve_device
@@ -116,9 +115,7 @@ def main(settings: Settings) -> None:
                 task = BackwardTask(subject.tracked_modules)
                 trace(subject.model, task)
                 examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
-            loader = BatchLoader(
-                examples, subject.limits, subject.tokenizer.pad_token_id, device, indices, description="subset"
-            )
+            loader = subject.loader(examples, indices=indices, description="subset")
             mean_gradient = mean_measurement_gradient(subject.model, task, loader, subject.curvature)
             gradient = reduce_gradient(mean_gradient, settings.BOTTOM_K, settings.GRADIENT_REDUCTION_TYPE)
             repair_gradient = precondition(subject.model, gradient, subject.curvature, factors.path)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
 from utils.artifacts import Artifact
-from utils.batching import BatchLimits, batch_limits
+from utils.batching import BatchLimits, BatchLoader, Example, batch_limits
 from utils.console import UserError, shown_path
 from utils.influence import SCORES_NAME, Curvature
 from utils.models import (
@@ -189,6 +189,10 @@ class Traceable:
     tracked_modules: list[str]
     limits: BatchLimits
     curvature: Curvature
+
+    def loader(self, examples: list[Example], **keywords: Any) -> BatchLoader:  # noqa: ANN401
+        """Batches of examples within the limits, on the model's device."""
+        return BatchLoader(examples, self.limits, self.tokenizer.pad_token_id, self.model.device, **keywords)
 
 
 def load_traceable(settings: Settings, model: str, device: torch.device) -> Traceable:
