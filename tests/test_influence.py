@@ -289,6 +289,40 @@ def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
         )
 
 
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal", "identity"])
+@pytest.mark.parametrize("damping", [None, 0.01])
+def test_preconditioning_is_the_formula(tiny_models, small_data, tmp_path, strategy, damping):
+    """V -> Q_G ((Q_G^T V Q_A) / (eigenvalues + damping)) Q_A^T, from the factor files, in float64."""
+    subject = make_subject(tiny_models["pythia"], small_data)
+    subject.train = subject.train[:12]
+    curvature = Curvature(strategy, damping)
+    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {
+        name: torch.randn(2, module.out_features, module.in_features + 1, generator=generator)
+        for name in subject.tasks["bias"].tracked_modules
+        for module in [subject.model.get_submodule(name)]
+    }
+    ready = precondition(subject.model, gradients, curvature, tmp_path)
+    factors = {file.stem: load_file(file) for file in tmp_path.glob("*.safetensors")}
+    for name, gradient in gradients.items():
+        value = gradient.double()
+        if strategy in ("ekfac", "kfac"):
+            q_a, q_g = (factors[f"{side}_eigenvectors"][name].double() for side in ("activation", "gradient"))
+            value = q_g.T @ value @ q_a
+        if strategy == "kfac":
+            eigenvalues = torch.outer(
+                *(factors[f"{side}_eigenvalues"][name].double() for side in ("gradient", "activation"))
+            )
+        elif strategy != "identity":
+            eigenvalues = factors["lambda_matrix"][name].double() / len(subject.train)
+        if strategy != "identity":
+            value = value / (eigenvalues + (0.1 * eigenvalues.mean() if damping is None else damping))
+        if strategy in ("ekfac", "kfac"):
+            value = q_g @ value @ q_a.T
+        assert torch.norm(ready[name].double() - value) <= 1e-4 * torch.norm(value)
+
+
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort(), b.argsort().argsort()]).double()
     return float(torch.corrcoef(ranks)[0, 1])

@@ -230,6 +230,20 @@ def test_a_checkpoint_with_other_weights_is_another_model(finished):
         script.run_step(script.main, arguments)
 
 
+@pytest.mark.parametrize("strategy", ["kfac", "diagonal", "identity"])
+def test_other_strategies_run_through_steps_1_and_4(finished, strategy):
+    common = ("--TASK_NAME", "ethics", "--FACTOR_STRATEGY", strategy)
+    finished.run("compute_factors_and_scores.py", *common, "--COMPUTE_PER_TOKEN_SCORES", "True")
+    finished.run("make_gradients.py", *common, "--BOTTOM_K", 3, "--OVERWRITE", "True")
+    scores = load_file(only(finished, f"ethics_*/scores_{strategy}/pairwise_scores.safetensors"))["all_modules"]
+    tokens = load_file(only(finished, f"ethics_*/scores_{strategy}/per_token_scores.safetensors"))
+    begin, end = tokens["offsets"][7:9]
+    torch.testing.assert_close(tokens["scores"][begin:end].sum(), scores[0, 7], rtol=1e-3, atol=1e-4)
+    manifest = read_json(only(finished, "ethics_*/query_grads_pure_ekfac_bottom3/*.manifest.json"))
+    assert manifest["settings"]["FACTOR_STRATEGY"] == strategy
+    assert manifest["indices"] == scores[0].argsort()[:3].tolist()
+
+
 def test_percentages():
     assert improvement_percent(before=-2.0, after=-3.0) == pytest.approx(50)
     assert improvement_percent(before=2.0, after=3.0) == pytest.approx(-50)
