@@ -20,7 +20,7 @@ lint: $(VENV)/ready
 # torch; so kronfluence comes without its dependencies, and what it does import is named beside it.
 $(VENV)/ready: requirements.txt requirements-dev.txt Makefile
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	grep -v '^kronfluence' requirements.txt > $(VENV)/requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	    -r $(VENV)/requirements.txt -r requirements-dev.txt einops einconv opt-einsum

@@ -152,7 +152,7 @@ def fit_factors(model: PreTrainedModel, task: Task, loader: BatchLoader, curvatu
 
     def eigenbases() -> FACTOR_TYPE:
         found = _load_factors(folder, COVARIANCE_FACTOR_NAMES)
-        say("   eigendecompositions")
+        say(f"   eigendecompositions of {len(_traced_modules(model))} modules")
         try:
             return perform_eigendecomposition(found, model, state, arguments, disable_tqdm=True)
         except torch.linalg.LinAlgError:

@@ -6,7 +6,9 @@ some of them, and refuses it where one of those differs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,15 +100,15 @@ class Pipeline:
 
     def scores(self, task: str, **inputs: str) -> Artifact:
         """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs."""
-        path = paths.scores_file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location())
-        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")
-        return Artifact(path, STEP_1, constants, {**self.inputs, **inputs})
+        return self._scored(paths.scores_file, task, inputs)
 
     def token_scores(self, task: str, **inputs: str) -> Artifact:
         """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
-        path = paths.token_scores_file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location())
-        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")
-        return Artifact(path, STEP_1, constants, {**self.inputs, **inputs})
+        return self._scored(paths.token_scores_file, task, inputs)
+
+    def _scored(self, file: Callable[..., Path], task: str, inputs: dict[str, str]) -> Artifact:
+        path = file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location())
+        return Artifact(path, STEP_1, self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR"), {**self.inputs, **inputs})
 
     def representations(self) -> Artifact:
         """Step 2: the representations of the training dialogues."""
