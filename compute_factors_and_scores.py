@@ -62,12 +62,10 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 # -----------------------------------------------------------------------------------------------------------
 
 
-def fit_missing_factors(
+def fit_and_publish_factors(
     factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, examples: list[Example]
 ) -> None:
-    """Fit the factors on a seeded subset of the training dialogues, unless they are there."""
-    if factors.is_finished(settings.OVERWRITE):
-        return
+    """Fit the factors on a seeded subset of the training dialogues."""
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = random.Random(settings.SEED).sample(range(len(examples)), count)
@@ -110,7 +108,8 @@ def trace_model(settings: Settings, model_name: str) -> None:
         for name in names:
             outputs[name].append(pipeline.token_scores(name, pairs=fingerprints[name]))
     unfinished = [name for name in names if not all(is_finished(output) for output in outputs[name])]
-    if is_finished(factors) and not unfinished:
+    has_factors = is_finished(factors)
+    if has_factors and not unfinished:
         return
 
     subject = load_traceable(settings, model_name, device)
@@ -123,7 +122,8 @@ def trace_model(settings: Settings, model_name: str) -> None:
     ]
     queries = {task: tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens) for task in tasks}
     trace(subject.model, tasks[0])
-    fit_missing_factors(factors, settings, subject, tasks[0], examples)
+    if not has_factors:
+        fit_and_publish_factors(factors, settings, subject, tasks[0], examples)
     if not unfinished:
         return
     scores = score_tasks(subject, queries, examples, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)

@@ -288,7 +288,7 @@ def precondition(model: PreTrainedModel, gradients: Gradients, curvature: Curvat
         module.set_factor(AGGREGATED_GRADIENT_NAME, gradients[module.name].to(model.device))
         module.finalize_all_iterations()
         preconditioned[module.name] = module.get_factor(ACCUMULATED_PRECONDITIONED_GRADIENT_NAME)
-        for name in names:
+        for name in (*EIGENDECOMPOSITION_FACTOR_NAMES, *LAMBDA_FACTOR_NAMES):  # KFAC makes a Lambda of its own
             module.release_factor(name)
     set_mode(model, ModuleMode.DEFAULT, release_memory=True)
     return preconditioned
