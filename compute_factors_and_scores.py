@@ -22,7 +22,7 @@ from tasks import TRUST_TASKS
 from tasks.base import TrustTask
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
-from utils.batching import Example
+from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
 from utils.influence import (
     SCORES_NAME,
@@ -36,9 +36,10 @@ from utils.influence import (
 )
 from utils.models import resolve_device
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
-from utils.performance_functions.pairs import tokenize_pairs
+from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 from utils.pipeline import Pipeline, Traceable, load_traceable, tasks_of
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
+from utils.trunk import KeptStates
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
@@ -63,32 +64,44 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 
 
 def fit_and_publish_factors(
-    factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, examples: list[Example]
+    factors: Artifact,
+    settings: Settings,
+    subject: Traceable,
+    task: TrustTask,
+    examples: list[LabelledSequence],
+    states: KeptStates,
 ) -> None:
     """Fit the factors on a seeded subset of the training dialogues."""
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
-    indices = random.Random(settings.SEED).sample(range(len(examples)), count)
+    indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
     pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
+    loader = subject.loader(examples, subject.kept_states() if pad_to else states, indices=indices, pad_to=pad_to)
     with factors.growing_folder() as folder:
-        fit_factors(
-            subject.model, task, subject.loader(examples, indices=indices, pad_to=pad_to), subject.curvature, folder
-        )
+        fit_factors(subject.model, task, loader, subject.curvature, folder)
         factors.publish_folder(started, factor_shapes(folder), modules=subject.tracked_modules, examples=count)
 
 
 def score_tasks(
-    subject: Traceable, queries: dict[TrustTask, list[Example]], examples: list[Example], factors: Path, per_token: bool
+    subject: Traceable,
+    queries: dict[TrustTask, TokenizedPairs],
+    train: BatchLoader,
+    factors: Path,
+    per_token: bool,
 ) -> Scores:
     """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
     model, curvature = subject.model, subject.curvature
     gradients = [
-        mean_measurement_gradient(model, task, subject.loader(pairs, description=f"{task.name} queries"), curvature)
+        mean_measurement_gradient(
+            model,
+            task,
+            subject.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries"),
+            curvature,
+        )
         for task, pairs in queries.items()
     ]
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
     preconditioned = precondition(model, stacked, curvature, factors)
-    train = subject.loader(examples, description="training dialogues")
     return score_training_examples(model, next(iter(queries)), train, preconditioned, curvature, per_token)
 
 
@@ -114,19 +127,21 @@ def trace_model(settings: Settings, model_name: str) -> None:
 
     subject = load_traceable(settings, model_name, device)
     examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
-    linears, tokens = len(subject.tracked_modules), subject.limits.tokens
+    linears, tokens = len(subject.tracked_modules), subject.tokens_per_batch
     say(f"   {len(examples)} dialogues, {linears} Linears, {tokens} tokens per batch")
     tasks = [
         TRUST_TASKS[name](subject.tracked_modules, settings.SEED, settings.FISHER_POSITIONS)
         for name in unfinished or names
     ]
     queries = {task: tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens) for task in tasks}
-    trace(subject.model, tasks[0])
+    trace(subject.whole, tasks[0])
+    states = subject.kept_states()
     if not has_factors:
-        fit_and_publish_factors(factors, settings, subject, tasks[0], examples)
+        fit_and_publish_factors(factors, settings, subject, tasks[0], examples, states)
     if not unfinished:
         return
-    scores = score_tasks(subject, queries, examples, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
+    train = subject.loader(examples, states, description="training dialogues")
+    scores = score_tasks(subject, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         if settings.COMPUTE_PER_TOKEN_SCORES:
             tokens = {"scores": scores.tokens[query], "offsets": scores.token_offsets}

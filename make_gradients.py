@@ -113,7 +113,7 @@ def main(settings: Settings) -> None:
             if subject is None:
                 subject = load_traceable(settings, model_name, device)
                 task = BackwardTask(subject.tracked_modules)
-                trace(subject.model, task)
+                trace(subject.whole, task)
                 examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
             loader = subject.loader(examples, indices=indices, description="subset")
             mean_gradient = mean_measurement_gradient(subject.model, task, loader, subject.curvature)

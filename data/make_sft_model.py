@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -35,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
-from utils.batching import IGNORED_LABEL, Batch, Example, batch_limits
+from utils.batching import IGNORED_LABEL, Batch, LabelledSequence
 from utils.console import UserError, banner, progress_bar, say
 from utils.models import copy_tokenizer, load_model, load_tokenizer, model_fingerprint, resolve_device
-from utils.performance_functions.evaluation import evaluate_dialogues
+from utils.performance_functions.evaluation import MeasurableModel
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
-from utils.performance_functions.losses import sequence_nll
+from utils.performance_functions.losses import label_hidden_states
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -87,14 +88,14 @@ VOCABULARY_MULTIPLE = 64  # output embeddings are padded to a multiple, which ma
 class DialogueDataset(Dataset):
     """Tokenized dialogues as the Trainer wants them; labels are the completion and the final EOS."""
 
-    def __init__(self, examples: list[Example]) -> None:
+    def __init__(self, examples: list[LabelledSequence]) -> None:
         self.examples = examples
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, position: int) -> dict[str, list[int]]:
-        (sequence,) = self.examples[position]
+        sequence = self.examples[position]
         input_ids = sequence.input_ids.tolist()
         labels = [IGNORED_LABEL] * sequence.label_start + input_ids[sequence.label_start :]
         return {"input_ids": input_ids, "labels": labels[: len(input_ids)]}
@@ -120,8 +121,10 @@ class CompletionTrainer(Trainer):
 
     def compute_loss(self, model: PreTrainedModel, inputs: Batch, *_: object, **__: object) -> torch.Tensor:
         """Mean cross-entropy over the completions of the batch."""
-        nll = sequence_nll(model, inputs)
-        return nll.total.sum() / nll.num_tokens.sum().clamp(min=1)
+        targets = inputs["labels"][:, 1:]
+        is_label = targets != IGNORED_LABEL
+        hidden, _ = label_hidden_states(model, inputs, is_label)
+        return F.cross_entropy(model.get_output_embeddings()(hidden), targets[is_label])
 
 
 class ProgressBar(TrainerCallback):
@@ -165,7 +168,7 @@ def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedMod
 def fine_tune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
+    examples: list[LabelledSequence],
     settings: Settings,
     folder: Path,
 ) -> None:
@@ -216,11 +219,12 @@ def main(settings: Settings) -> None:
         return
     set_seed(settings.SEED)
     model, tokenizer = start_model(settings, device)
-    limits = batch_limits(model, "auto")
-    before = evaluate_dialogues(model, tokenizer, test, limits)["perplexity"]
+    measurable = MeasurableModel(model, tokenizer)
+    before = measurable.measure("anthropic", "test", test)["perplexity"]
     with output.growing_folder() as folder:
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder)
-        after = evaluate_dialogues(model.eval(), tokenizer, test, limits)["perplexity"]
+        model.eval()
+        after = measurable.measure("anthropic", "test", test)["perplexity"]
         model.save_pretrained(folder)
         copy_tokenizer(settings.TOKENIZER if settings.BASE_MODEL in ARCHITECTURES else settings.BASE_MODEL, folder)
         output.publish_folder(started, {}, perplexity={"before": before, "after": after})

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.batching import BatchLoader, LabelledSequence, batch_limits
+from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
 from utils.performance_functions.hh import Dialogues
@@ -55,12 +55,12 @@ def represent(
     """
     texts = [f"{prompt} {chosen}" for prompt, chosen in zip(dialogues.prompts, dialogues.completions, strict=True)]
     input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-    examples = [(LabelledSequence(np.asarray(ids, dtype=np.int32), 0, len(ids)),) for ids in input_ids]
-    limits = batch_limits(model, tokens_per_batch)
-    loader = BatchLoader(examples, limits, tokenizer.pad_token_id, model.device, description="representations")
-    representations = torch.zeros(len(examples), model.config.hidden_size)
+    sequences = [LabelledSequence(np.asarray(ids, dtype=np.int32), 0, len(ids)) for ids in input_ids]
+    budget = token_budget(model, tokens_per_batch)
+    loader = BatchLoader(sequences, budget, tokenizer.pad_token_id, model.device, description="representations")
+    representations = torch.zeros(len(sequences), model.config.hidden_size)
     for batch in loader:
-        hidden = last_hidden_state(model, batch["input_ids"])  # (B, T, hidden)
+        hidden = last_hidden_state(model, batch)  # (B, T, hidden)
         mask = batch["attention_mask"].unsqueeze(2)  # (B, T, 1)
         representations[batch["index"].cpu()] = ((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float().cpu()
     return representations

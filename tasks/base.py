@@ -9,7 +9,7 @@ from kronfluence.task import Task
 from transformers import PreTrainedModel
 
 from utils.batching import Batch
-from utils.performance_functions.losses import log_odds_loss, sampled_label_loss, sequence_nll
+from utils.performance_functions.losses import sampled_label_loss, sequence_nll
 from utils.performance_functions.pairs import Measurement
 
 
@@ -36,6 +36,13 @@ class InfluenceTask(Task):
             return sampled_label_loss(model, batch, self.seed, self.all_positions)
         return sequence_nll(model, batch).total.sum()
 
+    def compute_measurement(self, batch: Batch, model: PreTrainedModel) -> torch.Tensor:
+        """sum_u weight_u NLL_u, with NLL_u the mean over the label tokens of sequence u.
+
+        With the weights of answer pairs this is f_task; with 1 / K it is the mean Lbar of K dialogues.
+        """
+        return (batch["weight"] * sequence_nll(model, batch).mean).sum()
+
     def get_influence_tracked_modules(self) -> list[str]:
         """Every Linear of the last blocks."""
         return self.tracked_modules
@@ -53,7 +60,3 @@ class TrustTask(InfluenceTask):
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.measurement.name
-
-    def compute_measurement(self, batch: Batch, model: PreTrainedModel) -> torch.Tensor:
-        """f_task, summed over the batch's pairs."""
-        return log_odds_loss(model, batch).sum()

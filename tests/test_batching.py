@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from utils.batching import IGNORED_LABEL, BatchLimits, BatchLoader, LabelledSequence, plan_batches
+from utils.batching import IGNORED_LABEL, BatchLoader, LabelledSequence, plan_batches
 
 
-def make_examples(count: int, sequences: int = 1, seed: int = 0) -> list:
+def make_sequences(count: int, seed: int = 0) -> list[LabelledSequence]:
     source = random.Random(seed)
 
     def sequence() -> LabelledSequence:
@@ -19,40 +19,33 @@ def make_examples(count: int, sequences: int = 1, seed: int = 0) -> list:
         start = source.randint(0, length - 1)
         return LabelledSequence(np.arange(1, length + 1, dtype=np.int32), start, length)
 
-    return [tuple(sequence() for _ in range(sequences)) for _ in range(count)]
+    return [sequence() for _ in range(count)]
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 200, 10_000])
 def test_plan_covers_all_within_the_budget(tokens):
     lengths = [random.Random(i).randint(1, 90) for i in range(100)]
-    batches = plan_batches(lengths, BatchLimits(tokens))
+    batches = plan_batches(lengths, tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(100))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens
     assert max(lengths) == lengths[batches[0][0]], "the longest comes first"
 
 
-def test_plan_bounds_the_number_of_examples():
-    assert max(map(len, plan_batches([1] * 100, BatchLimits(1_000, examples=7)))) == 7
-
-
 def test_plan_wastes_little():
     lengths = [random.Random(i).randint(20, 400) for i in range(2_000)]
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in plan_batches(lengths, BatchLimits(4_096)))
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in plan_batches(lengths, 4_096))
     assert padded < 1.05 * sum(lengths)
 
 
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_batches_hold_their_examples(sequences):
-    examples = make_examples(37, sequences)
-    seen = []
-    for batch in BatchLoader(examples, BatchLimits(150), pad_token_id=0):
+def test_batches_hold_their_sequences():
+    sequences, seen = make_sequences(37), []
+    for batch in BatchLoader(sequences, 150, pad_token_id=0):
         index = batch["index"].tolist()
         seen += index
         assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape
-        assert len(batch["input_ids"]) == sequences * len(index)
-        expected = [examples[i][column] for column in range(sequences) for i in index]
-        for row, sequence in enumerate(expected):
+        assert batch["weight"].tolist() == pytest.approx([1 / 37] * len(index))
+        for row, sequence in enumerate(sequences[i] for i in index):
             length = len(sequence.input_ids)
             assert batch["input_ids"][row, :length].tolist() == sequence.input_ids.tolist()
             assert batch["attention_mask"][row].sum() == length
@@ -65,11 +58,16 @@ def test_batches_hold_their_examples(sequences):
 
 
 def test_indices_choose_and_keep_their_positions():
-    examples = make_examples(20)
-    loader = BatchLoader(examples, BatchLimits(100), pad_token_id=0, indices=[3, 17, 5])
+    loader = BatchLoader(make_sequences(20), 100, pad_token_id=0, indices=[3, 17, 5])
     assert sorted(i for batch in loader for i in batch["index"].tolist()) == [3, 5, 17]
 
 
 def test_padding_to_a_length():
-    for batch in BatchLoader(make_examples(5), BatchLimits(1_000), pad_token_id=0, pad_to=64):
+    for batch in BatchLoader(make_sequences(5), 1_000, pad_token_id=0, pad_to=64):
         assert batch["input_ids"].shape[1] == 64
+
+
+def test_weights_follow_their_sequences():
+    weights = np.arange(20) / 7
+    for batch in BatchLoader(make_sequences(20), 100, pad_token_id=0, indices=[3, 17, 5], weights=weights):
+        assert batch["weight"].tolist() == pytest.approx([i / 7 for i in batch["index"].tolist()])

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from tasks import TRUST_TASKS, BackwardTask
 from tasks.base import InfluenceTask
-from utils.batching import BatchLimits, BatchLoader, Example
+from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
 from utils.influence import (
     Curvature,
@@ -30,11 +30,11 @@ from utils.influence import (
 from utils.models import load_model, load_tokenizer, tracked_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sampled_label_loss, sequence_nll
-from utils.performance_functions.pairs import tokenize_pairs
+from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 
 CPU = torch.device("cpu")
-SMALL_BATCHES = BatchLimits(tokens=300)
-ONE_BATCH = BatchLimits(tokens=1 << 30)
+SMALL_BATCHES = 300
+ONE_BATCH = 1 << 30
 
 
 @dataclass
@@ -43,23 +43,25 @@ class Subject:
 
     model: torch.nn.Module
     tasks: dict[str, InfluenceTask]
-    train: list[Example]
-    queries: dict[str, list[Example]]
+    train: list[LabelledSequence]
+    queries: dict[str, TokenizedPairs]
 
-    def loader(self, examples: list[Example], limits: BatchLimits = SMALL_BATCHES, **keywords: object) -> BatchLoader:
-        return BatchLoader(examples, limits, pad_token_id=0, **keywords)
+    def loader(self, examples: list[LabelledSequence], budget: int = SMALL_BATCHES, **keywords: object) -> BatchLoader:
+        return BatchLoader(examples, budget, pad_token_id=0, **keywords)
 
-    def stacked_gradients(self, curvature: Curvature, limits: BatchLimits = SMALL_BATCHES) -> dict[str, torch.Tensor]:
+    def stacked_gradients(self, curvature: Curvature, budget: int = SMALL_BATCHES) -> dict[str, torch.Tensor]:
         each = [
-            mean_measurement_gradient(self.model, task, self.loader(self.queries[name], limits), curvature)
-            for name, task in self.tasks.items()
+            mean_measurement_gradient(
+                self.model, task, self.loader(pairs.sequences, budget, weights=pairs.weights), curvature
+            )
+            for task, pairs in ((task, self.queries[name]) for name, task in self.tasks.items())
         ]
         return {module: torch.cat([gradients[module] for gradients in each]) for module in each[0]}
 
-    def scores(self, curvature: Curvature, factors: Path, limits: BatchLimits = SMALL_BATCHES) -> torch.Tensor:
-        ready = precondition(self.model, self.stacked_gradients(curvature, limits), curvature, factors)
+    def scores(self, curvature: Curvature, factors: Path, budget: int = SMALL_BATCHES) -> torch.Tensor:
+        ready = precondition(self.model, self.stacked_gradients(curvature, budget), curvature, factors)
         task = next(iter(self.tasks.values()))
-        return score_training_examples(self.model, task, self.loader(self.train, limits), ready, curvature).examples
+        return score_training_examples(self.model, task, self.loader(self.train, budget), ready, curvature).examples
 
 
 def make_subject(model_path: Path, data: Path, num_blocks: int = 1, dtype: torch.dtype = torch.float32) -> Subject:
@@ -78,8 +80,8 @@ def make_subject(model_path: Path, data: Path, num_blocks: int = 1, dtype: torch
 class Padded(Dataset):
     """Examples one at a time, as kronfluence's own loaders want them."""
 
-    def __init__(self, examples: list[Example]) -> None:
-        self.examples = examples
+    def __init__(self, examples: list[LabelledSequence], weights: np.ndarray | None = None) -> None:
+        self.examples, self.weights = examples, weights
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -89,7 +91,7 @@ class Padded(Dataset):
 
     @property
     def collation(self) -> dict:
-        return {"collate_fn": BatchLoader(self.examples, ONE_BATCH, pad_token_id=0)._collate}
+        return {"collate_fn": BatchLoader(self.examples, ONE_BATCH, 0, weights=self.weights)._collate}
 
 
 @pytest.mark.parametrize("family", ["pythia", "qwen"])
@@ -107,7 +109,7 @@ def test_fused_pass_equals_kronfluence(tiny_models, small_data, tmp_path, family
         )
         arguments = curvature.score_arguments
         arguments.aggregate_query_gradients = True
-        queries = Padded(subject.queries[name])
+        queries = Padded(subject.queries[name].sequences, subject.queries[name].weights)
         original = analyzer._get_dataloader
 
         def loader_of(dataset, *, original=original, dataloader_params, **keywords):
@@ -124,7 +126,7 @@ def test_fused_pass_equals_kronfluence(tiny_models, small_data, tmp_path, family
             per_device_train_batch_size=7,
             score_args=arguments,
         )
-        theirs = analyzer.load_pairwise_scores(name)["all_modules"][0] / len(queries)
+        theirs = analyzer.load_pairwise_scores(name)["all_modules"][0]
         assert torch.norm(ours[query] - theirs) / torch.norm(theirs) < 1e-4
 
 
@@ -190,15 +192,16 @@ def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_d
 
     for query, name in enumerate(subject.tasks):
         losses = []
-        for chosen, rejected in subject.queries[name]:
+        pairs = subject.queries[name]
+        for pair in zip(pairs.chosen, pairs.rejected, strict=True):
+            chosen, rejected = (pairs.sequences[position] for position in pair)
             (chosen_nll, chosen_count), (rejected_nll, rejected_count) = plain_nll(chosen), plain_nll(rejected)
             losses.append(chosen_nll / chosen_count - rejected_nll / rejected_count)
         expected = gradient_of(torch.stack(losses).mean())
         for module, tensor in expected.items():
             assert torch.norm(gradients[module][query] - tensor) <= 1e-4 * torch.norm(tensor)
         for position in (0, 17, 59):
-            (sequence,) = subject.train[position]
-            train_gradient = gradient_of(plain_nll(sequence)[0])
+            train_gradient = gradient_of(plain_nll(subject.train[position])[0])
             dot_product = sum((expected[module] * train_gradient[module]).sum() for module in expected)
             assert scores[query, position] == pytest.approx(float(dot_product), rel=1e-3, abs=1e-5)
 
@@ -233,8 +236,8 @@ def test_padding_changes_nothing(tiny_models, small_data):
 def test_sampled_labels_do_not_depend_on_the_batch(tiny_models, small_data):
     subject = make_subject(tiny_models["pythia"], small_data)
     losses = [
-        sum(float(sampled_label_loss(subject.model, batch, seed=3)) for batch in subject.loader(subject.train, limits))
-        for limits in (SMALL_BATCHES, ONE_BATCH)
+        sum(float(sampled_label_loss(subject.model, batch, seed=3)) for batch in subject.loader(subject.train, budget))
+        for budget in (SMALL_BATCHES, ONE_BATCH)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     other_seed = sum(float(sampled_label_loss(subject.model, b, seed=4)) for b in subject.loader(subject.train))
@@ -281,7 +284,7 @@ def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
         subject.model, task, subject.loader(subject.train), ready, curvature, per_token=True
     )
     assert torch.norm(tokens.examples - plain.examples) <= 1e-5 * torch.norm(plain.examples)
-    for position, (sequence,) in enumerate(subject.train):
+    for position, sequence in enumerate(subject.train):
         begin, end = tokens.token_offsets[position : position + 2]
         assert end - begin == len(sequence.input_ids)
         torch.testing.assert_close(
@@ -338,9 +341,9 @@ def test_float32_ranks_as_float64_does(tiny_models, small_data, tmp_path):
         subject.train = train
         curvature = Curvature(dtype=dtype)
         folder = tmp_path / str(dtype)
-        limits = BatchLimits(tokens=2_048)
-        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train, limits), curvature, folder)
-        scores.append(subject.scores(curvature, folder, limits))
+        budget = 2_048
+        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train, budget), curvature, folder)
+        scores.append(subject.scores(curvature, folder, budget))
     for single, double in zip(*scores, strict=True):
         assert double.dtype == torch.float64
         assert spearman(single, double) > 0.999

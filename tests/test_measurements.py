@@ -13,12 +13,12 @@ from conftest import SHARED_DATA, needs_real_samples, read_rows
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from utils.batching import BatchLimits, BatchLoader
+from utils.batching import BatchLoader
 from utils.models import load_model, load_tokenizer
-from utils.performance_functions import bias, ethics, truth
-from utils.performance_functions.evaluation import MEASUREMENTS, evaluate_dialogues, evaluate_pairs
+from utils.performance_functions import bias, ethics, losses, truth
+from utils.performance_functions.evaluation import MEASUREMENTS, evaluate_dialogues, evaluate_pairs, measured_nll
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
-from utils.performance_functions.losses import inverse_cdf_sample, log_odds_loss, sequence_nll
+from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll
 from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def real_tokenizer():
 
 def test_dialogue_labels_are_the_completion_without_the_final_eos(tokenizer):
     prompt, completion = "\n\nHuman: How do I bake bread?\n\nAssistant:", " Mix flour and water, then wait."
-    ((sequence,),) = tokenize_dialogues(Dialogues([prompt], [completion]), tokenizer)
+    (sequence,) = tokenize_dialogues(Dialogues([prompt], [completion]), tokenizer)
     ids = sequence.input_ids.tolist()
     assert ids == tokenizer(prompt + completion + "<|endoftext|>")["input_ids"]
     assert tokenizer.decode(ids[sequence.label_start : sequence.label_end]) == completion
@@ -48,7 +48,7 @@ def test_dialogue_labels_are_the_completion_without_the_final_eos(tokenizer):
 
 
 def test_long_dialogues_are_cut_at_1024_tokens(tokenizer):
-    ((long,), (all_prompt,)) = tokenize_dialogues(
+    (long, all_prompt) = tokenize_dialogues(
         Dialogues(["\n\nHuman: x\n\nAssistant:", "word " * 3_000], [" word" * 3_000, " gone"]), tokenizer
     )
     assert len(long.input_ids) == 1_024 == long.label_end
@@ -62,7 +62,7 @@ def test_nll_equals_the_models_own_loss(tiny_models, small_data, family):
     model, tokenizer = load_model(str(tiny_models[family]), CPU), load_tokenizer(str(tiny_models[family]))
     examples = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "test"), tokenizer)
     with torch.no_grad():
-        for batch in BatchLoader(examples, BatchLimits(400), tokenizer.pad_token_id):
+        for batch in BatchLoader(examples, 400, tokenizer.pad_token_id):
             nll = sequence_nll(model, batch)
             for row in range(len(nll.total)):
                 one = {k: batch[k][row : row + 1] for k in ("input_ids", "attention_mask", "labels")}
@@ -74,12 +74,12 @@ def test_sampling_inverts_the_distribution_function():
     logits = torch.randn(500, 1_000, generator=generator) * 3
     uniform = torch.rand(500, generator=generator, dtype=torch.float64)
     cumulative = logits.double().softmax(dim=1).cumsum(dim=1)
-    labels = inverse_cdf_sample(logits, uniform)
+    labels = inverse_cdf_sample(logits.exp(), uniform)
     rows = torch.arange(500)
     assert (uniform <= cumulative[rows, labels] + 1e-6).all()
     assert (uniform >= cumulative[rows, labels] - logits.double().softmax(dim=1)[rows, labels] - 1e-6).all()
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    many = inverse_cdf_sample(probabilities.log().expand(20_000, 4), torch.rand(20_000, dtype=torch.float64))
+    many = inverse_cdf_sample(probabilities.expand(20_000, 4), torch.rand(20_000, dtype=torch.float64))
     frequencies = torch.bincount(many, minlength=4) / 20_000
     torch.testing.assert_close(frequencies, probabilities, atol=0.015, rtol=0)
     assert frequencies[1] == 0
@@ -90,10 +90,14 @@ def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):
     pairs = [
         AnswerPair("A question\n\nAnswer:", " yes, that is so", " no"),
         AnswerPair("Why?", " because", " who knows"),
+        AnswerPair("Why?", " because", " no"),  # an answer that occurs twice
     ]
-    (batch,) = BatchLoader(tokenize_pairs(pairs, tokenizer, 128), BatchLimits(1_000), tokenizer.pad_token_id)
+    tokenized = tokenize_pairs(pairs, tokenizer, 128)
+    loader = BatchLoader(tokenized.sequences, 1_000, tokenizer.pad_token_id, weights=tokenized.weights)
     with torch.no_grad():
-        losses = log_odds_loss(model, batch)
+        nll = measured_nll(model, loader)
+        losses = log_odds_losses(nll.mean, tokenized.chosen, tokenized.rejected)
+        assert float(nll.mean @ torch.from_numpy(tokenized.weights)) == pytest.approx(float(losses.mean()), rel=1e-6)
 
         def mean_nll(prompt: str, answer: str) -> float:
             ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
@@ -101,8 +105,7 @@ def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):
             labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
             return model(input_ids=ids, labels=labels).loss.item()
 
-        for index, loss in zip(batch["index"].tolist(), losses.tolist(), strict=True):
-            pair = pairs[index]
+        for pair, loss in zip(pairs, losses.tolist(), strict=True):
             expected = mean_nll(pair.prompt, pair.chosen) - mean_nll(pair.prompt, pair.rejected)
             assert loss == pytest.approx(expected, rel=1e-4)
 
@@ -178,13 +181,15 @@ def test_counts_on_the_real_samples():
 @needs_real_samples
 def test_real_tokenizer_keeps_prompt_and_answer_apart(real_tokenizer):
     dialogues = load_dialogues(str(SHARED_DATA / "hh"), "test")
-    for row, (sequence,) in enumerate(tokenize_dialogues(dialogues, real_tokenizer)):
+    for row, sequence in enumerate(tokenize_dialogues(dialogues, real_tokenizer)):
         if len(sequence.input_ids) < 1_024:
             completion = real_tokenizer.decode(sequence.input_ids[sequence.label_start : sequence.label_end])
             assert completion == dialogues.completions[row]
     for measurement in MEASUREMENTS.values():
         pairs = measurement.load_pairs(SHARED_DATA, "test")
-        for pair, (chosen, _) in zip(pairs, tokenize_pairs(pairs, real_tokenizer, measurement.max_tokens), strict=True):
+        tokenized = tokenize_pairs(pairs, real_tokenizer, measurement.max_tokens)
+        for pair, position in zip(pairs, tokenized.chosen, strict=True):
+            chosen = tokenized.sequences[position]
             assert real_tokenizer.decode(chosen.input_ids[chosen.label_start :]) in (pair.chosen, pair.chosen.rstrip())
 
 
@@ -199,17 +204,44 @@ def test_released_loss_is_the_mean_of_batch_means():
 
 def test_evaluation_does_not_depend_on_the_batches(tiny_models, small_data, tokenizer):
     model = load_model(str(tiny_models["pythia"]), CPU)
-    dialogues = load_dialogues(str(small_data / "hh"), "test")
-    small, large = (evaluate_dialogues(model, tokenizer, dialogues, BatchLimits(n)) for n in (64, 100_000))
+    dialogues = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "test"), tokenizer)
+    small, large = (evaluate_dialogues(model, BatchLoader(dialogues, n, 0)) for n in (64, 100_000))
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-6)
     assert small["perplexity"] == pytest.approx(math.exp(small["loss"]))
     assert small["tokens"] == large["tokens"]
     for measurement in MEASUREMENTS.values():
         pairs = measurement.load_pairs(small_data, "test")
-        one, many = (evaluate_pairs(model, tokenizer, pairs, measurement, BatchLimits(n)) for n in (64, 100_000))
+        tokenized = tokenize_pairs(pairs, tokenizer, measurement.max_tokens)
+        one, many = (evaluate_pairs(model, BatchLoader(tokenized.sequences, n, 0), tokenized) for n in (64, 100_000))
         assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
         assert one["pairs"] == len(pairs)
         assert 0 <= one["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("rows_in_a_chunk", [1, 7, 1_000])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_label_nll_equals_cross_entropy_on_full_logits(monkeypatch, rows_in_a_chunk, has_bias):
+    monkeypatch.setattr(losses, "LOGIT_BYTES_ON_CPU", rows_in_a_chunk * 500 * 4)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.nn.Linear(16, 500, bias=has_bias).requires_grad_(False)
+    hidden = torch.randn(40, 16, generator=generator).requires_grad_(True)
+    targets = torch.randint(500, (40,), generator=generator)
+    importance = torch.rand(40, generator=generator)
+    nll = label_nll(embedding, hidden, targets)
+    expected = torch.nn.functional.cross_entropy(embedding(hidden), targets, reduction="none")
+    torch.testing.assert_close(nll, expected)
+    (ours,), (plain,) = (torch.autograd.grad((importance * loss).sum(), hidden) for loss in (nll, expected))
+    torch.testing.assert_close(ours, plain)
+    uniform = torch.rand(40, generator=generator, dtype=torch.float64)
+    drawn = losses.inverse_cdf_sample(embedding(hidden).detach().softmax(dim=1), uniform)
+    torch.testing.assert_close(
+        label_nll(embedding, hidden, uniform=uniform), label_nll(embedding, hidden, drawn), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_label_nll_refuses_an_output_embedding_that_is_trained():
+    with pytest.raises(ValueError, match="freeze it"):
+        label_nll(torch.nn.Linear(4, 9), torch.randn(2, 4), torch.tensor([1, 2]))
 
 
 def test_evaluators_write_what_they_print(workspace, capsys):

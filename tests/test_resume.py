@@ -38,9 +38,9 @@ ARGUMENTS: dict[str, list] = {
 }
 FACTORS = "ekfac_experiments/influence_results/pythia-tiny/factors_ekfac"
 STAGES = {
-    "covariances": "fit_covariance_matrices_with_loader",
-    "eigenbases": "perform_eigendecomposition",
-    "lambdas": "fit_lambda_matrices_with_loader",
+    "covariances": "fit_covariances",
+    "eigenbases": "fit_eigenbases",
+    "lambdas": "fit_lambdas",
 }
 
 

@@ -82,7 +82,7 @@ def test_greedy_is_within_its_guarantee_of_brute_force(seed):
     matrix = full_kernel(kernel)
     best = max(objective(matrix, quality, list(s), 2.0) for s in itertools.combinations(range(10), 4))
     found = greedy_dpp(kernel, quality, 4, 2.0).objective
-    assert (1 - 1 / math.e) * best <= found <= best + 1e-9
+    assert (1 - 1 / math.e) * best <= found <= best + 1e-6
 
 
 def test_greedy_picks_everything_once_among_duplicates():

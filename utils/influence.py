@@ -1,18 +1,20 @@
-"""All that touches kronfluence's insides: factors, preconditioned gradients, and the one pass that scores all tasks.
+"""Factors, preconditioned gradients and scores: all that touches kronfluence's insides.
 
-kronfluence wraps each traced Linear in a module with a mode (what its hooks compute) and a storage (what they
-computed). Here the modes are run one after another on token-budget batches:
+kronfluence wraps each traced Linear in a module, decomposes covariances, preconditions gradients and names the files.
+The sums over examples are our own (utils/gradients.py): they look only at tokens that have a gradient, and work in
+passes that share the trunk's output.
 
     covariance -> eigendecomposition -> Lambda      factors, shared by every task of a model
-    gradient aggregation, once for each task        grad f_task, (1, out, in)
+    gradient of the measurement, for each task      grad f_task, (1, out, in)
     stacked, preconditioned                         (F + damping I)^-1 grad f_task, (tasks, out, in)
-    pairwise scores over the training data          (tasks, N) in one pass
+    scores of the training data                     (tasks, N) in one pass
+
+The model of every function here may be a tail (utils/trunk.py), if the loader's batches have `trunk_states`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +23,45 @@ import torch
 from kronfluence.analyzer import prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.factor.config import FactorConfig
-from kronfluence.factor.covariance import fit_covariance_matrices_with_loader
-from kronfluence.factor.eigen import fit_lambda_matrices_with_loader, perform_eigendecomposition
+from kronfluence.factor.eigen import perform_eigendecomposition
 from kronfluence.module.tracked_module import ModuleMode, TrackedModule
 from kronfluence.module.utils import set_mode
 from kronfluence.task import Task
 from kronfluence.utils.constants import (
     ACCUMULATED_PRECONDITIONED_GRADIENT_NAME,
+    ACTIVATION_COVARIANCE_MATRIX_NAME,
+    ACTIVATION_EIGENVECTORS_NAME,
     AGGREGATED_GRADIENT_NAME,
     ALL_MODULE_NAME,
     COVARIANCE_FACTOR_NAMES,
     EIGENDECOMPOSITION_FACTOR_NAMES,
     FACTOR_ARGUMENTS_NAME,
     FACTOR_TYPE,
+    GRADIENT_COVARIANCE_MATRIX_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
     LAMBDA_FACTOR_NAMES,
-    PAIRWISE_SCORE_MATRIX_NAME,
+    LAMBDA_MATRIX_NAME,
+    NUM_ACTIVATION_COVARIANCE_PROCESSED,
+    NUM_GRADIENT_COVARIANCE_PROCESSED,
+    NUM_LAMBDA_PROCESSED,
 )
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from utils.artifacts import require_finite, to_json, write_atomically
-from utils.batching import BatchLoader
-from utils.console import UserError, say, shown_path
+from utils.batching import Batch, BatchLoader
+from utils.console import UserError, progress_bar, say, shown_path
+from utils.gradients import (
+    active_rows,
+    add_gradient,
+    add_second_moment,
+    add_squared_gradients,
+    observing,
+    token_scores,
+    with_ones,
+)
 
 SCORES_NAME = ALL_MODULE_NAME  # the tensor's name in a scores file, as kronfluence has it
 
@@ -119,12 +137,6 @@ def _traced_modules(model: PreTrainedModel) -> list[TrackedModule]:
     return [module for module in model.modules() if isinstance(module, TrackedModule)]
 
 
-def _configure(model: PreTrainedModel, curvature: Curvature) -> None:
-    for module in _traced_modules(model):
-        module.update_factor_args(curvature.factor_arguments)
-        module.update_score_args(curvature.score_arguments)
-
-
 # ---------------------------------------------------------------------------------------------------- factors
 
 
@@ -140,45 +152,157 @@ def fit_factors(model: PreTrainedModel, task: Task, loader: BatchLoader, curvatu
     Raises:
         UserError: a factor is not finite; names the factor and the module.
     """
-    # kronfluence's loops still name the gradient scaler by its old import path.
-    warnings.filterwarnings("ignore", message=".*GradScaler.*", category=FutureWarning)
     config = FactorConfig.CONFIGS[curvature.strategy]
-    arguments, state = curvature.factor_arguments, _OneProcess(model.device)
-    write_atomically(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(arguments.to_dict()))
-
-    def covariances() -> FACTOR_TYPE:
-        described = loader.described("covariances")
-        return fit_covariance_matrices_with_loader(model, state, task, described, arguments, disable_tqdm=True)[1]
+    write_atomically(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(curvature.factor_arguments.to_dict()))
 
     def eigenbases() -> FACTOR_TYPE:
-        found = _load_factors(folder, COVARIANCE_FACTOR_NAMES)
-        say(f"   eigendecompositions of {len(_traced_modules(model))} modules")
-        try:
-            return perform_eigendecomposition(found, model, state, arguments, disable_tqdm=True)
-        except torch.linalg.LinAlgError:
-            if state.device.type == "cpu":
-                raise
-            say("   failed on the GPU; trying the CPU")
-            return perform_eigendecomposition(
-                found, model, _OneProcess(torch.device("cpu")), arguments, disable_tqdm=True
-            )
+        return fit_eigenbases(model, _load_factors(folder, COVARIANCE_FACTOR_NAMES), curvature)
 
     def lambdas() -> FACTOR_TYPE:
         needs_basis = config.requires_eigendecomposition_for_lambda
-        eigen_factors = _load_factors(folder, EIGENDECOMPOSITION_FACTOR_NAMES) if needs_basis else None
-        described = loader.described("Lambda")
-        return fit_lambda_matrices_with_loader(
-            model, state, task, described, arguments, eigen_factors=eigen_factors, disable_tqdm=True
-        )[1]
+        eigenbases = _load_factors(folder, EIGENDECOMPOSITION_FACTOR_NAMES) if needs_basis else None
+        return fit_lambdas(model, task, loader.described("Lambda"), curvature, eigenbases)
 
     stages: list[tuple[bool, list[str], Callable[[], FACTOR_TYPE]]] = [
-        (config.requires_covariance_matrices, COVARIANCE_FACTOR_NAMES, covariances),
+        (
+            config.requires_covariance_matrices,
+            COVARIANCE_FACTOR_NAMES,
+            lambda: fit_covariances(model, task, loader.described("covariances"), curvature),
+        ),
         (config.requires_eigendecomposition, EIGENDECOMPOSITION_FACTOR_NAMES, eigenbases),
         (config.requires_lambda_matrices, LAMBDA_FACTOR_NAMES, lambdas),
     ]
     for needed, names, fit in stages:
         if needed and not all(_factor_file(folder, name).exists() for name in names):
             _save_factors(folder, fit())
+
+
+def _backward_passes(
+    loader: BatchLoader,
+    curvature: Curvature,
+    model: PreTrainedModel,
+    loss_of: Callable[[Batch], torch.Tensor],
+    consume: Callable[[Batch, TrackedModule, torch.Tensor, torch.Tensor], None],
+) -> None:
+    """Forward and backward over every batch; `consume` gets each module's inputs and output gradients."""
+    set_mode(model, ModuleMode.DEFAULT, release_memory=True)
+    for batch in loader:
+        with observing(_traced_modules(model), lambda *seen, batch=batch: consume(batch, *seen)):
+            with curvature.autocast(model.device):
+                loss = loss_of(batch)
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+
+
+def _has_bias(module: TrackedModule) -> bool:
+    return module.original_module.bias is not None
+
+
+def _gradient_shape(module: TrackedModule) -> tuple[int, int]:
+    """(out, in), the bias counted as a column."""
+    linear = module.original_module
+    return linear.out_features, linear.in_features + _has_bias(module)
+
+
+def _zeros(model: PreTrainedModel, curvature: Curvature, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=curvature.dtype, device=model.device)
+
+
+def fit_covariances(model: PreTrainedModel, task: Task, loader: BatchLoader, curvature: Curvature) -> FACTOR_TYPE:
+    """Sums of a a^T over every token that is not padding, and of g g^T over every token, for each module.
+
+    A = E[a a^T], G = E[g g^T], with labels sampled from the model   (Martens and Grosse 2015)
+
+    Returns:
+        kronfluence's four covariance factors: the sums (in, in) and (out, out), and the number of tokens in each.
+    """
+    modules = _traced_modules(model)
+    shapes = {module.name: _gradient_shape(module) for module in modules}
+    inputs_total = {name: _zeros(model, curvature, in_size, in_size) for name, (_, in_size) in shapes.items()}
+    gradients_total = {name: _zeros(model, curvature, out_size, out_size) for name, (out_size, _) in shapes.items()}
+    num_tokens = 0
+
+    def consume(batch: Batch, module: TrackedModule, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        is_token = batch["attention_mask"].bool()
+        add_second_moment(inputs_total[module.name], with_ones(inputs[is_token].to(curvature.dtype), _has_bias(module)))
+        rows = active_rows(inputs, gradients, _has_bias(module), curvature.dtype)
+        add_second_moment(gradients_total[module.name], rows.gradients)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        nonlocal num_tokens
+        num_tokens += int(batch["attention_mask"].sum())
+        return task.compute_train_loss(batch, model, sample=True)
+
+    _backward_passes(loader, curvature, model, loss_of, consume)
+    count = torch.tensor([num_tokens])
+    return {
+        ACTIVATION_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in inputs_total.items()},
+        GRADIENT_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in gradients_total.items()},
+        NUM_ACTIVATION_COVARIANCE_PROCESSED: {name: count.clone() for name in shapes},
+        NUM_GRADIENT_COVARIANCE_PROCESSED: {name: count.clone() for name in shapes},
+    }
+
+
+def fit_eigenbases(model: PreTrainedModel, covariances: FACTOR_TYPE, curvature: Curvature) -> FACTOR_TYPE:
+    """Eigenvectors and eigenvalues of both covariances of every module, by kronfluence, in float64."""
+    arguments, device = curvature.factor_arguments, model.device
+    bases: FACTOR_TYPE = {name: {} for name in EIGENDECOMPOSITION_FACTOR_NAMES}
+    modules = _traced_modules(model)
+    with progress_bar(len(modules), "eigendecompositions", "modules") as bar:
+        for module in modules:
+            alone = nn.ModuleList([module])
+            try:
+                found = perform_eigendecomposition(
+                    covariances, alone, _OneProcess(device), arguments, disable_tqdm=True
+                )
+            except torch.linalg.LinAlgError:
+                if device.type == "cpu":
+                    raise
+                say(f"   the eigendecomposition of {module.name} failed on the GPU; trying the CPU")
+                device = torch.device("cpu")
+                found = perform_eigendecomposition(
+                    covariances, alone, _OneProcess(device), arguments, disable_tqdm=True
+                )
+            for name, by_module in found.items():
+                bases[name].update(by_module)
+            bar.update()
+    return bases
+
+
+def fit_lambdas(
+    model: PreTrainedModel, task: Task, loader: BatchLoader, curvature: Curvature, eigenbases: FACTOR_TYPE | None
+) -> FACTOR_TYPE:
+    """Sum over examples of the squared gradient in the eigenbasis, for each module; without one, in the standard basis.
+
+    Lambda = E[(Q_G^T grad Q_A)^2], with labels sampled from the model   (George et al. 2018)
+
+    Returns:
+        kronfluence's two Lambda factors: the sum (out, in), and the number of examples in it.
+    """
+    modules = _traced_modules(model)
+    totals = {module.name: _zeros(model, curvature, *_gradient_shape(module)) for module in modules}
+    bases = {}
+    if eigenbases is not None:
+        for module in modules:
+            sides = (
+                eigenbases[side][module.name] for side in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME)
+            )
+            bases[module.name] = [side.to(model.device, curvature.dtype) for side in sides]
+
+    def consume(_: Batch, module: TrackedModule, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows = active_rows(inputs, gradients, _has_bias(module), curvature.dtype)
+        if module.name in bases:
+            q_a, q_g = bases[module.name]
+            rows = rows._replace(inputs=rows.inputs @ q_a, gradients=rows.gradients @ q_g)
+        add_squared_gradients(totals[module.name], rows)
+
+    _backward_passes(
+        loader, curvature, model, lambda batch: task.compute_train_loss(batch, model, sample=True), consume
+    )
+    return {
+        LAMBDA_MATRIX_NAME: {name: total.cpu() for name, total in totals.items()},
+        NUM_LAMBDA_PROCESSED: {name: torch.tensor([len(loader.indices)]) for name in totals},
+    }
 
 
 def _factor_file(folder: Path, name: str) -> Path:
@@ -228,7 +352,7 @@ def factor_shapes(folder: Path) -> dict[str, list[int]]:
 def mean_measurement_gradient(
     model: PreTrainedModel, task: Task, loader: BatchLoader, curvature: Curvature
 ) -> Gradients:
-    """Gradient of the task's measurement, averaged over the loader's examples.
+    """Gradient of the task's measurement, the weighted sum over the loader's sequences.
 
     Args:
         model: traced.
@@ -236,19 +360,13 @@ def mean_measurement_gradient(
     Returns:
         For each traced module (1, out, in), with the bias as a last column where there is one.
     """
-    _configure(model, curvature)
-    set_mode(model, ModuleMode.GRADIENT_AGGREGATION, release_memory=True)
-    for batch in loader:
-        with curvature.autocast(model.device):
-            measurement = task.compute_measurement(batch, model)
-        measurement.backward()
-        model.zero_grad(set_to_none=True)
-    gradients = {
-        module.name: module.get_factor(AGGREGATED_GRADIENT_NAME) / len(loader.indices)
-        for module in _traced_modules(model)
-    }
-    set_mode(model, ModuleMode.DEFAULT, release_memory=True)
-    return gradients
+    totals = {module.name: _zeros(model, curvature, *_gradient_shape(module)) for module in _traced_modules(model)}
+
+    def consume(_: Batch, module: TrackedModule, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        add_gradient(totals[module.name], active_rows(inputs, gradients, _has_bias(module), curvature.dtype))
+
+    _backward_passes(loader, curvature, model, lambda batch: task.compute_measurement(batch, model), consume)
+    return {name: total.unsqueeze(0) for name, total in totals.items()}
 
 
 def precondition(model: PreTrainedModel, gradients: Gradients, curvature: Curvature, factors: Path) -> Gradients:
@@ -267,7 +385,6 @@ def precondition(model: PreTrainedModel, gradients: Gradients, curvature: Curvat
     Raises:
         UserError: the factors do not belong to these modules.
     """
-    _configure(model, curvature)
     config = FactorConfig.CONFIGS[curvature.strategy]
     names: list[str] = []
     if config.requires_eigendecomposition_for_precondition:
@@ -276,6 +393,9 @@ def precondition(model: PreTrainedModel, gradients: Gradients, curvature: Curvat
         names += LAMBDA_FACTOR_NAMES
     loaded = _load_factors(factors, names)
     set_mode(model, ModuleMode.PRECONDITION_GRADIENT, release_memory=True)
+    for module in _traced_modules(model):
+        module.update_factor_args(curvature.factor_arguments)
+        module.update_score_args(curvature.score_arguments)
     preconditioned = {}
     for module in _traced_modules(model):
         for name in names:
@@ -331,32 +451,20 @@ def score_training_examples(
         preconditioned: (queries, out, in) for each module, one query for each trust task.
         per_token: also split each score over the tokens of the example.
     """
-    _configure(model, curvature)
-    modules = _traced_modules(model)
-    set_mode(model, ModuleMode.PAIRWISE_SCORE, release_memory=True)
-    for module in modules:
-        module.score_args.compute_per_token_scores = per_token
-        module.set_factor(ACCUMULATED_PRECONDITIONED_GRADIENT_NAME, preconditioned[module.name])
     num_queries = len(next(iter(preconditioned.values())))
-    lengths = torch.tensor([len(sequence.input_ids) for (sequence,) in loader.examples])
+    lengths = torch.tensor([len(sequence.input_ids) for sequence in loader.sequences])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    scores = torch.zeros(num_queries, len(loader.examples), dtype=curvature.dtype)
-    token_scores = torch.zeros(num_queries, int(offsets[-1]) if per_token else 0, dtype=curvature.dtype)
-    for batch in loader:
-        with curvature.autocast(model.device):
-            loss = task.compute_train_loss(batch, model)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-        # (queries, B), or (queries, B, T) where tokens are scored
-        batch_scores = sum(module.get_factor(PAIRWISE_SCORE_MATRIX_NAME) for module in modules).cpu()
-        for module in modules:
-            module.accumulate_iterations()
-        index = batch["index"].cpu()
+    scores = _zeros(model, curvature, num_queries, len(loader.sequences))
+    of_tokens = torch.zeros(num_queries, int(offsets[-1]) if per_token else 0, dtype=curvature.dtype)
+
+    def consume(batch: Batch, module: TrackedModule, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows = active_rows(inputs, gradients, _has_bias(module), curvature.dtype)
+        of_rows = token_scores(preconditioned[module.name], rows)  # (queries, n)
+        row, position = rows.is_active.nonzero(as_tuple=True)
+        example = batch["index"][row]
+        scores.index_add_(1, example, of_rows)
         if per_token:
-            for row, example in enumerate(index.tolist()):
-                begin, end = offsets[example], offsets[example + 1]
-                token_scores[:, begin:end] = batch_scores[:, row, : end - begin]
-            batch_scores = batch_scores.sum(dim=2)
-        scores[:, index] = batch_scores
-    set_mode(model, ModuleMode.DEFAULT, release_memory=True)
-    return Scores(scores, token_scores, offsets) if per_token else Scores(scores)
+            of_tokens.index_add_(1, offsets[example.cpu()] + position.cpu(), of_rows.cpu())
+
+    _backward_passes(loader, curvature, model, lambda batch: task.compute_train_loss(batch, model), consume)
+    return Scores(scores.cpu(), of_tokens, offsets) if per_token else Scores(scores.cpu())

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
+from utils.batching import Batch
 from utils.console import UserError
 from utils.paths import PROJECT_ROOT, STEP_5, anchored
 from utils.settings import hub_access
@@ -191,8 +192,8 @@ def find_family(config: transformers.PretrainedConfig, family: str) -> ModelFami
     return found
 
 
-def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -> list[str]:
-    """Dotted names of every Linear in the last transformer blocks, in the model's order.
+def first_tracked_block(model: PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
+    """Dotted name of the list of transformer blocks, and the position of the first of the last `num_blocks`.
 
     Raises:
         UserError: the family is unsupported, or NUM_BLOCKS exceeds the number of blocks.
@@ -201,20 +202,33 @@ def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -
     total = len(model.get_submodule(prefix))
     if num_blocks > total:
         raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")
-    last = tuple(f"{prefix}.{block}." for block in range(total - num_blocks, total))
+    return prefix, total - num_blocks
+
+
+def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -> list[str]:
+    """Dotted names of every Linear in the last transformer blocks, in the model's order.
+
+    Raises:
+        UserError: as `first_tracked_block`.
+    """
+    prefix, first = first_tracked_block(model, family, num_blocks)
+    last = tuple(f"{prefix}.{block}." for block in range(first, first + num_blocks))
     return [name for name, module in model.named_modules() if name.startswith(last) and isinstance(module, nn.Linear)]
 
 
-def last_hidden_state(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def last_hidden_state(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states after the final norm.
 
     Sequences are padded on the right and attention is causal, so no token ever attends to padding and no mask is
     needed.
 
     Args:
-        input_ids: (B, T).
+        model: whole, or a tail (utils/trunk.py) where the batch has `trunk_states`.
+        batch: `input_ids` (B, T), or `trunk_states` (B, T, hidden), which take their place.
 
     Returns:
         (B, T, hidden).
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    if "trunk_states" in batch:
+        return model.base_model(inputs_embeds=batch["trunk_states"], use_cache=False).last_hidden_state
+    return model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state

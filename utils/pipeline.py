@@ -6,7 +6,7 @@ some of them, and refuses it where one of those differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
 from utils.artifacts import Artifact
-from utils.batching import BatchLimits, BatchLoader, Example, batch_limits
+from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError, shown_path
 from utils.influence import SCORES_NAME, Curvature
 from utils.models import (
@@ -32,6 +32,7 @@ from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.selection import combined_scores
 from utils.settings import Settings
+from utils.trunk import KeptStates, Trunk
 
 FACTOR_CONSTANTS = (
     "NUM_BLOCKS",
@@ -184,17 +185,50 @@ def gradients_artifact(
 
 @dataclass(frozen=True)
 class Traceable:
-    """A loaded model with what tracing it needs."""
+    """A loaded model, cut below its tracked blocks, with what tracing it needs.
 
-    model: PreTrainedModel
+    Attributes:
+        model: the tail, which runs on batches with trunk states.
+        tracked_modules: dotted names in the whole model.
+        whole: the model before the cut.
+    """
+
+    whole: PreTrainedModel
+    trunk: Trunk
     tokenizer: PreTrainedTokenizerBase
     tracked_modules: list[str]
-    limits: BatchLimits
+    tokens_per_batch: int
     curvature: Curvature
 
-    def loader(self, examples: list[Example], **keywords: Any) -> BatchLoader:  # noqa: ANN401
-        """Batches of examples within the limits, on the model's device."""
-        return BatchLoader(examples, self.limits, self.tokenizer.pad_token_id, self.model.device, **keywords)
+    @property
+    def model(self) -> PreTrainedModel:
+        """The tail of the model."""
+        return self.trunk.tail
+
+    def kept_states(self) -> KeptStates:
+        """A store for the trunk states of one list of sequences that several passes see."""
+        return KeptStates(self.trunk)
+
+    def loader(
+        self,
+        sequences: Sequence[LabelledSequence],
+        states: KeptStates | None = None,
+        **keywords: Any,  # noqa: ANN401
+    ) -> BatchLoader:
+        """Batches of sequences with their trunk states, within the token budget, on the model's device.
+
+        Args:
+            states: where the trunk states of these sequences are kept; without it they are not.
+        """
+        states = states or KeptStates(self.trunk, keep=False)
+        return BatchLoader(
+            sequences,
+            self.tokens_per_batch,
+            self.tokenizer.pad_token_id,
+            self.whole.device,
+            transform=states.add_to,
+            **keywords,
+        )
 
 
 def load_traceable(settings: Settings, model: str, device: torch.device) -> Traceable:
@@ -208,9 +242,10 @@ def load_traceable(settings: Settings, model: str, device: torch.device) -> Trac
     loaded = load_model(model, device)
     tracked = tracked_linear_names(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
     return Traceable(
-        model=loaded,
+        whole=loaded,
+        trunk=Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS),
         tokenizer=load_tokenizer(model),
         tracked_modules=tracked,
-        limits=batch_limits(loaded, settings.TOKENS_PER_BATCH, tracked),
+        tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, tracked),
         curvature=Curvature(settings.FACTOR_STRATEGY, settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION),
     )

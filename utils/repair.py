@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
 from utils.artifacts import Artifact, require_finite, to_json, write_atomically
@@ -21,9 +20,10 @@ from utils.models import (
     resolve_device,
     weights_fingerprint,
 )
-from utils.performance_functions.evaluation import Evaluator
+from utils.performance_functions.evaluation import Evaluator, MeasurableModel
 from utils.pipeline import gradients_artifact, scored_tasks
 from utils.settings import Settings
+from utils.trunk import Trunk
 
 
 def ascend(model: nn.Module, gradients: Gradients, learning_rate: float, originals: Gradients) -> None:
@@ -139,16 +139,19 @@ class Repair:
         self.gradients_manifest = self.gradients.require()
         self.metrics = ["anthropic"] if settings.COMPUTE_ANTHROPIC_EVAL else []
         self.metrics += scored_tasks(task) if settings.COMPUTE_TASK_EVAL else []
-        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._loaded: MeasurableModel | None = None
 
-    def model_at(self, learning_rate: float) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model, updated at this learning rate (0 gives the POST-SFT model), and its tokenizer."""
+    def model_at(self, learning_rate: float) -> MeasurableModel:
+        """The model, updated at this learning rate (0 gives the POST-SFT model)."""
         if self._loaded is None:
-            model_name, device = self.settings.MODEL_NAME, resolve_device(self.settings.DEVICE)
-            self._loaded = load_model(model_name, device), load_tokenizer(model_name)
+            name = self.settings.MODEL_NAME
+            model = load_model(name, resolve_device(self.settings.DEVICE))
+            num_blocks = self.gradients_manifest["settings"]["NUM_BLOCKS"]
+            trunk = Trunk(model, self.settings.MODEL_FAMILY, num_blocks)
+            self._loaded = MeasurableModel(model, load_tokenizer(name), trunk)
             self._steps = self.gradients.load_tensors()
-            self._originals = original_weights(self._loaded[0], self._steps)
-        ascend(self._loaded[0], self._steps, learning_rate, self._originals)
+            self._originals = original_weights(model, self._steps)
+        ascend(self._loaded.model, self._steps, learning_rate, self._originals)
         return self._loaded
 
     def checkpoint(self, learning_rate: float) -> Artifact:
@@ -166,7 +169,7 @@ class Repair:
         if checkpoint.is_finished(self.settings.OVERWRITE):
             return
         started = time.monotonic()
-        model, _ = self.model_at(learning_rate)
+        model = self.model_at(learning_rate).model
         require_finite(dict(model.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.growing_folder() as folder:
             model.save_pretrained(folder)

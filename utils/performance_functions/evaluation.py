@@ -12,16 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of, read_json
-from utils.batching import BatchLimits, BatchLoader, batch_limits
+from utils.batching import BatchLoader, token_budget
 from utils.console import UserError
 from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions.bias import BIAS
 from utils.performance_functions.ethics import ETHICS
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
-from utils.performance_functions.losses import log_odds_loss, sequence_nll
-from utils.performance_functions.pairs import AnswerPair, Measurement, tokenize_pairs
+from utils.performance_functions.losses import SequenceNLL, log_odds_losses, sequence_nll
+from utils.performance_functions.pairs import AnswerPair, Measurement, TokenizedPairs, tokenize_pairs
 from utils.performance_functions.truth import TRUTH
 from utils.settings import Settings
+from utils.trunk import KeptStates, Trunk
 
 Metric = Literal["anthropic", "bias", "ethics", "truth"]
 MEASUREMENTS: dict[str, Measurement] = {measurement.name: measurement for measurement in (BIAS, ETHICS, TRUTH)}
@@ -32,55 +33,85 @@ SCRIPTS = {
 
 
 @torch.no_grad()
-def evaluate_dialogues(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, limits: BatchLimits
-) -> dict[str, Any]:
+def measured_nll(model: PreTrainedModel, loader: BatchLoader) -> SequenceNLL:
+    """NLL of all of the loader's sequences, in their order: (U,) float64 nats and (U,) label tokens, on the CPU."""
+    total = torch.zeros(len(loader.sequences), dtype=torch.float64)
+    num_tokens = torch.zeros(len(loader.sequences), dtype=torch.int64)
+    for batch in loader:
+        nll, index = sequence_nll(model, batch), batch["index"].cpu()
+        total[index], num_tokens[index] = nll.total.double().cpu(), nll.num_tokens.cpu()
+    return SequenceNLL(total, num_tokens)
+
+
+def evaluate_dialogues(model: PreTrainedModel, loader: BatchLoader) -> dict[str, Any]:
     """Perplexity on the dialogues: exp of the mean NLL per label token.
 
     Returns:
         loss (nats per token), perplexity, tokens, and released_loss, the released code's batch-dependent mean.
     """
-    examples = tokenize_dialogues(dialogues, tokenizer)
-    loader = BatchLoader(examples, limits, tokenizer.pad_token_id, model.device, description="HH dialogues")
-    totals = torch.zeros(len(examples), dtype=torch.float64)
-    num_tokens = torch.zeros(len(examples), dtype=torch.int64)
-    for batch in loader:
-        nll = sequence_nll(model, batch)
-        totals[batch["index"].cpu()] = nll.total.double().cpu()
-        num_tokens[batch["index"].cpu()] = nll.num_tokens.cpu()
-    loss = float(totals.sum() / num_tokens.sum())
+    nll = measured_nll(model, loader)
+    loss = float(nll.total.sum() / nll.num_tokens.sum())
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "tokens": int(num_tokens.sum()),
-        "released_loss": released_loss(totals.tolist(), num_tokens.tolist()),
+        "tokens": int(nll.num_tokens.sum()),
+        "released_loss": released_loss(nll.total.tolist(), nll.num_tokens.tolist()),
     }
 
 
-@torch.no_grad()
-def evaluate_pairs(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[AnswerPair],
-    measurement: Measurement,
-    limits: BatchLimits,
-) -> dict[str, Any]:
+def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: TokenizedPairs) -> dict[str, Any]:
     """A trust measurement: the mean log-odds loss of the pairs.
+
+    Args:
+        loader: over the pairs' distinct sequences.
 
     Returns:
         loss (nats per token), pairs, and accuracy: the share of pairs whose chosen answer is likelier per token.
     """
-    examples = tokenize_pairs(pairs, tokenizer, measurement.max_tokens)
-    description = f"{measurement.name} pairs"
-    loader = BatchLoader(examples, limits, tokenizer.pad_token_id, model.device, description=description)
-    losses = torch.zeros(len(examples), dtype=torch.float64)
-    for batch in loader:
-        losses[batch["index"].cpu()] = log_odds_loss(model, batch).double().cpu()
+    losses = log_odds_losses(measured_nll(model, loader).mean, pairs.chosen, pairs.rejected)
     return {
         "loss": float(losses.mean()),
-        "pairs": len(pairs),
+        "pairs": len(losses),
         "accuracy": float((losses < 0).double().mean()),
     }
+
+
+class MeasurableModel:
+    """A loaded model, ready to be measured any number of times; each data set is tokenized once.
+
+    Args:
+        trunk: of the model, where its last blocks will change between measurements: the trunk's output is kept, and
+            each further measurement runs the tail alone.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trunk: Trunk | None = None) -> None:
+        self.model, self.tokenizer, self.trunk = model, tokenizer, trunk
+        self._inputs: dict[tuple[str, str], tuple[BatchLoader, TokenizedPairs | None]] = {}
+
+    def measure(self, metric: Metric, split: str, data: Dialogues | list[AnswerPair]) -> dict[str, Any]:
+        """The numbers of one measurement on one split."""
+        if (metric, split) not in self._inputs:
+            self._inputs[metric, split] = self._prepare(metric, data)
+        loader, pairs = self._inputs[metric, split]
+        model = self.trunk.tail if self.trunk else self.model
+        return evaluate_dialogues(model, loader) if pairs is None else evaluate_pairs(model, loader, pairs)
+
+    def _prepare(self, metric: Metric, data: Dialogues | list[AnswerPair]) -> tuple[BatchLoader, TokenizedPairs | None]:
+        pairs, description = None, "HH dialogues"
+        if isinstance(data, Dialogues):
+            sequences = tokenize_dialogues(data, self.tokenizer)
+        else:
+            pairs = tokenize_pairs(data, self.tokenizer, MEASUREMENTS[metric].max_tokens)
+            sequences, description = pairs.sequences, f"{metric} pairs"
+        loader = BatchLoader(
+            sequences,
+            token_budget(self.model, "auto"),
+            self.tokenizer.pad_token_id,
+            self.model.device,
+            transform=KeptStates(self.trunk).add_to if self.trunk else None,
+            description=description,
+        )
+        return loader, pairs
 
 
 class Evaluator:
@@ -114,14 +145,14 @@ class Evaluator:
         metric: Metric,
         model_name: str,
         fingerprint: str,
-        load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+        load: Callable[[], MeasurableModel],
     ) -> dict[str, Any]:
         """One measurement of one model, from `results/` where it is there.
 
         Args:
             model_name: the name under which the result is kept.
             fingerprint: of the model's weights.
-            load: gives the model and its tokenizer; called only if there is something to compute.
+            load: gives the model; called only if there is something to compute.
 
         Raises:
             UserError: data missing, a result of another model under this name, or a loss that is not finite.
@@ -137,12 +168,7 @@ class Evaluator:
         if artifact.is_finished(self.settings.OVERWRITE):
             return read_json(artifact.path)
         started = time.monotonic()
-        model, tokenizer = load()
-        limits = batch_limits(model, "auto")
-        if metric == "anthropic":
-            numbers = evaluate_dialogues(model, tokenizer, data, limits)
-        else:
-            numbers = evaluate_pairs(model, tokenizer, data, MEASUREMENTS[metric], limits)
+        numbers = load().measure(metric, self.split, data)
         if not math.isfinite(numbers["loss"]):
             raise UserError(f"{model_name}: the {metric} loss is {numbers['loss']}; the model's weights may be broken")
         content = {"model": model_name, "metric": metric, "split": self.split, **numbers}
@@ -159,7 +185,7 @@ def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
             metric,
             paths.model_short_name(name),
             model_fingerprint(name),
-            lambda name=name: (load_model(name, device), load_tokenizer(name)),
+            lambda name=name: MeasurableModel(load_model(name, device), load_tokenizer(name)),
         )
         for name in settings.MODEL_NAMES
     ]

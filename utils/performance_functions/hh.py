@@ -14,7 +14,7 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from utils.artifacts import fingerprint_of
-from utils.batching import Example, LabelledSequence
+from utils.batching import LabelledSequence
 from utils.console import UserError, shown_path
 from utils.paths import PROJECT_ROOT, anchored
 from utils.settings import hub_access
@@ -97,12 +97,12 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
         raise UserError(f"{source}: cannot be loaded ({access.reason(error)})") from error
 
 
-def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
     """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens.
 
     Labels are the completion's tokens: those after as many as the prompt alone has. The final EOS is none.
     """
-    examples: list[Example] = []
+    sequences: list[LabelledSequence] = []
     for start in range(0, len(dialogues), TOKENIZED_AT_ONCE):
         prompts = dialogues.prompts[start : start + TOKENIZED_AT_ONCE]
         completions = dialogues.completions[start : start + TOKENIZED_AT_ONCE]
@@ -111,8 +111,8 @@ def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase)
         text_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for prompt, text in zip(prompt_ids, text_ids, strict=True):
             cut = np.asarray([*text, tokenizer.eos_token_id][:MAX_DIALOGUE_TOKENS], dtype=np.int32)
-            examples.append((LabelledSequence(cut, len(prompt), min(len(text), MAX_DIALOGUE_TOKENS)),))
-    return examples
+            sequences.append(LabelledSequence(cut, len(prompt), min(len(text), MAX_DIALOGUE_TOKENS)))
+    return sequences
 
 
 def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:

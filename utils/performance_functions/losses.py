@@ -1,4 +1,8 @@
-"""The losses of the paper as small pure functions. Everything is built on one: the NLL of the label tokens."""
+"""The losses that everything is measured with, as pure functions of a model and a batch.
+
+Logits are formed only where a label is predicted, and only a bounded chunk at a time: the output embedding is the
+dearest part of a pass, and its full logits would be the largest tensor.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
@@ -13,6 +18,8 @@ from utils.batching import IGNORED_LABEL, Batch
 from utils.models import last_hidden_state
 
 SAMPLING_BLOCK = 256  # vocabulary entries that are summed together when a label is drawn
+LOGIT_BYTES_ON_CPU = 30 << 20  # a chunk of logits: stays in the cache, and in the heap that malloc reuses
+LOGIT_BYTES_ON_GPU = 1 << 30
 
 
 class SequenceNLL(NamedTuple):
@@ -32,49 +39,115 @@ class SequenceNLL(NamedTuple):
         return self.total / self.num_tokens.clamp(min=1)
 
 
-def label_logits(
-    model: PreTrainedModel, input_ids: torch.Tensor, predicts_label: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits where a label is predicted, and only there: the output embedding is the dearest part of a pass.
+class _LabelNLL(torch.autograd.Function):
+    """NLL of labels straight from hidden states; the gradient is formed beside the loss, chunk by chunk.
+
+    grad_hidden NLL_t = (softmax(logits_t) - onehot(label_t)) W, so no logits need to be kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor | None,
+        uniform: torch.Tensor | None,
+    ) -> torch.Tensor:
+        at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
+        nll = hidden.new_empty(len(hidden), dtype=at_least_float32)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        logit_bytes = LOGIT_BYTES_ON_GPU if hidden.is_cuda else LOGIT_BYTES_ON_CPU
+        rows = max(1, logit_bytes // (len(weight) * nll.element_size()))
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            logits = F.linear(hidden[chunk], weight, bias).to(at_least_float32)  # (rows, vocabulary)
+            logits -= logits.amax(dim=1, keepdim=True)
+            labels = None if targets is None else targets[chunk, None]
+            label_logits = None if targets is None else logits.gather(1, labels)
+            unnormalised = logits.exp_()
+            normaliser = unnormalised.sum(dim=1, keepdim=True)
+            if targets is None:
+                labels = inverse_cdf_sample(unnormalised, uniform[chunk])[:, None]
+                label_logits = unnormalised.gather(1, labels).clamp_(min=torch.finfo(at_least_float32).tiny).log()
+            nll[chunk] = (normaliser.log() - label_logits)[:, 0]
+            if gradient is not None:
+                probabilities = unnormalised.div_(normaliser)
+                probabilities.scatter_add_(1, labels, -torch.ones_like(normaliser))
+                gradient[chunk] = probabilities.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None, None
+
+
+def label_nll(
+    output_embedding: nn.Linear,
+    hidden: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    uniform: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """NLL of one label for each hidden state; differentiable in the hidden states alone.
 
     Args:
-        input_ids: (B, T).
+        output_embedding: frozen, where gradients are wanted.
+        hidden: (n, hidden size).
+        targets: (n,) labels.
+        uniform: (n,) float64 in [0, 1), in place of targets: labels are drawn from the model by inverting its
+            distribution function.
+
+    Returns:
+        (n,) nats, float32 or wider.
+
+    Raises:
+        ValueError: the output embedding wants a gradient, which is not computed here.
+    """
+    if torch.is_grad_enabled() and output_embedding.weight.requires_grad:
+        raise ValueError("label_nll has no gradient for the output embedding; freeze it")
+    return _LabelNLL.apply(hidden, output_embedding.weight, output_embedding.bias, targets, uniform)
+
+
+def label_hidden_states(
+    model: PreTrainedModel, batch: Batch, predicts_label: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last hidden states that predict a label.
+
+    Args:
         predicts_label: (B, T - 1) bool, True at t where the token at t + 1 is a label.
 
     Returns:
-        Logits (n, vocabulary) in float32, and the row in the batch (n,) that each belongs to.
+        Hidden states (n, hidden size), and the row in the batch (n,) that each belongs to.
     """
-    hidden = last_hidden_state(model, input_ids)[:, :-1]  # (B, T - 1, hidden)
-    logits = model.get_output_embeddings()(hidden[predicts_label])
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)), predicts_label.nonzero()[:, 0]
-
-
-def _sum_by_row(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    return values.new_zeros(num_rows).index_add(0, rows, values)
+    return last_hidden_state(model, batch)[:, :-1][predicts_label], predicts_label.nonzero()[:, 0]
 
 
 def sequence_nll(model: PreTrainedModel, batch: Batch) -> SequenceNLL:
     """Teacher-forced NLL of every sequence in a batch."""
     targets = batch["labels"][:, 1:]
     is_label = targets != IGNORED_LABEL
-    logits, rows = label_logits(model, batch["input_ids"], is_label)
-    token_nll = F.cross_entropy(logits, targets[is_label], reduction="none")  # (n,)
-    return SequenceNLL(_sum_by_row(token_nll, rows, len(targets)), is_label.sum(dim=1))
+    hidden, rows = label_hidden_states(model, batch, is_label)
+    token_nll = label_nll(model.get_output_embeddings(), hidden, targets[is_label])  # (n,)
+    total = token_nll.new_zeros(len(targets)).index_add(0, rows, token_nll)
+    return SequenceNLL(total, is_label.sum(dim=1))
 
 
-def log_odds_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def log_odds_losses(mean_nll: torch.Tensor, chosen: np.ndarray, rejected: np.ndarray) -> torch.Tensor:
     """The measurement of each answer pair; lower is better.
 
     f = NLL(chosen) / tokens(chosen) - NLL(rejected) / tokens(rejected)   (the paper's log-odds loss)
 
     Args:
-        batch: B pairs, as 2 B sequences: the chosen answers, then the rejected ones.
+        mean_nll: (U,) nats per answer token of each distinct sequence.
+        chosen: (P,) positions in `mean_nll`.
+        rejected: (P,) the same for the rejected answers.
 
     Returns:
-        (B,) nats per token.
+        (P,) nats per token.
     """
-    chosen, rejected = sequence_nll(model, batch).mean.chunk(2)
-    return chosen - rejected
+    return mean_nll[chosen] - mean_nll[rejected]
 
 
 def fisher_draws(seed: int, index: int, count: int) -> np.ndarray:
@@ -97,34 +170,35 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
     predicts_label = torch.ones_like(batch["labels"][:, 1:], dtype=torch.bool)
     if not all_positions:
         predicts_label = batch["labels"][:, 1:] != IGNORED_LABEL
-    logits, rows = label_logits(model, batch["input_ids"], predicts_label)
+    hidden, rows = label_hidden_states(model, batch, predicts_label)
     counts = torch.bincount(rows, minlength=len(predicts_label)).tolist()
     draws = [fisher_draws(seed, index, n) for index, n in zip(batch["index"].tolist(), counts, strict=True)]
-    uniform = torch.from_numpy(np.concatenate(draws)).to(logits.device)
-    return F.cross_entropy(logits, inverse_cdf_sample(logits.detach(), uniform), reduction="sum")
+    uniform = torch.from_numpy(np.concatenate(draws)).to(hidden.device)
+    return label_nll(model.get_output_embeddings(), hidden, uniform=uniform).sum()
 
 
-def inverse_cdf_sample(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Draw from softmax(logits) by inverting its distribution function at uniform draws.
+def inverse_cdf_sample(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw from a discrete distribution by inverting its distribution function at uniform draws.
 
     The function is summed block by block, the blocks in float64: over 50,000 entries a float32 running sum would lose
     the small probabilities, and a float64 one of every single entry costs more than the model does.
 
     Args:
-        logits: (n, vocabulary).
+        weights: (n, vocabulary), not negative; they need not sum to 1.
         uniform: (n,) float64 in [0, 1).
 
     Returns:
         (n,) labels.
     """
-    vocabulary = logits.shape[1]
-    padded = F.pad(logits.softmax(dim=1), (0, -vocabulary % SAMPLING_BLOCK))
-    blocks = padded.unflatten(1, (-1, SAMPLING_BLOCK))  # (n, blocks, SAMPLING_BLOCK)
+    vocabulary = weights.shape[1]
+    if vocabulary % SAMPLING_BLOCK:
+        weights = F.pad(weights, (0, -vocabulary % SAMPLING_BLOCK))
+    blocks = weights.unflatten(1, (-1, SAMPLING_BLOCK))  # (n, blocks, SAMPLING_BLOCK)
     block_sums = blocks.sum(dim=2).double()  # (n, blocks)
     cumulative = block_sums.cumsum(dim=1)
     target = uniform[:, None] * cumulative[:, -1:]  # (n, 1)
     block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
     below = cumulative.gather(1, block) - block_sums.gather(1, block)
-    within = blocks[torch.arange(len(blocks), device=logits.device), block[:, 0]].double().cumsum(dim=1)
+    within = blocks[torch.arange(len(blocks), device=weights.device), block[:, 0]].double().cumsum(dim=1)
     position = torch.searchsorted(within, target - below, right=True).clamp_(max=SAMPLING_BLOCK - 1)
     return (block * SAMPLING_BLOCK + position)[:, 0].clamp_(max=vocabulary - 1)

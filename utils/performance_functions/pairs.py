@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
-from utils.batching import Example, LabelledSequence
+from utils.batching import LabelledSequence
 from utils.console import UserError, shown_path
 
 SPLIT_SEED = 42  # of the data sets' own splits; SEED does not move them
@@ -40,7 +40,28 @@ class Measurement:
     max_tokens: int
 
 
-def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Example]:
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Answer pairs as distinct sequences: an answer that occurs in several pairs is run through the model once.
+
+    Attributes:
+        sequences: the U distinct texts.
+        chosen: (P,) for each pair, the position in `sequences` of its prompt with the chosen answer.
+        rejected: (P,) the same for the rejected answer.
+    """
+
+    sequences: list[LabelledSequence]
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(U,) what each sequence's mean NLL counts in the measurement: f_task = sum_u weight_u NLL_u."""
+        counts = [np.bincount(side, minlength=len(self.sequences)) for side in (self.chosen, self.rejected)]
+        return (counts[0] - counts[1]) / len(self.chosen)
+
+
+def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TokenizedPairs:
     """Tokenize prompt + answer with the tokenizer's defaults, cut at `max_tokens`; labels are the answer's tokens.
 
     The answer's tokens are those after as many as the prompt alone has.
@@ -48,23 +69,24 @@ def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBa
     Raises:
         UserError: the cut leaves nothing of an answer.
     """
-    prompt_lengths = [len(ids) for ids in tokenizer([pair.prompt for pair in pairs])["input_ids"]]
-    columns = []
-    for answers in ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs]):
-        texts = [pair.prompt + answer for pair, answer in zip(pairs, answers, strict=True)]
-        columns.append(
-            [
-                LabelledSequence(np.asarray(ids[:max_tokens], dtype=np.int32), start, min(len(ids), max_tokens))
-                for ids, start in zip(tokenizer(texts)["input_ids"], prompt_lengths, strict=True)
-            ]
+    position_of: dict[tuple[str, str], int] = {}
+    chosen, rejected = (
+        np.array([position_of.setdefault((pair.prompt, answer), len(position_of)) for pair, answer in side])
+        for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
+    )
+    prompts = list(dict.fromkeys(prompt for prompt, _ in position_of))
+    prompt_lengths = {prompt: len(ids) for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)}
+    texts = [prompt + answer for prompt, answer in position_of]
+    sequences = [
+        LabelledSequence(
+            np.asarray(ids[:max_tokens], dtype=np.int32), prompt_lengths[prompt], min(len(ids), max_tokens)
         )
-    examples = list(zip(*columns, strict=True))
-    for pair, example in zip(pairs, examples, strict=True):
-        if any(sequence.num_labels == 0 for sequence in example):
-            raise UserError(
-                f"no token of an answer is left after the cut at {max_tokens} tokens; prompt: {pair.prompt!r}"
-            )
-    return examples
+        for (prompt, _), ids in zip(position_of, tokenizer(texts)["input_ids"], strict=True)
+    ]
+    for (prompt, _), sequence in zip(position_of, sequences, strict=True):
+        if sequence.num_labels == 0:
+            raise UserError(f"no token of an answer is left after the cut at {max_tokens} tokens; prompt: {prompt!r}")
+    return TokenizedPairs(sequences, chosen, rejected)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

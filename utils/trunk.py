@@ -1,0 +1,95 @@
+"""The trunk: everything below the first tracked block. It never changes, so its output is computed once and kept.
+
+Steps that see the same tokens several times (covariance, Lambda and scores; the learning rates of a sweep) keep the
+hidden states that enter the first tracked block and run the tail alone.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from utils.batching import Batch
+from utils.models import first_tracked_block
+
+KEPT_BYTES_ON_CPU = 4 << 30  # hidden states kept, at most; what exceeds it is computed again
+KEPT_SHARE_OF_GPU_MEMORY = 0.25  # of what is free
+
+
+def _with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
+    """A shallow copy of a module with one submodule replaced; all weights are shared."""
+    name, *rest = path
+    clone = copy.copy(module)
+    clone._modules = dict(module._modules)
+    clone._modules[name] = _with_submodule(module._modules[name], rest, replacement) if rest else replacement
+    return clone
+
+
+class Trunk:
+    """A causal language model cut in two below its last blocks, without a copy of its weights.
+
+    Attributes:
+        tail: the model with its last blocks alone; `last_hidden_state` runs it on a batch with `trunk_states`.
+
+    Memory for kept states is one budget for all of the lists that they are kept for.
+
+    Args:
+        model: whole; a change of its last blocks' weights is a change of the tail's.
+        family: MODEL_FAMILY.
+        num_blocks: how many blocks the tail has. Where that is all, there is no trunk, and batches pass as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: str, num_blocks: int) -> None:
+        path, first = first_tracked_block(model, family, num_blocks)
+        self.is_empty = first == 0
+        self.tail = model
+        if not self.is_empty:
+            blocks = model.get_submodule(path)
+            self.tail = _with_submodule(model, path.split("."), blocks[first:])
+            self._below = _with_submodule(model, path.split("."), blocks[:first]).base_model
+            self._last_block = blocks[first - 1]
+        self.free_bytes = KEPT_BYTES_ON_CPU
+        if model.device.type == "cuda":
+            self.free_bytes = int(KEPT_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
+
+    @torch.no_grad()
+    def states(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The hidden states that enter the first tracked block, (B, T, hidden), from tokens (B, T)."""
+        output = []
+        hook = self._last_block.register_forward_hook(lambda _, __, result: output.append(result))
+        try:
+            self._below(input_ids=input_ids, use_cache=False)
+        finally:
+            hook.remove()
+        return output[0][0] if isinstance(output[0], tuple) else output[0]  # a tuple until transformers 4.5x
+
+
+class KeptStates:
+    """The trunk's output for the batches of one list of sequences, kept as far as memory goes.
+
+    A batch that comes again, the same sequences in the same order, is found; any other is computed. So no number ever
+    depends on what happens to be kept.
+
+    Args:
+        keep: False computes every batch anew, for sequences that are seen once.
+    """
+
+    def __init__(self, trunk: Trunk, keep: bool = True) -> None:
+        self.trunk, self.keep = trunk, keep
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # positions in the list -> (B, T, hidden)
+
+    def add_to(self, batch: Batch) -> Batch:
+        """The batch with `trunk_states` (B, T, hidden)."""
+        if self.trunk.is_empty:
+            return batch
+        positions = tuple(batch["index"].tolist())
+        states = self._kept.get(positions)
+        if states is None:
+            states = self.trunk.states(batch["input_ids"])
+            if self.keep and states.nbytes <= self.trunk.free_bytes:
+                self.trunk.free_bytes -= states.nbytes
+                self._kept[positions] = states
+        return {**batch, "trunk_states": states}
