@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from utils import selection
 from utils.console import UserError
 from utils.selection import (
     FourierKernel,
@@ -26,9 +27,9 @@ from utils.selection import (
 
 
 def full_kernel(kernel: Kernel) -> torch.Tensor:
-    matrix = torch.stack([kernel.row(i) for i in range(len(kernel.diagonal()))])
-    matrix.fill_diagonal_(0)
-    return (matrix + matrix.T) / 2 + torch.diag(kernel.diagonal())
+    everything = torch.arange(len(kernel.diagonal))
+    matrix = kernel.block(everything, everything).fill_diagonal_(0)
+    return (matrix + matrix.T) / 2 + torch.diag(kernel.diagonal)
 
 
 def objective(matrix: torch.Tensor, quality: torch.Tensor, subset: list[int], if_weight: float) -> float:
@@ -63,7 +64,9 @@ def make_kernel(name: str, count: int, seed: int) -> Kernel:
 @pytest.mark.parametrize("name", ["rbf", "rff"])
 @pytest.mark.parametrize("if_weight", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_greedy_equals_the_lazy_greedy(name, if_weight, seed):
+@pytest.mark.parametrize("at_once", [1, 7, 1_024])
+def test_greedy_equals_the_lazy_greedy(monkeypatch, name, if_weight, seed, at_once):
+    monkeypatch.setattr(selection, "CANDIDATES_AT_ONCE", at_once)
     kernel = make_kernel(name, 120, seed)
     quality = torch.rand(120, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64)
     matrix = full_kernel(kernel)
@@ -99,11 +102,12 @@ def test_a_heavy_influence_term_picks_by_quality():
     assert greedy_dpp(kernel, quality, 5, 1e6).indices == [49, 48, 47, 46, 45]
 
 
-def test_rbf_row_is_the_exact_kernel():
+def test_rbf_block_is_the_exact_kernel():
     representations = centred(torch.randn(40, 6) * 3 + 100)
-    row = RBFKernel(representations, 0.05).row(7)
-    exact = torch.exp(-0.05 * torch.cdist(representations[7:8].double(), representations.double())[0] ** 2)
-    torch.testing.assert_close(row, exact, atol=1e-6, rtol=0)
+    rows, columns = torch.tensor([7, 3]), torch.arange(8, 40)
+    block = RBFKernel(representations, 0.05).block(rows, columns)
+    exact = torch.exp(-0.05 * torch.cdist(representations[rows].double(), representations[columns].double()) ** 2)
+    torch.testing.assert_close(block, exact, atol=1e-6, rtol=0)
 
 
 def test_fourier_features_approximate_the_kernel():

@@ -16,6 +16,7 @@ import torch
 
 from utils.console import UserError, progress_bar
 
+CANDIDATES_AT_ONCE = 1_024  # whose gains the greedy brings up to date together
 MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
 
 
@@ -94,13 +95,12 @@ def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
 
 
 class Kernel(Protocol):
-    """A positive semi-definite kernel over the training examples, evaluated a row at a time."""
+    """A positive semi-definite kernel over the N training examples, evaluated a block at a time."""
 
-    def diagonal(self) -> torch.Tensor:
-        """k(x_i, x_i) for all i, (N,) float64."""
+    diagonal: torch.Tensor  # k(x_i, x_i) for all i, (N,) float64
 
-    def row(self, j: int) -> torch.Tensor:
-        """k(x_j, x_i) for all i, (N,) float64."""
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """k(x_i, x_j) for i in rows and j in columns, (rows, columns) float64."""
 
 
 class RBFKernel:
@@ -112,18 +112,14 @@ class RBFKernel:
 
     def __init__(self, representations: torch.Tensor, gamma: float) -> None:
         self.representations, self.gamma = representations, gamma
-        self.squared_norms = representations.square().sum(dim=1)  # (N,)
+        self.squared_norms = torch.linalg.vector_norm(representations, dim=1).square()  # (N,)
+        self.diagonal = torch.ones(len(representations), dtype=torch.float64)
 
-    def diagonal(self) -> torch.Tensor:
-        """Ones, (N,)."""
-        return torch.ones(len(self.representations), dtype=torch.float64)
-
-    def row(self, j: int) -> torch.Tensor:
-        """k(x_j, x_i) for all i, (N,) float64."""
-        dot_products = self.representations @ self.representations[j]  # (N,)
-        distances = (self.squared_norms + self.squared_norms[j] - 2 * dot_products).clamp_(min=0)
-        distances[j] = 0
-        return torch.exp(-self.gamma * distances.double())
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """k(x_i, x_j) for i in rows and j in columns, (rows, columns) float64."""
+        dot_products = self.representations[rows] @ self.representations[columns].T
+        squared_distances = self.squared_norms[rows, None] + self.squared_norms[columns] - 2 * dot_products
+        return torch.exp(-self.gamma * squared_distances.clamp_(min=0).double())
 
 
 class FourierKernel:
@@ -141,16 +137,14 @@ class FourierKernel:
         hidden = representations.shape[1]
         frequencies = torch.randn(hidden, num_features, generator=generator) * math.sqrt(2 * gamma)
         phases = torch.rand(num_features, generator=generator) * 2 * math.pi
-        angles = torch.addmm(phases, representations, frequencies)
-        self.features = angles.cos_().mul_(math.sqrt(2 / num_features))  # (N, D)
+        self.features = torch.empty(len(representations), num_features)  # (N, D)
+        for some, features in zip(representations.split(1_024), self.features.split(1_024), strict=True):
+            torch.addmm(phases, some, frequencies, out=features).cos_().mul_(math.sqrt(2 / num_features))
+        self.diagonal = torch.linalg.vector_norm(self.features, dim=1).square().double()
 
-    def diagonal(self) -> torch.Tensor:
-        """|z(x_i)|^2 for all i, (N,) float64."""
-        return self.features.square().sum(dim=1).double()
-
-    def row(self, j: int) -> torch.Tensor:
-        """z(x_j) . z(x_i) for all i, (N,) float64."""
-        return (self.features @ self.features[j]).double()
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """z(x_i) . z(x_j) for i in rows and j in columns, (rows, columns) float64."""
+        return (self.features[rows] @ self.features[columns].T).double()
 
 
 @dataclass(frozen=True)
@@ -173,8 +167,9 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
     F(S) = log det(I + K_S) + if_weight * log(1 + sum_{i in S} q_i)
 
     The gain of i is log d_i^2 + if_weight * log((1 + Q + q_i) / (1 + Q)), where Q is the quality picked so far and
-    d_i^2 the Schur complement of i in I + K. All d_i^2 are kept up to date by one row of an incremental Cholesky
-    factor for each pick (Chen, Zhang and Zhou 2018), so that a pick costs one kernel row and O(N k).
+    d_i^2 the Schur complement of i in I + K, kept by an incremental Cholesky factor (Chen, Zhang and Zhou 2018).
+    Gains only fall, so an old one is an upper bound (Minoux 1978): those above the best exact gain are brought up to
+    date, a block at a time, until an exact one leads.
 
     Args:
         kernel: K over the N candidates.
@@ -183,24 +178,41 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
         if_weight: weight of the influence term; 0 is diversity alone.
     """
     quality = quality.double()
-    schur = 1 + kernel.diagonal()  # (N,) d_i^2
-    cholesky = torch.zeros(bottom_k, len(quality), dtype=torch.float64)  # row k: c_k of every candidate
-    is_free = torch.ones(len(quality), dtype=torch.bool)
+    diversity = torch.log1p(kernel.diagonal)  # (N,) log d_i^2 after the first num_seen[i] picks
+    num_seen = torch.zeros(len(quality), dtype=torch.int64)
+    rows = torch.zeros(len(quality), bottom_k, dtype=torch.float64)  # row i: c_i = L^-1 k_{S,i}, as far as seen
+    factor = torch.zeros(bottom_k, bottom_k, dtype=torch.float64)  # L, with L L^T = I + K_S
+    picks = torch.zeros(bottom_k, dtype=torch.int64)
     picked_quality = 0.0
     subset = GreedySubset([], [], [])
+
+    def bring_up_to_date(stale: torch.Tensor, k: int) -> None:
+        """Forward substitution of the candidates' kernel values with the picks that they have not seen."""
+        seen = int(num_seen[stale].min())
+        new = kernel.block(stale, picks[seen:k]) - rows[stale, :seen] @ factor[seen:k, :seen].T
+        upper = factor[seen:k, seen:k].T
+        rows[stale, seen:k] = torch.linalg.solve_triangular(upper, new, upper=True, left=False)
+        # I + K has no eigenvalue below 1, so neither has a Schur complement; rounding must not say otherwise.
+        diversity[stale] = torch.log1p((kernel.diagonal[stale] - rows[stale, :k].square().sum(dim=1)).clamp_(min=0))
+        num_seen[stale] = k
+
     with progress_bar(bottom_k, "greedy", "picks") as bar:
         for k in range(bottom_k):
-            diversity = schur.log()
             influence = if_weight * torch.log1p(quality / (1 + picked_quality))
-            gains = torch.where(is_free, diversity + influence, -torch.inf)
-            j = int(gains.argmax())
+            influence[picks[:k]] = -torch.inf  # what is picked is not picked again
+            gains = diversity + influence
+            while num_seen[j := int(gains.argmax())] < k:
+                leaders = torch.cat([torch.tensor([j]), gains.topk(min(CANDIDATES_AT_ONCE, len(gains))).indices])
+                is_exact = num_seen[leaders] == k
+                best_exact = gains[leaders[is_exact]].max() if is_exact.any() else -torch.inf
+                stale = leaders[~is_exact & (gains[leaders] >= best_exact)]
+                bring_up_to_date(stale, k)
+                gains[stale] = diversity[stale] + influence[stale]
             subset.indices.append(j)
             subset.diversity_gains.append(float(diversity[j]))
             subset.influence_gains.append(float(influence[j]))
-            cholesky[k] = (kernel.row(j) - cholesky[:k, j] @ cholesky[:k]) / schur[j].sqrt()
-            # I + K has no eigenvalue below 1, so neither has a Schur complement; rounding must not say otherwise.
-            schur = (schur - cholesky[k].square()).clamp_(min=1)
+            factor[k, :k], factor[k, k] = rows[j, :k], torch.exp(diversity[j] / 2)
+            picks[k] = j
             picked_quality += float(quality[j])
-            is_free[j] = False
             bar.update()
     return subset
