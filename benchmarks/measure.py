@@ -1,13 +1,17 @@
-"""One side of one comparison in a process of its own: `python benchmarks/measure.py ours step2_representations DIR`.
+"""One side of one comparison, in a process of its own.
 
-Prints one JSON line: seconds of each repetition after a warm-up, peak memory of the process, and what was computed.
+    python benchmarks/measure.py ours step2_representations runs/bench 3
+
+Prints one JSON line: the seconds of every repetition (after a warm-up, where there are several), the peak memory of
+the process, and what the greedy picked.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import resource
+import re
 import shutil
 import sys
 import time
@@ -32,10 +36,11 @@ BOTTOM_K = 100
 LEARNING_RATES = [0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014]
 NUM_FEATURES, IF_WEIGHT, SEED = 2_048, 10.0, 42
 EVALUATIONS = [f"evaluation_scripts/{name}.py" for name in ("anthropic_eval", "bias_loss", "ethics_loss", "truth_loss")]
+SUBSET = {"TASK_NAME": "combined", "SCORES_TYPE": "random", "BOTTOM_K": BOTTOM_K}  # of steps 4 and 5
+PREPARED = "run"  # folder of the workload that holds the outputs of steps 1 and 4
 
 
-def load_script(name: str) -> ModuleType:
-    """Import one of the step scripts."""
+def _load_script(name: str) -> ModuleType:
     module_name = f"script_{Path(name).stem}"
     if module_name not in sys.modules:
         specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
@@ -45,26 +50,25 @@ def load_script(name: str) -> ModuleType:
 
 
 def run_script(name: str, work: Workload, output: Path, **constants: Any) -> None:  # noqa: ANN401
-    """Run a step as a user does, in this process."""
-    script = load_script(name)
-    plural = hasattr(script, "MODEL_NAMES")
-    constants = {
-        "MODEL_NAMES" if plural else "MODEL_NAME": work.model,
+    """Run a step as a user does, but in this process."""
+    script = _load_script(name)
+    common = {
+        "MODEL_NAMES" if hasattr(script, "MODEL_NAMES") else "MODEL_NAME": work.model,
         "HH_DATASET": work.hh_dataset,
         "DATA_DIR": work.data_dir,
         "OUTPUT_DIR": output,
-        **constants,
     }
     words = []
-    for constant, value in constants.items():
-        words += [f"--{constant}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    for constant, value in {**common, **constants}.items():
+        words += [f"--{constant}", *map(str, value if isinstance(value, list) else [value])]
     run_step(script.main, words)
 
 
-def greedy_inputs(work: Workload) -> tuple[torch.Tensor, torch.Tensor]:
-    """Representations (N, hidden) and quality (N,) that the workload holds."""
-    stored = load_file(work.folder / "greedy.safetensors")
-    return stored["representations"], stored["quality"]
+def prepare(work: Workload) -> None:
+    """Make what steps 4 and 5 start from: factors, scores, and one repair gradient."""
+    output = work.folder / PREPARED
+    run_script(STEP_1, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples)
+    run_script(STEP_4, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples, **SUBSET)
 
 
 def ours_step_1(work: Workload, output: Path) -> None:
@@ -73,85 +77,72 @@ def ours_step_1(work: Workload, output: Path) -> None:
 
 
 def released_step_1(work: Workload, output: Path) -> None:
-    """The same as released."""
+    """The same, as released."""
     released.step_1(work.model, work.hh_dataset, work.data_dir, output, work.num_factor_examples)
 
 
 def ours_step_2(work: Workload, output: Path) -> None:
-    """Representations."""
+    """Representations of the training dialogues."""
     run_script(STEP_2, work, output)
 
 
 def released_step_2(work: Workload, output: Path) -> None:
-    """The same as released."""
+    """The same, as released."""
     released.step_2(work.model, work.hh_dataset)
 
 
+def _greedy_inputs(work: Workload) -> tuple[torch.Tensor, torch.Tensor, float]:
+    stored = load_file(work.folder / "greedy.safetensors")
+    return stored["representations"], stored["quality"], median_heuristic_gamma(stored["representations"], SEED)
+
+
 def ours_step_3_rff(work: Workload, output: Path) -> list[int]:
-    """The greedy on random Fourier features."""
-    representations, quality = greedy_inputs(work)
-    gamma = median_heuristic_gamma(representations, SEED)
+    """Random Fourier features and the greedy on them."""
+    representations, quality, gamma = _greedy_inputs(work)
     kernel = FourierKernel(representations, gamma, NUM_FEATURES, SEED)
     return greedy_dpp(kernel, quality, BOTTOM_K, IF_WEIGHT).indices
 
 
 def ours_step_3_rbf(work: Workload, output: Path) -> list[int]:
     """The greedy on the exact kernel."""
-    representations, quality = greedy_inputs(work)
-    gamma = median_heuristic_gamma(representations, SEED)
+    representations, quality, gamma = _greedy_inputs(work)
     return greedy_dpp(RBFKernel(representations, gamma), quality, BOTTOM_K, IF_WEIGHT).indices
 
 
 def released_step_3(work: Workload, output: Path) -> list[int]:
-    """The heap-based greedy on the same features."""
-    representations, quality = greedy_inputs(work)
-    gamma = median_heuristic_gamma(representations, SEED)
+    """The same features, by the same code, and the greedy in a heap."""
+    representations, quality, gamma = _greedy_inputs(work)
     features = FourierKernel(representations, gamma, NUM_FEATURES, SEED).features
     return released.step_3(features, quality, BOTTOM_K, IF_WEIGHT)
 
 
-def _factors(work: Workload) -> Path:
-    """The factors that a run of step 1 left in the workload's folder."""
-    return paths.factors_dir(work.folder / "run", "model", "ekfac", False, SEED)
+def _link_prepared(work: Workload, output: Path) -> None:
+    shutil.copytree(work.folder / PREPARED, output, copy_function=lambda source, to: Path(to).hardlink_to(source))
 
 
 def ours_step_4(work: Workload, output: Path) -> None:
     """The repair gradient of a random subset."""
-    shutil.copytree(work.folder / "run", output)
-    run_script(
-        STEP_4,
-        work,
-        output,
-        TASK_NAME="combined",
-        SCORES_TYPE="random",
-        BOTTOM_K=BOTTOM_K,
-        NUM_FACTOR_EXAMPLES=work.num_factor_examples,
-    )
+    _link_prepared(work, output)
+    made = paths.gradients_file(output, "combined", "model", "random", BOTTOM_K, IF_WEIGHT, SEED)
+    shutil.rmtree(made.parent)
+    run_script(STEP_4, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples, **SUBSET)
 
 
 def released_step_4(work: Workload, output: Path) -> None:
-    """The same as released."""
-    released.step_4(work.model, work.hh_dataset, list(range(BOTTOM_K)), _factors(work))
+    """The same, as released."""
+    factors = paths.factors_dir(work.folder / PREPARED, "model", "ekfac", False, SEED)
+    released.step_4(work.model, work.hh_dataset, list(range(BOTTOM_K)), factors)
 
 
 def ours_step_5(work: Workload, output: Path) -> None:
-    """Eight learning rates, measured on the four test sets."""
-    shutil.copytree(work.folder / "run", output)
-    run_script(
-        STEP_5,
-        work,
-        output,
-        TASK_NAME="combined",
-        SCORES_TYPE="random",
-        BOTTOM_K=BOTTOM_K,
-        LEARNING_RATE=LEARNING_RATES,
-        SAVE_TO_DISK=False,
-    )
+    """Eight learning rates, and the model as it was, measured on the four test sets."""
+    _link_prepared(work, output)
+    run_script(STEP_5, work, output, LEARNING_RATE=LEARNING_RATES, SAVE_TO_DISK=False, **SUBSET)
 
 
 def released_step_5(work: Workload, output: Path) -> None:
-    """The same as released."""
-    file = paths.gradients_file(work.folder / "run", "combined", "model", "random", BOTTOM_K, IF_WEIGHT, SEED)
+    """The same eight learning rates, as released."""
+    file = paths.gradients_file(work.folder / PREPARED, "combined", "model", "random", BOTTOM_K, IF_WEIGHT, SEED)
     released.step_5(work.model, work.hh_dataset, work.data_dir, load_file(file), LEARNING_RATES)
 
 
@@ -162,7 +153,7 @@ def ours_step_6(work: Workload, output: Path) -> None:
 
 
 def released_step_6(work: Workload, output: Path) -> None:
-    """The same as released."""
+    """The same, as released."""
     released.step_6(work.model, work.hh_dataset, work.data_dir)
 
 
@@ -178,26 +169,29 @@ SIDES: dict[str, dict[str, Callable[[Workload, Path], Any]]] = {
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return 1_024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Largest resident memory of this process; getrusage would count that of the process which started it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1_024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def measure(step: str, side: str, work: Workload, warm_up: Workload | None, repetitions: int) -> dict[str, Any]:
-    """Warm up on little work, then time the work itself."""
-    run = SIDES[step][side]
+def measure(step: str, side: str, work: Workload, repetitions: int) -> dict[str, Any]:
+    """Time one side. Imports are not counted; loading the model, tokenizing and writing the artefacts are."""
     output = work.folder / f"output_{side}_{step}"
     seconds, result = [], None
-    for number in range(-1 if warm_up else 0, repetitions):
+    for number in range(repetitions + (repetitions > 1)):
         shutil.rmtree(output, ignore_errors=True)
         started = time.perf_counter()
-        result = run(warm_up if number < 0 else work, output)
-        if number >= 0:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = SIDES[step][side](work, output)
+        if number or repetitions == 1:
             seconds.append(time.perf_counter() - started)
     shutil.rmtree(output, ignore_errors=True)
     return {"seconds": seconds, "peak_bytes": peak_bytes(), "result": result}
 
 
 if __name__ == "__main__":
-    side, step, folder, repetitions = sys.argv[1:5]
-    warm_up = Workload(Path(sys.argv[5])) if len(sys.argv) > 5 else None
-    print(json.dumps(measure(step, side, Workload(Path(folder)), warm_up, int(repetitions))))
+    side, step, folder, repetitions = sys.argv[1:]
+    if step == "prepare":
+        prepare(Workload(Path(folder)))
+    else:
+        print(json.dumps(measure(step, side, Workload(Path(folder)), int(repetitions))))

@@ -1,8 +1,4 @@
-"""The benchmark's work: a Pythia-70m architecture with random weights, and real dialogues and answer pairs, cut down.
-
-The proportions are the paper's: 96,256 training dialogues, 10,000 for the factors, 2,784 / 710 / 653 pairs to trace,
-5,103 dialogues and 672 / 273 / 164 pairs to evaluate. `Workload.share` says which part of that is measured.
-"""
+"""The benchmark's work: a Pythia-70m architecture with random weights, real dialogues and pairs, cut down."""
 
 from __future__ import annotations
 
@@ -12,19 +8,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import load_dialogues
+from utils.selection import centred, min_max_normalise
 
-PAPER_TRAIN, PAPER_FACTORS, PAPER_TEST = 96_256, 10_000, 5_103
-PAPER_PAIRS = {
-    "train": {"bias": 2_784, "ethics": 710, "truth": 653},
-    "test": {"bias": 672, "ethics": 273, "truth": 164},
-}
+PAPER_TRAIN, PAPER_FACTORS = 96_256, 10_000
+TRAIN_SHARE_OF_ETHICS = 0.72  # of the short pairs, in the official split
 BIAS_PAIRS_PER_TOPIC = 9  # of one group: 3 stereotypes x 3 counter-statements
-PYTHIA_70M = {"hidden_size": 512, "intermediate_size": 2_048, "num_hidden_layers": 6, "num_attention_heads": 8}
-VOCABULARY = 50_304
+PYTHIA_70M_HIDDEN, PYTHIA_70M_BLOCKS, VOCABULARY = 512, 6, 50_304
 SOURCES = (PROJECT_ROOT.parent / "shared" / "data", PROJECT_ROOT / "data", PROJECT_ROOT / "data" / "demo")
 
 
@@ -69,9 +63,9 @@ def find_source() -> Path:
     return next(folder for folder in SOURCES if (folder / "hh" / "train.jsonl").is_file())
 
 
-def make_model(folder: Path, source: Path, seed: int = 0, **sizes: int) -> None:
-    """A Pythia architecture with random weights and the real tokenizer, saved as a checkpoint."""
-    if (folder / "config.json").is_file() and AutoConfig.from_pretrained(folder).hidden_size == sizes["hidden_size"]:
+def make_model(folder: Path, source: Path, hidden: int, seed: int = 0) -> None:
+    """A Pythia architecture of 6 blocks with random weights and the real tokenizer, saved as a checkpoint."""
+    if (folder / "config.json").is_file() and AutoConfig.from_pretrained(folder).hidden_size == hidden:
         return
     file = source / "pythia_tokenizer" / "tokenizer.json"
     end = "<|endoftext|>"
@@ -82,18 +76,39 @@ def make_model(folder: Path, source: Path, seed: int = 0, **sizes: int) -> None:
         unk_token=end,
     )
     torch.manual_seed(seed)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **sizes))
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=PYTHIA_70M_BLOCKS,
+        num_attention_heads=hidden // 64,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPTNeoXForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def make_workload(folder: Path, train: int, test: int, pairs: dict[str, int], source: Path) -> Workload:
+def make_greedy_inputs(folder: Path, num_examples: int, hidden: int, seed: int = 0) -> None:
+    """Representations in 300 Gaussian clusters, centred, and normally distributed scores, min-max normalised."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(300, hidden, generator=generator)
+    cluster = torch.randint(300, (num_examples,), generator=generator)
+    representations = centres[cluster] + torch.randn(num_examples, hidden, generator=generator)
+    quality = min_max_normalise(torch.randn(num_examples, generator=generator, dtype=torch.float64))
+    save_file({"representations": centred(representations), "quality": quality}, folder / "greedy.safetensors")
+
+
+def make_workload(
+    folder: Path, train: int, test: int, pairs: dict[str, int], source: Path, hidden: int = PYTHIA_70M_HIDDEN
+) -> Workload:
     """Cut the data down to the first rows.
 
     Args:
         pairs: how many pairs of each measurement, of both splits together, at least.
     """
-    make_model(folder / "model", source, **PYTHIA_70M)
+    make_model(folder / "model", source, hidden)
     for split, count in (("train", train), ("test", test)):
         lines = (source / "hh" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (folder / "hh").mkdir(parents=True, exist_ok=True)
@@ -108,8 +123,10 @@ def make_workload(folder: Path, train: int, test: int, pairs: dict[str, int], so
     for split in ("train", "test"):
         table = pd.read_csv(source / "ethics" / f"cm_{split}.csv", dtype=str)
         short = table[table["is_short"].str.lower() == "true"]
-        share = pairs["ethics"] * PAPER_PAIRS[split]["ethics"] / sum(PAPER_PAIRS[s]["ethics"] for s in PAPER_PAIRS)
-        short.groupby("label").head(max(1, round(share))).to_csv(folder / "ethics" / f"cm_{split}.csv", index=False)
+        share = TRAIN_SHARE_OF_ETHICS if split == "train" else 1 - TRAIN_SHARE_OF_ETHICS
+        short.groupby("label").head(max(1, round(share * pairs["ethics"]))).to_csv(
+            folder / "ethics" / f"cm_{split}.csv", index=False
+        )
     questions = pd.read_csv(source / "truthfulness" / "TruthfulQA.csv", dtype=str, encoding="utf-8-sig")
     questions.head(pairs["truth"]).to_csv(folder / "truthfulness" / "TruthfulQA.csv", index=False)
     return Workload(folder)

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -31,6 +32,7 @@ from utils.paths import PROJECT_ROOT
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 FINGERPRINT_BYTES = 16
+FINGERPRINT_PIECE_BYTES = 16 << 20
 GROWING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
 
 
@@ -41,13 +43,21 @@ def fingerprint_of(value: Any) -> str:  # noqa: ANN401
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """Fingerprint of the names and contents of files."""
-    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for file in sorted(files):
-        digest.update(file.name.encode("utf-8"))
+    """Fingerprint of the names and contents of files, hashed in pieces by as many threads as there are cores."""
+
+    def digest_of(piece: tuple[Path, int]) -> bytes:
+        file, offset = piece
         with file.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            stream.seek(offset)
+            return hashlib.blake2b(stream.read(FINGERPRINT_PIECE_BYTES), digest_size=FINGERPRINT_BYTES).digest()
+
+    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for file in sorted(files):
+            pieces = [(file, offset) for offset in range(0, file.stat().st_size, FINGERPRINT_PIECE_BYTES)]
+            digest.update(file.name.encode("utf-8"))
+            for piece in threads.map(digest_of, pieces):
+                digest.update(piece)
     return digest.hexdigest()
 
 

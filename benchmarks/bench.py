@@ -1,0 +1,193 @@
+"""Every step against the released recipe, on the same machine in the same run: `make bench`.
+
+    python benchmarks/bench.py
+    python benchmarks/bench.py --STEPS step2_representations step6_evaluation
+
+Each side of each comparison runs in a process of its own. Writes benchmarks/results.json, results.md and results.png;
+what is not in STEPS keeps its earlier numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.floor import copy_rate, floors, matrix_rate
+from benchmarks.measure import SIDES
+from benchmarks.workload import PYTHIA_70M_HIDDEN, Workload, find_source, make_greedy_inputs, make_workload
+from utils.artifacts import read_json, software_versions, to_json, write_atomically
+from utils.console import banner, say
+from utils.paths import PROJECT_ROOT, anchored
+from utils.reporting import markdown_table
+from utils.settings import PositiveInt, Settings, run_step
+
+# ------------------------------------------------------------------------------------------------ constants
+STEPS: list[
+    Literal[
+        "step1_three_tasks",
+        "step2_representations",
+        "step3_dpp_rff",
+        "step3_dpp_rbf",
+        "step4_gradients",
+        "step5_sweep",
+        "step6_evaluation",
+    ]
+] = list(SIDES)  # what is measured
+OUTPUT_DIR: str = "runs/bench"  # the model, the data and the outputs
+TRAIN_DIALOGUES: PositiveInt = 160  # of them 10,000 / 96,256 for the factors, as in the paper
+TEST_DIALOGUES: PositiveInt = 48  # for steps 5 and 6
+GREEDY_EXAMPLES: PositiveInt = 96_256  # for step 3, as in the paper
+REPETITIONS: PositiveInt = 3  # after a warm-up; the median counts
+LONG_REPETITIONS: PositiveInt = 1  # of the released steps 1, 4 and 5, which take minutes; without a warm-up
+# -----------------------------------------------------------------------------------------------------------
+
+PAIRS = {"bias": 18, "ethics": 4, "truth": 8}  # of both splits together, at least one in each
+LONG = {("step1_three_tasks", "released"), ("step4_gradients", "released"), ("step5_sweep", "released")}
+# What a reader should expect of each ratio; from the design of the benchmark, not from its results.
+BARS = {
+    "step1_three_tasks": 60,
+    "step2_representations": 3.5,
+    "step3_dpp_rff": 15,
+    "step3_dpp_rbf": 35,
+    "step4_gradients": 12,
+    "step5_sweep": 25,
+    "step6_evaluation": 10,
+    "step1_peak_memory": 3,
+}
+RESULTS = PROJECT_ROOT / "benchmarks" / "results.json"
+
+
+def run_measure(side: str, step: str, work: Workload, repetitions: int) -> dict[str, Any]:
+    """One side in its own process.
+
+    Raises:
+        RuntimeError: it failed; carries its last lines.
+    """
+    command = [sys.executable, str(PROJECT_ROOT / "benchmarks" / "measure.py"), side, step, str(work.folder)]
+    finished = subprocess.run([*command, str(repetitions)], capture_output=True, text=True, env=os.environ)
+    if finished.returncode:
+        raise RuntimeError(f"{side} {step} failed:\n" + "\n".join(finished.stderr.splitlines()[-15:]))
+    return json.loads(finished.stdout.splitlines()[-1]) if step != "prepare" else {}
+
+
+def processor_name() -> str:
+    """The CPU's name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def conditions(settings: Settings, work: Workload, source: Path) -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    rate, bytes_rate = matrix_rate(), copy_rate()
+    return {
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "versions": software_versions(),
+        "matrix_gflops": rate / 1e9,
+        "copy_gbytes": bytes_rate / 1e9,
+        "data": "real dialogues and pairs" if source.name != "demo" else "embedded default",
+        "train_dialogues": settings.TRAIN_DIALOGUES,
+        "factor_dialogues": work.num_factor_examples,
+        "test_dialogues": settings.TEST_DIALOGUES,
+        "greedy_examples": settings.GREEDY_EXAMPLES,
+        "floor_seconds": floors(work, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN, rate, bytes_rate),
+    }
+
+
+def compare(step: str, settings: Settings, work: Workload) -> dict[str, dict[str, Any]]:
+    """Measure both sides of one step."""
+    sides = {}
+    for side in ("ours", "released"):
+        repetitions = settings.LONG_REPETITIONS if (step, side) in LONG else settings.REPETITIONS
+        measured = run_measure(side, step, work, repetitions)
+        median = statistics.median(measured["seconds"])
+        sides[side] = {**measured, "median_seconds": median}
+        say(f"   {side}: {median:.2f} s, {measured['peak_bytes'] / 1e9:.2f} GB")
+    if step == "step3_dpp_rff" and sides["ours"]["result"] != sides["released"]["result"]:
+        raise RuntimeError("the two greedy algorithms picked different examples")
+    for side in sides.values():
+        del side["result"]
+    return sides
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """A line for each ratio."""
+    rows = []
+    for key, ratio in results["ratios"].items():
+        step = "step1_three_tasks" if key == "step1_peak_memory" else key
+        ours, released = results["ours"][step], results["released"][step]
+        if key == "step1_peak_memory":
+            cells = [f"{released['peak_bytes'] / 1e9:.2f} GB", f"{ours['peak_bytes'] / 1e9:.2f} GB", "", ""]
+        else:
+            floor, median = results["conditions"]["floor_seconds"][step], ours["median_seconds"]
+            cells = [
+                f"{released['median_seconds']:.1f} s",
+                f"{median:.2f} s",
+                f"{floor:.2f} s",
+                f"{median / floor:.1f}",
+            ]
+        rows.append([key, *cells, f"{ratio:.1f}", f"{BARS[key]:g}"])
+    return markdown_table(["", "released", "ours", "floor", "ours / floor", "ratio", "bar"], rows)
+
+
+def results_figure(results: dict[str, Any], path: Path) -> None:
+    """The ratios as bars, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    names, ratios = list(results["ratios"]), list(results["ratios"].values())
+    figure = Figure(figsize=(8, 0.5 * len(names) + 1), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(names, ratios, color="#2a9d8f")
+    for row, (name, ratio) in enumerate(zip(names, ratios, strict=True)):
+        axes.text(ratio * 1.04, row, f"{ratio:.1f} x", va="center")
+        axes.plot([BARS[name]] * 2, [row - 0.4, row + 0.4], color="#e76f51", lw=2)
+    axes.set_xscale("log")
+    axes.set_xlim(1, max(ratios) * 1.6)
+    axes.invert_yaxis()
+    axes.set_xlabel("released / ours (seconds; memory in the last row); red: what the benchmark asks for")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main(settings: Settings) -> None:
+    """Measure, then write numbers, table and picture."""
+    source = find_source()
+    folder = anchored(settings.OUTPUT_DIR)
+    work = make_workload(folder, settings.TRAIN_DIALOGUES, settings.TEST_DIALOGUES, PAIRS, source)
+    make_greedy_inputs(folder, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN)
+    banner("benchmark", f"{settings.TRAIN_DIALOGUES} dialogues from {source}")
+    run_measure("ours", "prepare", work, 1)
+    results = read_json(RESULTS) if RESULTS.is_file() else {"ratios": {}, "ours": {}, "released": {}}
+    results["conditions"] = conditions(settings, work, source)
+    for step in settings.STEPS:
+        banner("benchmark", step)
+        sides = compare(step, settings, work)
+        for side, measured in sides.items():
+            results[side][step] = measured
+        results["ratios"][step] = sides["released"]["median_seconds"] / sides["ours"]["median_seconds"]
+        if step == "step1_three_tasks":
+            peaks = [sides[side]["peak_bytes"] for side in ("released", "ours")]
+            results["ratios"]["step1_peak_memory"] = peaks[0] / peaks[1]
+        results["ratios"] = {key: results["ratios"][key] for key in BARS if key in results["ratios"]}
+        write_atomically(RESULTS, to_json(results))
+        write_atomically(RESULTS.with_suffix(".md"), results_table(results) + "\n")
+        results_figure(results, RESULTS.with_suffix(".png"))
+    say(results_table(results))
+    say(f"   wrote {RESULTS} with .md and .png")
+
+
+if __name__ == "__main__":
+    run_step(main)
