@@ -39,7 +39,6 @@ from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogu
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 from utils.pipeline import Pipeline, Traceable, load_traceable, tasks_of
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
-from utils.trunk import KeptStates
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
@@ -64,42 +63,28 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 
 
 def fit_and_publish_factors(
-    factors: Artifact,
-    settings: Settings,
-    subject: Traceable,
-    task: TrustTask,
-    examples: list[LabelledSequence],
-    states: KeptStates,
+    factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, examples: list[LabelledSequence]
 ) -> None:
     """Fit the factors on a seeded subset of the training dialogues."""
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
     pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
-    loader = subject.loader(examples, subject.kept_states() if pad_to else states, indices=indices, pad_to=pad_to)
+    loader = subject.loader(examples, keep=True, indices=indices, pad_to=pad_to)
     with factors.growing_folder() as folder:
         fit_factors(subject.model, task, loader, subject.curvature, folder)
         factors.publish_folder(started, factor_shapes(folder), modules=subject.tracked_modules, examples=count)
 
 
 def score_tasks(
-    subject: Traceable,
-    queries: dict[TrustTask, TokenizedPairs],
-    train: BatchLoader,
-    factors: Path,
-    per_token: bool,
+    subject: Traceable, queries: dict[TrustTask, TokenizedPairs], train: BatchLoader, factors: Path, per_token: bool
 ) -> Scores:
     """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
     model, curvature = subject.model, subject.curvature
-    gradients = [
-        mean_measurement_gradient(
-            model,
-            task,
-            subject.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries"),
-            curvature,
-        )
-        for task, pairs in queries.items()
-    ]
+    gradients = []
+    for task, pairs in queries.items():
+        loader = subject.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
+        gradients.append(mean_measurement_gradient(model, task, loader, curvature))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
     preconditioned = precondition(model, stacked, curvature, factors)
     return score_training_examples(model, next(iter(queries)), train, preconditioned, curvature, per_token)
@@ -135,12 +120,11 @@ def trace_model(settings: Settings, model_name: str) -> None:
     ]
     queries = {task: tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens) for task in tasks}
     trace(subject.whole, tasks[0])
-    states = subject.kept_states()
     if not has_factors:
-        fit_and_publish_factors(factors, settings, subject, tasks[0], examples, states)
+        fit_and_publish_factors(factors, settings, subject, tasks[0], examples)
     if not unfinished:
         return
-    train = subject.loader(examples, states, description="training dialogues")
+    train = subject.loader(examples, keep=True, description="training dialogues")
     scores = score_tasks(subject, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         if settings.COMPUTE_PER_TOKEN_SCORES:

@@ -24,7 +24,14 @@ import torch
 
 from benchmarks.floor import copy_rate, floors, matrix_rate
 from benchmarks.measure import SIDES
-from benchmarks.workload import PYTHIA_70M_HIDDEN, Workload, find_source, make_greedy_inputs, make_workload
+from benchmarks.workload import (
+    PYTHIA_70M_HIDDEN,
+    Workload,
+    find_source,
+    make_greedy_inputs,
+    make_workload,
+    save_tokenized,
+)
 from utils.artifacts import read_json, software_versions, to_json, write_atomically
 from utils.console import banner, say
 from utils.paths import PROJECT_ROOT, anchored
@@ -42,9 +49,11 @@ STEPS: list[
         "step5_sweep",
         "step6_evaluation",
     ]
-] = list(SIDES)  # what is measured
+] = [step for step in SIDES if "released" in SIDES[step]]  # what is measured
+BERGSON_PYTHON: str | None = None  # interpreter of another environment that has bergson, to compare step 1 with it
 OUTPUT_DIR: str = "runs/bench"  # the model, the data and the outputs
-TRAIN_DIALOGUES: PositiveInt = 160  # of them 10,000 / 96,256 for the factors, as in the paper
+TRAIN_DIALOGUES: PositiveInt = 128  # of them 10,000 / 96,256 for the factors, as in the paper
+REPRESENTED_DIALOGUES: PositiveInt = 640  # for step 2, which is short
 TEST_DIALOGUES: PositiveInt = 48  # for steps 5 and 6
 GREEDY_EXAMPLES: PositiveInt = 96_256  # for step 3, as in the paper
 REPETITIONS: PositiveInt = 3  # after a warm-up; the median counts
@@ -64,20 +73,40 @@ BARS = {
     "step6_evaluation": 10,
     "step1_peak_memory": 3,
 }
+REPRESENTATIONS = "step2_representations"
 RESULTS = PROJECT_ROOT / "benchmarks" / "results.json"
 
 
-def run_measure(side: str, step: str, work: Workload, repetitions: int) -> dict[str, Any]:
-    """One side in its own process.
+def _run(command: list[str]) -> dict[str, Any]:
+    """Run a command and read the JSON of its last line.
 
     Raises:
         RuntimeError: it failed; carries its last lines.
     """
-    command = [sys.executable, str(PROJECT_ROOT / "benchmarks" / "measure.py"), side, step, str(work.folder)]
-    finished = subprocess.run([*command, str(repetitions)], capture_output=True, text=True, env=os.environ)
+    finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
-        raise RuntimeError(f"{side} {step} failed:\n" + "\n".join(finished.stderr.splitlines()[-15:]))
-    return json.loads(finished.stdout.splitlines()[-1]) if step != "prepare" else {}
+        raise RuntimeError(f"{' '.join(command)} failed:\n" + "\n".join(finished.stderr.splitlines()[-15:]))
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_measure(side: str, step: str, work: Workload, repetitions: int) -> dict[str, Any]:
+    """One side of one step in its own process."""
+    script = str(PROJECT_ROOT / "benchmarks" / "measure.py")
+    return _run([sys.executable, script, side, step, str(work.folder), str(repetitions)])
+
+
+def compare_with_bergson(python: str, work: Workload, repetitions: int) -> dict[str, Any]:
+    """Step 1 for one task, factors on all training dialogues: ours, and bergson's."""
+    save_tokenized(work)
+    script = str(PROJECT_ROOT / "benchmarks" / "bergson_side.py")
+    sides = {
+        "ours": run_measure("ours", "step1_one_task", work, repetitions),
+        "bergson": _run([python, script, str(work.folder), str(repetitions)]),
+    }
+    for name, side in sides.items():
+        side["median_seconds"] = statistics.median(side["seconds"])
+        say(f"   {name}: {side['median_seconds']:.2f} s, {side['peak_bytes'] / 1e9:.2f} GB")
+    return {**sides, "ratio": sides["bergson"]["median_seconds"] / sides["ours"]["median_seconds"]}
 
 
 def processor_name() -> str:
@@ -87,9 +116,11 @@ def processor_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def conditions(settings: Settings, work: Workload, source: Path) -> dict[str, Any]:
+def conditions(settings: Settings, work: Workload, many: Workload, source: Path) -> dict[str, Any]:
     """What the numbers were measured on and with."""
     rate, bytes_rate = matrix_rate(), copy_rate()
+    floor_seconds = floors(work, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN, rate, bytes_rate)
+    floor_seconds[REPRESENTATIONS] = floors(many, 1, PYTHIA_70M_HIDDEN, rate, bytes_rate)[REPRESENTATIONS]
     return {
         "processor": processor_name(),
         "cores": os.cpu_count(),
@@ -101,9 +132,10 @@ def conditions(settings: Settings, work: Workload, source: Path) -> dict[str, An
         "data": "real dialogues and pairs" if source.name != "demo" else "embedded default",
         "train_dialogues": settings.TRAIN_DIALOGUES,
         "factor_dialogues": work.num_factor_examples,
+        "represented_dialogues": settings.REPRESENTED_DIALOGUES,
         "test_dialogues": settings.TEST_DIALOGUES,
         "greedy_examples": settings.GREEDY_EXAMPLES,
-        "floor_seconds": floors(work, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN, rate, bytes_rate),
+        "floor_seconds": floor_seconds,
     }
 
 
@@ -168,13 +200,14 @@ def main(settings: Settings) -> None:
     folder = anchored(settings.OUTPUT_DIR)
     work = make_workload(folder, settings.TRAIN_DIALOGUES, settings.TEST_DIALOGUES, PAIRS, source)
     make_greedy_inputs(folder, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN)
+    many = make_workload(folder / "many", settings.REPRESENTED_DIALOGUES, 1, PAIRS, source)
     banner("benchmark", f"{settings.TRAIN_DIALOGUES} dialogues from {source}")
     run_measure("ours", "prepare", work, 1)
     results = read_json(RESULTS) if RESULTS.is_file() else {"ratios": {}, "ours": {}, "released": {}}
-    results["conditions"] = conditions(settings, work, source)
+    results["conditions"] = conditions(settings, work, many, source)
     for step in settings.STEPS:
         banner("benchmark", step)
-        sides = compare(step, settings, work)
+        sides = compare(step, settings, many if step == REPRESENTATIONS else work)
         for side, measured in sides.items():
             results[side][step] = measured
         results["ratios"][step] = sides["released"]["median_seconds"] / sides["ours"]["median_seconds"]
@@ -185,6 +218,10 @@ def main(settings: Settings) -> None:
         write_atomically(RESULTS, to_json(results))
         write_atomically(RESULTS.with_suffix(".md"), results_table(results) + "\n")
         results_figure(results, RESULTS.with_suffix(".png"))
+    if settings.BERGSON_PYTHON:
+        banner("benchmark", "step 1 for one task, beside bergson")
+        results["bergson"] = compare_with_bergson(settings.BERGSON_PYTHON, work, settings.REPETITIONS)
+        write_atomically(RESULTS, to_json(results))
     say(results_table(results))
     say(f"   wrote {RESULTS} with .md and .png")
 

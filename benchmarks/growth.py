@@ -39,7 +39,7 @@ from utils.settings import PositiveInt, Settings, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 OUTPUT_DIR: str = "runs/bench/growth"  # the models, the data and the outputs
-DIALOGUES: list[PositiveInt] = [80, 160, 320, 640]  # at hidden 512
+DIALOGUES: list[PositiveInt] = [40, 80, 160, 320]  # at hidden 512
 WIDTHS: list[PositiveInt] = [128, 256, 512, 1_024]  # hidden sizes, at the second number of dialogues
 GREEDY_EXAMPLES: list[PositiveInt] = [12_032, 24_064, 48_128, 96_256]  # of step 3, in place of DIALOGUES
 REPETITIONS: PositiveInt = 1  # without a warm-up where it is 1

@@ -40,7 +40,8 @@ SUBSET = {"TASK_NAME": "combined", "SCORES_TYPE": "random", "BOTTOM_K": BOTTOM_K
 PREPARED = "run"  # folder of the workload that holds the outputs of steps 1 and 4
 
 
-def _load_script(name: str) -> ModuleType:
+def load_script(name: str) -> ModuleType:
+    """Import one of the step scripts by its path in the repository."""
     module_name = f"script_{Path(name).stem}"
     if module_name not in sys.modules:
         specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
@@ -51,7 +52,7 @@ def _load_script(name: str) -> ModuleType:
 
 def run_script(name: str, work: Workload, output: Path, **constants: Any) -> None:  # noqa: ANN401
     """Run a step as a user does, but in this process."""
-    script = _load_script(name)
+    script = load_script(name)
     common = {
         "MODEL_NAMES" if hasattr(script, "MODEL_NAMES") else "MODEL_NAME": work.model,
         "HH_DATASET": work.hh_dataset,
@@ -79,6 +80,11 @@ def ours_step_1(work: Workload, output: Path) -> None:
 def released_step_1(work: Workload, output: Path) -> None:
     """The same, as released."""
     released.step_1(work.model, work.hh_dataset, work.data_dir, output, work.num_factor_examples)
+
+
+def ours_step_1_one_task(work: Workload, output: Path) -> None:
+    """What bergson_side.py does: one task, factors on all training dialogues."""
+    run_script(STEP_1, work, output, TASK_NAME="truth")
 
 
 def ours_step_2(work: Workload, output: Path) -> None:
@@ -159,6 +165,7 @@ def released_step_6(work: Workload, output: Path) -> None:
 
 SIDES: dict[str, dict[str, Callable[[Workload, Path], Any]]] = {
     "step1_three_tasks": {"ours": ours_step_1, "released": released_step_1},
+    "step1_one_task": {"ours": ours_step_1_one_task},
     "step2_representations": {"ours": ours_step_2, "released": released_step_2},
     "step3_dpp_rff": {"ours": ours_step_3_rff, "released": released_step_3},
     "step3_dpp_rbf": {"ours": ours_step_3_rbf, "released": released_step_3},
@@ -192,6 +199,8 @@ def measure(step: str, side: str, work: Workload, repetitions: int) -> dict[str,
 if __name__ == "__main__":
     side, step, folder, repetitions = sys.argv[1:]
     if step == "prepare":
-        prepare(Workload(Path(folder)))
+        with contextlib.redirect_stdout(sys.stderr):
+            prepare(Workload(Path(folder)))
+        print("{}")
     else:
         print(json.dumps(measure(step, side, Workload(Path(folder)), int(repetitions))))

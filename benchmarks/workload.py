@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from utils.batching import IGNORED_LABEL
+from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT
-from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.performance_functions.pairs import tokenize_pairs
+from utils.performance_functions.truth import TRUTH
 from utils.selection import centred, min_max_normalise
 
 PAPER_TRAIN, PAPER_FACTORS = 96_256, 10_000
@@ -98,6 +103,25 @@ def make_greedy_inputs(folder: Path, num_examples: int, hidden: int, seed: int =
     representations = centres[cluster] + torch.randn(num_examples, hidden, generator=generator)
     quality = min_max_normalise(torch.randn(num_examples, generator=generator, dtype=torch.float64))
     save_file({"representations": centred(representations), "quality": quality}, folder / "greedy.safetensors")
+
+
+def save_tokenized(work: Workload) -> None:
+    """The training dialogues and the truth task's chosen answers as token ids with labels, for bergson_side.py."""
+    tokenizer = load_tokenizer(work.model)
+    pairs = tokenize_pairs(TRUTH.load_pairs(Path(work.data_dir), "train"), tokenizer, TRUTH.max_tokens)
+    texts = {
+        "train": tokenize_dialogues(load_dialogues(work.hh_dataset, "train"), tokenizer),
+        "queries": [pairs.sequences[position] for position in pairs.chosen],
+    }
+    for name, sequences in texts.items():
+        columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+        for sequence in sequences:
+            labels = [IGNORED_LABEL] * len(sequence.input_ids)
+            counted = slice(sequence.label_start, sequence.label_end)
+            labels[counted] = sequence.input_ids[counted].tolist()
+            for column, value in zip(columns, (sequence.input_ids.tolist(), labels, len(labels)), strict=True):
+                columns[column].append(value)
+        Dataset.from_dict(columns).save_to_disk(work.folder / f"tokenized_{name}")
 
 
 def make_workload(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread only waits
@@ -19,6 +17,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.measure import load_script
 from utils.paths import PROJECT_ROOT
 from utils.settings import run_step
 
@@ -109,16 +108,6 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_copy(small_data: Path, tmp_path: Path) -> Path:
     """A copy of the small data that a test may spoil."""
     return Path(shutil.copytree(small_data, tmp_path / "data"))
-
-
-def load_script(name: str) -> ModuleType:
-    """Import one of the scripts by its path in the repository."""
-    module_name = f"script_{Path(name).stem}"
-    if module_name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
-        sys.modules[module_name] = module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    return sys.modules[module_name]
 
 
 def run_script(name: str, *arguments: str) -> None:

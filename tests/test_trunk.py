@@ -86,6 +86,15 @@ def test_what_memory_cannot_keep_is_computed_again(subject, monkeypatch, kept_by
     assert bool(kept) == bool(kept_bytes)
 
 
+def test_half_precision_is_that_of_the_whole_model(subject):
+    model, sequences = subject
+    trunk = Trunk(model, "auto", 1, half_precision=True)
+    batch = next(iter(BatchLoader(sequences[:4], 500, pad_token_id=0)))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = last_hidden_state(trunk.tail, KeptStates(trunk).add_to(batch))
+        torch.testing.assert_close(ours, last_hidden_state(model, batch), rtol=0, atol=0)
+
+
 def test_padding_states_are_those_of_the_model(subject):
     """Sampled labels at padding positions (FISHER_POSITIONS = "all") need them."""
     model, sequences = subject

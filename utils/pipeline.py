@@ -189,8 +189,9 @@ class Traceable:
 
     Attributes:
         model: the tail, which runs on batches with trunk states.
-        tracked_modules: dotted names in the whole model.
         whole: the model before the cut.
+        tracked_modules: dotted names in the whole model.
+        kept_states: trunk states of the training dialogues.
     """
 
     whole: PreTrainedModel
@@ -199,28 +200,25 @@ class Traceable:
     tracked_modules: list[str]
     tokens_per_batch: int
     curvature: Curvature
+    kept_states: KeptStates
 
     @property
     def model(self) -> PreTrainedModel:
         """The tail of the model."""
         return self.trunk.tail
 
-    def kept_states(self) -> KeptStates:
-        """A store for the trunk states of one list of sequences that several passes see."""
-        return KeptStates(self.trunk)
-
     def loader(
         self,
         sequences: Sequence[LabelledSequence],
-        states: KeptStates | None = None,
+        keep: bool = False,
         **keywords: Any,  # noqa: ANN401
     ) -> BatchLoader:
         """Batches of sequences with their trunk states, within the token budget, on the model's device.
 
         Args:
-            states: where the trunk states of these sequences are kept; without it they are not.
+            keep: keep the trunk states, for the training dialogues, which several passes see.
         """
-        states = states or KeptStates(self.trunk, keep=False)
+        states = self.kept_states if keep else KeptStates(self.trunk, keep=False)
         return BatchLoader(
             sequences,
             self.tokens_per_batch,
@@ -241,9 +239,11 @@ def load_traceable(settings: Settings, model: str, device: torch.device) -> Trac
         raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
     loaded = load_model(model, device)
     tracked = tracked_linear_names(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
+    trunk = Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
     return Traceable(
         whole=loaded,
-        trunk=Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS),
+        trunk=trunk,
+        kept_states=KeptStates(trunk),
         tokenizer=load_tokenizer(model),
         tracked_modules=tracked,
         tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, tracked),

@@ -16,7 +16,7 @@ import torch
 
 from utils.console import UserError, progress_bar
 
-CANDIDATES_AT_ONCE = 1_024  # whose gains the greedy brings up to date together
+CANDIDATES_AT_ONCE = 768  # whose gains the greedy brings up to date together
 MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
 
 
@@ -117,7 +117,7 @@ class RBFKernel:
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """k(x_i, x_j) for i in rows and j in columns, (rows, columns) float64."""
-        dot_products = self.representations[rows] @ self.representations[columns].T
+        dot_products = self.representations.index_select(0, rows) @ self.representations.index_select(0, columns).T
         squared_distances = self.squared_norms[rows, None] + self.squared_norms[columns] - 2 * dot_products
         return torch.exp(-self.gamma * squared_distances.clamp_(min=0).double())
 
@@ -144,7 +144,7 @@ class FourierKernel:
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """z(x_i) . z(x_j) for i in rows and j in columns, (rows, columns) float64."""
-        return (self.features[rows] @ self.features[columns].T).double()
+        return (self.features.index_select(0, rows) @ self.features.index_select(0, columns).T).double()
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
             influence[picks[:k]] = -torch.inf  # what is picked is not picked again
             gains = diversity + influence
             while num_seen[j := int(gains.argmax())] < k:
-                leaders = torch.cat([torch.tensor([j]), gains.topk(min(CANDIDATES_AT_ONCE, len(gains))).indices])
+                leaders = torch.cat(
+                    [torch.tensor([j]), gains.topk(min(CANDIDATES_AT_ONCE, len(gains)), sorted=False).indices]
+                )
                 is_exact = num_seen[leaders] == k
                 best_exact = gains[leaders[is_exact]].max() if is_exact.any() else -torch.inf
                 stale = leaders[~is_exact & (gains[leaders] >= best_exact)]

@@ -40,9 +40,11 @@ class Trunk:
         model: whole; a change of its last blocks' weights is a change of the tail's.
         family: MODEL_FAMILY.
         num_blocks: how many blocks the tail has. Where that is all, there is no trunk, and batches pass as they are.
+        half_precision: run the trunk under bfloat16 autocast, as the caller runs the tail.
     """
 
-    def __init__(self, model: PreTrainedModel, family: str, num_blocks: int) -> None:
+    def __init__(self, model: PreTrainedModel, family: str, num_blocks: int, half_precision: bool = False) -> None:
+        self.half_precision = half_precision
         path, first = first_tracked_block(model, family, num_blocks)
         self.is_empty = first == 0
         self.tail = model
@@ -61,7 +63,8 @@ class Trunk:
         output = []
         hook = self._last_block.register_forward_hook(lambda _, __, result: output.append(result))
         try:
-            self._below(input_ids=input_ids, use_cache=False)
+            with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.half_precision):
+                self._below(input_ids=input_ids, use_cache=False)
         finally:
             hook.remove()
         return output[0][0] if isinstance(output[0], tuple) else output[0]  # a tuple until transformers 4.5x
@@ -79,17 +82,17 @@ class KeptStates:
 
     def __init__(self, trunk: Trunk, keep: bool = True) -> None:
         self.trunk, self.keep = trunk, keep
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # positions in the list -> (B, T, hidden)
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # width, then positions in the list -> (B, T, hidden)
 
     def add_to(self, batch: Batch) -> Batch:
         """The batch with `trunk_states` (B, T, hidden)."""
         if self.trunk.is_empty:
             return batch
-        positions = tuple(batch["index"].tolist())
-        states = self._kept.get(positions)
+        key = (batch["input_ids"].shape[1], *batch["index"].tolist())
+        states = self._kept.get(key)
         if states is None:
             states = self.trunk.states(batch["input_ids"])
             if self.keep and states.nbytes <= self.trunk.free_bytes:
                 self.trunk.free_bytes -= states.nbytes
-                self._kept[positions] = states
+                self._kept[key] = states
         return {**batch, "trunk_states": states}
