@@ -43,11 +43,11 @@ def load(model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _padded(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Tensors:
-    """One text, padded to `length`; labels are the answer's tokens."""
+    """One text, padded to `length`; labels are the answer's tokens, without any end-of-sequence token."""
     prompt_length = len(tokenizer(prompt)["input_ids"])
     encoded = tokenizer(prompt + answer, padding="max_length", truncation=True, max_length=length)
     input_ids, mask = torch.tensor(encoded["input_ids"]), torch.tensor(encoded["attention_mask"])
-    labels = input_ids.masked_fill(mask == 0, -100)
+    labels = input_ids.masked_fill(input_ids == tokenizer.eos_token_id, -100)
     labels[:prompt_length] = -100
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
@@ -58,7 +58,7 @@ class DialogueRows(Dataset):
     def __init__(self, hh_dataset: str, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
         dialogues = load_dialogues(hh_dataset, split)
         self.rows = [
-            _padded(prompt, answer, tokenizer, MAX_DIALOGUE_TOKENS)
+            _padded(prompt, answer + tokenizer.eos_token, tokenizer, MAX_DIALOGUE_TOKENS)
             for prompt, answer in zip(dialogues.prompts, dialogues.completions, strict=True)
         ]
 
@@ -107,14 +107,19 @@ def _token_losses(model: PreTrainedModel, batch: Tensors, labels: torch.Tensor |
     return F.cross_entropy(flat, targets, reduction="none", ignore_index=-100).view(logits.shape[:2])
 
 
-def _answer_losses(model: PreTrainedModel, batch: Tensors, branch: str) -> torch.Tensor:
-    """Mean loss of each answer of one branch, (B,)."""
-    one = {name: batch[f"{branch}_{name}"] for name in ("input_ids", "attention_mask", "labels")}
-    return _token_losses(model, one, one["labels"]).sum(dim=1) / (one["labels"][:, 1:] != -100).sum(dim=1)
+def _log_odds(model: PreTrainedModel, batch: Tensors) -> torch.Tensor:
+    """Mean loss of the chosen minus that of the rejected answer, (B,); one pass, as kronfluence's hooks need it."""
+    both = {
+        name: torch.cat([batch[f"{branch}_{name}"] for branch in BRANCHES])
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+    totals = _token_losses(model, both, both["labels"]).sum(dim=1)
+    chosen, rejected = (totals / (both["labels"][:, 1:] != -100).sum(dim=1)).chunk(2)
+    return chosen - rejected
 
 
 class ReleasedTask(Task):
-    """The task as released: one for each measurement, the chosen and the rejected answer in passes of their own."""
+    """The task as released, one for each measurement."""
 
     def __init__(self, tracked: list[str]) -> None:
         self.tracked = tracked
@@ -125,7 +130,7 @@ class ReleasedTask(Task):
 
     def compute_measurement(self, batch: Tensors, model: PreTrainedModel) -> torch.Tensor:
         """The log-odds loss."""
-        return (_answer_losses(model, batch, "chosen") - _answer_losses(model, batch, "rejected")).sum()
+        return _log_odds(model, batch).sum()
 
     def get_influence_tracked_modules(self) -> list[str]:
         """The Linears of the last block."""
@@ -255,10 +260,7 @@ def evaluate(model: PreTrainedModel, dialogues: DialogueRows, pairs: dict[str, P
         losses.append(float(token_losses.sum() / (batch["labels"][:, 1:] != -100).sum()))
     results = {"anthropic": sum(losses) / len(losses)}
     for name, rows in pairs.items():
-        differences = [
-            _answer_losses(model, batch, "chosen") - _answer_losses(model, batch, "rejected")
-            for batch in DataLoader(rows, batch_size=EVALUATION_BATCH)
-        ]
+        differences = [_log_odds(model, batch) for batch in DataLoader(rows, batch_size=EVALUATION_BATCH)]
         results[name] = float(torch.cat(differences).mean())
     return results
 

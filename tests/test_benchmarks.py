@@ -65,13 +65,13 @@ def test_a_sweep_measures_the_same(work, monkeypatch):
 
 
 def test_scores_agree_up_to_the_sampled_labels(work):
-    """The baseline draws other Fisher labels, and its padding attends to no padding: close, not equal."""
+    """The baseline draws other Fisher labels at the same positions, so the scores are close, not equal."""
     measure.run_script(measure.STEP_1, work, work.folder / "out", FISHER_POSITIONS="all")
     theirs = released.step_1(work.model, work.hh_dataset, work.data_dir, work.folder / "released", 60)
     for task, scores in theirs.items():
         (file,) = (work.folder / "out").rglob(f"{task}_model/*/pairwise_scores.safetensors")
         pair = torch.stack([scores[0], load_file(file)["all_modules"][0]])
-        assert float(torch.corrcoef(pair)[0, 1]) > 0.6
+        assert float(torch.corrcoef(pair)[0, 1]) > 0.95
 
 
 def test_both_greedy_algorithms_pick_the_same():

@@ -65,7 +65,7 @@ def test_states_are_computed_once_for_a_batch_that_comes_again(subject, monkeypa
     model, sequences = subject
     trunk, computed = Trunk(model, "auto", 1), []
     original = trunk.states
-    monkeypatch.setattr(trunk, "states", lambda ids: (computed.append(len(ids)), original(ids))[1])
+    monkeypatch.setattr(trunk, "states", lambda batch: (computed.append(len(batch["index"])), original(batch))[1])
     states = KeptStates(trunk)
     some = BatchLoader(sequences, 500, pad_token_id=0, indices=range(0, 60, 3))
     for loader, total in ((some, 20), (some, 20), (BatchLoader(sequences, 900, pad_token_id=0), 80)):

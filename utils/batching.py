@@ -86,6 +86,7 @@ class BatchLoader:
         input_ids, attention_mask, labels: (B, T); labels are IGNORED_LABEL where nothing counts
         index: (B,) positions in `sequences`, to put results back in order
         weight: (B,) float32, the sequence's share in a mean measurement
+        padding_mask: the attention mask once more, where `pad_to` makes padding a part of what is looked at
 
     Args:
         sequences: the tokenized texts.
@@ -154,4 +155,6 @@ class BatchLoader:
             "weight": self.weights[batch].astype(np.float32),
         }
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        if self.pad_to:
+            tensors["padding_mask"] = tensors["attention_mask"]
         return self.transform(tensors) if self.transform else tensors

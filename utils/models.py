@@ -220,15 +220,15 @@ def last_hidden_state(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states after the final norm.
 
     Sequences are padded on the right and attention is causal, so no token ever attends to padding and no mask is
-    needed.
+    needed, but where the states of the padding itself count.
 
     Args:
         model: whole, or a tail (utils/trunk.py) where the batch has `trunk_states`.
-        batch: `input_ids` (B, T), or `trunk_states` (B, T, hidden), which take their place.
+        batch: `input_ids` (B, T), or `trunk_states` (B, T, hidden), which take their place; maybe `padding_mask`.
 
     Returns:
         (B, T, hidden).
     """
-    if "trunk_states" in batch:
-        return model.base_model(inputs_embeds=batch["trunk_states"], use_cache=False).last_hidden_state
-    return model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    name, key = ("inputs_embeds", "trunk_states") if "trunk_states" in batch else ("input_ids", "input_ids")
+    inputs = {name: batch[key], "attention_mask": batch.get("padding_mask")}
+    return model.base_model(**inputs, use_cache=False).last_hidden_state

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.batching import Batch
-from utils.models import first_tracked_block
+from utils.models import first_tracked_block, last_hidden_state
 
 KEPT_BYTES_ON_CPU = 4 << 30  # hidden states kept, at most; what exceeds it is computed again
 KEPT_SHARE_OF_GPU_MEMORY = 0.25  # of what is free
@@ -51,20 +51,20 @@ class Trunk:
         if not self.is_empty:
             blocks = model.get_submodule(path)
             self.tail = _with_submodule(model, path.split("."), blocks[first:])
-            self._below = _with_submodule(model, path.split("."), blocks[:first]).base_model
+            self._below = _with_submodule(model, path.split("."), blocks[:first])
             self._last_block = blocks[first - 1]
         self.free_bytes = KEPT_BYTES_ON_CPU
         if model.device.type == "cuda":
             self.free_bytes = int(KEPT_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
 
     @torch.no_grad()
-    def states(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The hidden states that enter the first tracked block, (B, T, hidden), from tokens (B, T)."""
+    def states(self, batch: Batch) -> torch.Tensor:
+        """The hidden states that enter the first tracked block, (B, T, hidden)."""
         output = []
         hook = self._last_block.register_forward_hook(lambda _, __, result: output.append(result))
         try:
-            with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=self.half_precision):
-                self._below(input_ids=input_ids, use_cache=False)
+            with torch.autocast(batch["input_ids"].device.type, dtype=torch.bfloat16, enabled=self.half_precision):
+                last_hidden_state(self._below, batch)
         finally:
             hook.remove()
         return output[0][0] if isinstance(output[0], tuple) else output[0]  # a tuple until transformers 4.5x
@@ -91,7 +91,7 @@ class KeptStates:
         key = (batch["input_ids"].shape[1], *batch["index"].tolist())
         states = self._kept.get(key)
         if states is None:
-            states = self.trunk.states(batch["input_ids"])
+            states = self.trunk.states(batch)
             if self.keep and states.nbytes <= self.trunk.free_bytes:
                 self.trunk.free_bytes -= states.nbytes
                 self._kept[key] = states
