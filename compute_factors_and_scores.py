@@ -37,8 +37,9 @@ from utils.influence import (
 from utils.models import resolve_device
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
-from utils.pipeline import Pipeline, Traceable, load_traceable, tasks_of
+from utils.pipeline import Pipeline, tasks_of
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
+from utils.tracing import Traceable, load_traceable
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders

@@ -9,7 +9,6 @@ the process, and what the greedy picked.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import re
 import shutil
@@ -17,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,42 +25,28 @@ from safetensors.torch import load_file
 
 from benchmarks import released
 from benchmarks.workload import Workload
-from utils import paths
-from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_4, STEP_5
+from utils import paths, steps
+from utils.paths import STEP_1, STEP_2, STEP_4, STEP_5
 from utils.selection import FourierKernel, RBFKernel, greedy_dpp, median_heuristic_gamma
-from utils.settings import run_step
 
 BOTTOM_K = 100
 LEARNING_RATES = [0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014]
 NUM_FEATURES, IF_WEIGHT, SEED = 2_048, 10.0, 42
 EVALUATIONS = [f"evaluation_scripts/{name}.py" for name in ("anthropic_eval", "bias_loss", "ethics_loss", "truth_loss")]
 SUBSET = {"TASK_NAME": "combined", "SCORES_TYPE": "random", "BOTTOM_K": BOTTOM_K}  # of steps 4 and 5
+REPAIR = paths.repair_name("random", BOTTOM_K, IF_WEIGHT)
 PREPARED = "run"  # folder of the workload that holds the outputs of steps 1 and 4
-
-
-def load_script(name: str) -> ModuleType:
-    """Import one of the step scripts by its path in the repository."""
-    module_name = f"script_{Path(name).stem}"
-    if module_name not in sys.modules:
-        specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
-        sys.modules[module_name] = module = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(module)
-    return sys.modules[module_name]
 
 
 def run_script(name: str, work: Workload, output: Path, **constants: Any) -> None:  # noqa: ANN401
     """Run a step as a user does, but in this process."""
-    script = load_script(name)
     common = {
-        "MODEL_NAMES" if hasattr(script, "MODEL_NAMES") else "MODEL_NAME": work.model,
+        "MODEL_NAME": work.model,
         "HH_DATASET": work.hh_dataset,
         "DATA_DIR": work.data_dir,
-        "OUTPUT_DIR": output,
+        "OUTPUT_DIR": str(output),
     }
-    words = []
-    for constant, value in {**common, **constants}.items():
-        words += [f"--{constant}", *map(str, value if isinstance(value, list) else [value])]
-    run_step(script.main, words)
+    steps.run_script(name, common, **constants)
 
 
 def prepare(work: Workload) -> None:
@@ -129,7 +113,7 @@ def _link_prepared(work: Workload, output: Path) -> None:
 def ours_step_4(work: Workload, output: Path) -> None:
     """The repair gradient of a random subset."""
     _link_prepared(work, output)
-    made = paths.gradients_file(output, "combined", "model", "random", BOTTOM_K, IF_WEIGHT, SEED)
+    made = paths.gradients_file(output, "combined", "model", REPAIR, SEED)
     shutil.rmtree(made.parent)
     run_script(STEP_4, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples, **SUBSET)
 
@@ -148,7 +132,7 @@ def ours_step_5(work: Workload, output: Path) -> None:
 
 def released_step_5(work: Workload, output: Path) -> None:
     """The same eight learning rates, as released."""
-    file = paths.gradients_file(work.folder / PREPARED, "combined", "model", "random", BOTTOM_K, IF_WEIGHT, SEED)
+    file = paths.gradients_file(work.folder / PREPARED, "combined", "model", REPAIR, SEED)
     released.step_5(work.model, work.hh_dataset, work.data_dir, load_file(file), LEARNING_RATES)
 
 

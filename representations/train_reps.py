@@ -1,8 +1,10 @@
 """Step 2: represent every training dialogue by the mean of its last hidden states.
 
     python representations/train_reps.py
+    python representations/train_reps.py --ANSWERS_OF all
 
-Reads the model and the training split of HH_DATASET. Writes `representations` (N_train, hidden), float32.
+Reads the model and the training split of HH_DATASET. Writes `representations` (N_train, hidden), float32. With
+ANSWERS_OF also those of a measurement's untrustworthy answers, which step 4 needs for SCORES_TYPE "representation".
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
+from utils.paths import anchored
+from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
-from utils.pipeline import Pipeline
-from utils.settings import Family, PositiveInt, Seed, Settings, run_step
+from utils.performance_functions.pairs import AnswerPair
+from utils.pipeline import Pipeline, tasks_of
+from utils.settings import Family, PositiveInt, Seed, Settings, TraceTask, run_step
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
@@ -35,6 +41,7 @@ SEED: Seed = 42  # unused here: nothing in this step is random
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace artefacts that were made with other settings
 
+ANSWERS_OF: TraceTask | None = None  # also represent this measurement's untrustworthy answers, on its training pairs
 MAX_LENGTH: PositiveInt = 1_024  # tokens after which a dialogue is cut
 TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch
 # -----------------------------------------------------------------------------------------------------------
@@ -44,16 +51,15 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 def represent(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dialogues: Dialogues,
+    texts: list[str],
     max_length: int,
     tokens_per_batch: int | Literal["auto"],
 ) -> torch.Tensor:
-    """Mean over the non-padding tokens of the last hidden state after the final norm; text = prompt + " " + chosen.
+    """Mean over the non-padding tokens of the last hidden state after the final norm.
 
     Returns:
-        (N, hidden) float32, in dataset order.
+        (N, hidden) float32, in the texts' order.
     """
-    texts = [f"{prompt} {chosen}" for prompt, chosen in zip(dialogues.prompts, dialogues.completions, strict=True)]
     input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     sequences = [LabelledSequence(np.asarray(ids, dtype=np.int32), 0, len(ids)) for ids in input_ids]
     budget = token_budget(model, tokens_per_batch)
@@ -66,18 +72,31 @@ def represent(
     return representations
 
 
+def dialogue_texts(dialogues: Dialogues) -> list[str]:
+    """prompt + " " + chosen, as released."""
+    return [f"{prompt} {chosen}" for prompt, chosen in zip(dialogues.prompts, dialogues.completions, strict=True)]
+
+
+def untrustworthy_texts(pairs: list[AnswerPair]) -> list[str]:
+    """Every distinct prompt with a rejected answer."""
+    return list(dict.fromkeys(pair.prompt + pair.rejected for pair in pairs))
+
+
 def main(settings: Settings) -> None:
-    """Represent the training dialogues, unless that is done."""
+    """Represent the training dialogues and the answers asked for, unless that is done."""
     banner("step 2: representations", settings.MODEL_NAME)
-    started = time.monotonic()
     device = resolve_device(settings.DEVICE)
     pipeline = Pipeline.of(settings, settings.MODEL_NAME)
-    output = pipeline.representations()
-    if not output.is_finished(settings.OVERWRITE):
+    outputs = [(pipeline.representations(), dialogue_texts(pipeline.dialogues))]
+    for task in tasks_of(settings.ANSWERS_OF) if settings.ANSWERS_OF else []:
+        pairs = MEASUREMENTS[task].load_pairs(anchored(settings.DATA_DIR), "train")
+        outputs.append((pipeline.answer_representations(task, pairs=fingerprint_of(pairs)), untrustworthy_texts(pairs)))
+    unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
+    if unfinished:
         model, tokenizer = load_model(settings.MODEL_NAME, device), load_tokenizer(settings.MODEL_NAME)
-        representations = represent(
-            model, tokenizer, pipeline.dialogues, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH
-        )
+    for output, texts in unfinished:
+        started = time.monotonic()
+        representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)
         output.save_tensors({"representations": representations}, started)
     say("next: python dpp/greedy_dpp.py")
 

@@ -35,10 +35,14 @@ def _precision_suffix(half_precision: bool) -> str:
     return "_half" if half_precision else ""
 
 
-def _selection_name(scores_type: str, bottom_k: int, if_weight: float) -> str:
-    """`dpp_ifweight10_bottom100`; only dpp depends on the weight of the influence term."""
+def repair_name(scores_type: str, bottom_k: int, if_weight: float, preserve_perplexity: bool = False) -> str:
+    """What tells the repairs of one task apart: `dpp_ifweight10_bottom100`, `direct_preserve`.
+
+    Only dpp depends on the weight of the influence term, and "direct" on no subset at all.
+    """
     weight = f"_ifweight{if_weight:g}" if scores_type == "dpp" else ""
-    return f"{scores_type}{weight}_bottom{bottom_k}"
+    subset = "" if scores_type == "direct" else f"_bottom{bottom_k}"
+    return f"{scores_type}{weight}{subset}{'_preserve' if preserve_perplexity else ''}"
 
 
 def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
@@ -67,39 +71,53 @@ def representations_file(output_dir: str | Path, model_name: str) -> Path:
     return anchored(output_dir) / "representations" / f"{model_name}_sumreps.safetensors"
 
 
+def answer_representations_file(output_dir: str | Path, task: str, model_name: str) -> Path:
+    """Step 2, with ANSWERS_OF: tensor `representations` (U, hidden) of a task's untrustworthy answers."""
+    return anchored(output_dir) / "representations" / f"{task}_{model_name}_answerreps.safetensors"
+
+
 def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, if_weight: float) -> Path:
     """Step 3: the chosen indices in pick order."""
     return anchored(output_dir) / "dpp" / f"{task}_{model_name}_indices_{bottom_k}_ifweight{if_weight:g}.json"
 
 
-def gradients_file(
-    output_dir: str | Path,
-    task: str,
-    model_name: str,
-    scores_type: str,
-    bottom_k: int,
-    if_weight: float,
-    seed: int,
-) -> Path:
-    """Step 4: the repair gradient, one tensor for each tracked module."""
-    folder = f"query_grads_{_selection_name(scores_type, bottom_k, if_weight)}"
-    return _influence_dir(output_dir, seed) / f"{task}_{model_name}" / folder / "aggregated_query_grads.safetensors"
+def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: str, seed: int) -> Path:
+    """Step 4: the repair gradient, one tensor for each tracked module. `repair` is a `repair_name`."""
+    folder = _influence_dir(output_dir, seed) / f"{task}_{model_name}" / f"query_grads_{repair}"
+    return folder / "aggregated_query_grads.safetensors"
 
 
-def repaired_model_dir(
-    output_dir: str | Path,
-    task: str,
-    model_name: str,
-    scores_type: str,
-    bottom_k: int,
-    if_weight: float,
-    learning_rate: float,
-) -> Path:
+def repaired_model_dir(output_dir: str | Path, task: str, model_name: str, repair: str, learning_rate: float) -> Path:
     """Step 5: the repaired checkpoint."""
-    name = f"{task}_{model_name}_{_selection_name(scores_type, bottom_k, if_weight)}_lr{learning_rate:g}"
+    name = f"{task}_{model_name}_{repair}_lr{learning_rate:g}"
     return anchored(output_dir) / "gradient_ascent_models" / name
+
+
+def results_dir(output_dir: str | Path) -> Path:
+    """Everything that is measured, drawn and reported."""
+    return anchored(output_dir) / "results"
+
+
+def tables_dir(output_dir: str | Path) -> Path:
+    """The tables and ablations of a grid of repairs."""
+    return results_dir(output_dir) / "tables"
 
 
 def result_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
     """Steps 5 and 6: one measurement of one model."""
-    return anchored(output_dir) / "results" / f"{model_name}_{metric}_{split}.json"
+    return results_dir(output_dir) / f"{model_name}_{metric}_{split}.json"
+
+
+def search_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:
+    """Step 5 with LEARNING_RATE = "auto": the rates that were tried, and the one that was chosen."""
+    return results_dir(output_dir) / f"{task}_{model_name}_{repair}_search.json"
+
+
+def sweep_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:
+    """Step 5 with a list of learning rates: perplexity and the three tasks at each; a CSV lies beside it."""
+    return results_dir(output_dir) / f"{task}_{model_name}_{repair}_sweep.json"
+
+
+def sweep_figure(output_dir: str | Path, task: str, model_name: str) -> Path:
+    """The sweeps of all ways of choosing, as one picture."""
+    return results_dir(output_dir) / f"{task}_{model_name}_sweep.png"

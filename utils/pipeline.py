@@ -6,33 +6,23 @@ some of them, and refuses it where one of those differs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from utils import paths
 from utils.artifacts import Artifact
-from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError, shown_path
-from utils.influence import SCORES_NAME, Curvature
-from utils.models import (
-    find_family,
-    load_config,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    tracked_linear_names,
-)
+from utils.influence import SCORES_NAME
+from utils.models import find_family, load_config, model_fingerprint
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4
 from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
-from utils.selection import combined_scores
+from utils.selection import combined_scores, similarity_to
 from utils.settings import Settings
-from utils.trunk import KeptStates, Trunk
 
 FACTOR_CONSTANTS = (
     "NUM_BLOCKS",
@@ -49,9 +39,21 @@ def tasks_of(task_name: str) -> list[str]:
     return list(MEASUREMENTS) if task_name == "all" else [task_name]
 
 
-def scored_tasks(task: str) -> list[str]:
-    """The tasks whose scores a selection for `task` needs; "combined" needs those of all three."""
-    return list(MEASUREMENTS) if task == "combined" else [task]
+def task_weights(settings: Settings, task: str) -> dict[str, float]:
+    """What each measurement counts in `task`; "combined" is all three, weighted by TASK_WEIGHTS.
+
+    Raises:
+        UserError: TASK_WEIGHTS are not three, or all zero.
+    """
+    if task != "combined":
+        return {task: 1.0}
+    weights = settings.TASK_WEIGHTS
+    if len(weights) != len(MEASUREMENTS) or not any(weights):
+        raise UserError(
+            f"TASK_WEIGHTS = {weights}: allowed are {len(MEASUREMENTS)} numbers, for {', '.join(MEASUREMENTS)}, "
+            "not all zero"
+        )
+    return dict(zip(MEASUREMENTS, weights, strict=True))
 
 
 @dataclass(frozen=True)
@@ -91,52 +93,70 @@ class Pipeline:
         """Those of the constants that the asking step has."""
         return self.settings.pick(*(name for name in constants if hasattr(self.settings, name)))
 
-    def _influence_location(self) -> tuple[str, bool, int]:
-        return self.settings.FACTOR_STRATEGY, self.settings.USE_HALF_PRECISION, self.settings.SEED
+    def _influence_location(self, strategy: str | None = None) -> tuple[str, bool, int]:
+        return strategy or self.settings.FACTOR_STRATEGY, self.settings.USE_HALF_PRECISION, self.settings.SEED
 
     def factors(self) -> Artifact:
         """Step 1: the curvature factors."""
         path = paths.factors_dir(self.settings.OUTPUT_DIR, self.name, *self._influence_location())
         return Artifact(path, STEP_1, self._known(*FACTOR_CONSTANTS), self.inputs, is_folder=True)
 
-    def scores(self, task: str, **inputs: str) -> Artifact:
-        """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs."""
-        return self._scored(paths.scores_file, task, inputs)
+    def scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
+        """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs.
+
+        Args:
+            strategy: in place of FACTOR_STRATEGY.
+        """
+        return self._scored(paths.scores_file, task, strategy, inputs)
 
     def token_scores(self, task: str, **inputs: str) -> Artifact:
         """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
-        return self._scored(paths.token_scores_file, task, inputs)
+        return self._scored(paths.token_scores_file, task, None, inputs)
 
-    def _scored(self, file: Callable[..., Path], task: str, inputs: dict[str, str]) -> Artifact:
-        path = file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location())
-        return Artifact(path, STEP_1, self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR"), {**self.inputs, **inputs})
+    def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
+        location = self._influence_location(strategy)
+        constants = {**self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR"), "FACTOR_STRATEGY": location[0]}
+        made_by = f"{STEP_1} --FACTOR_STRATEGY {strategy}" if strategy else STEP_1
+        path = file(self.settings.OUTPUT_DIR, task, self.name, *location)
+        return Artifact(path, made_by, constants, {**self.inputs, **inputs})
 
     def representations(self) -> Artifact:
         """Step 2: the representations of the training dialogues."""
         path = paths.representations_file(self.settings.OUTPUT_DIR, self.name)
         return Artifact(path, STEP_2, self._known("MAX_LENGTH"), self.inputs)
 
+    def answer_representations(self, task: str, **inputs: str) -> Artifact:
+        """Step 2, with ANSWERS_OF: those of a task's untrustworthy answers. The writer adds the pairs' fingerprint."""
+        path = paths.answer_representations_file(self.settings.OUTPUT_DIR, task, self.name)
+        constants = self._known("MAX_LENGTH")
+        return Artifact(path, f"{STEP_2} --ANSWERS_OF {task}", constants, {"model": self.inputs["model"], **inputs})
+
     def dpp(self, task: str, **inputs: str) -> Artifact:
         """Step 3: the diverse subset. The writer adds the fingerprints of the representations and scores."""
         settings = self.settings
         path = paths.dpp_file(settings.OUTPUT_DIR, task, self.name, settings.BOTTOM_K, settings.IF_WEIGHT)
         constants = self._known("BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA", "SEED")
-        return Artifact(path, STEP_3, {**constants, **self._weights_of(task)}, {**self.inputs, **inputs})
+        return Artifact(path, STEP_3, {**constants, **weights_setting(self.settings, task)}, {**self.inputs, **inputs})
 
     def gradients(self, task: str, **inputs: str) -> Artifact:
-        """Step 4: the repair gradient. The writer adds the fingerprint of the chosen subset."""
-        constants = self._known(
-            *FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", "BOTTOM_K", "GRADIENT_REDUCTION_TYPE"
-        )
+        """Step 4: the repair gradient. The writer adds fingerprints of what the gradient is taken of."""
+        of_subset = [] if self.settings.SCORES_TYPE == "direct" else ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"]
+        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_subset)
         return gradients_artifact(
-            self.settings, self.name, task, {**constants, **self._weights_of(task)}, {**self.inputs, **inputs}
+            self.settings,
+            self.name,
+            task,
+            {**constants, **weights_setting(self.settings, task)},
+            {**self.inputs, **inputs},
         )
 
-    def _weights_of(self, task: str) -> dict[str, Any]:
-        return self._known("TASK_WEIGHTS") if task == "combined" else {}
-
-    def ranking_scores(self, task: str) -> tuple[torch.Tensor, dict[str, str]]:
+    def ranking_scores(
+        self, task: str, read: Callable[[str], tuple[torch.Tensor, dict[str, str]]] | None = None
+    ) -> tuple[torch.Tensor, dict[str, str]]:
         """The scores by which `task` ranks the dialogues, smallest most harmful.
+
+        Args:
+            read: gives one task's scores (N,) and the fingerprints of what they come from; `influence` by default.
 
         Returns:
             (N,) float64 in [0, 1]: the task's scores, min-max normalised, or for "combined" the sum weighted by
@@ -145,107 +165,46 @@ class Pipeline:
         Raises:
             UserError: scores are missing, broken, made from something else, or of another length.
         """
+        weights = task_weights(self.settings, task)
         scores, fingerprints = [], {}
-        for scored in scored_tasks(task):
-            artifact = self.scores(scored)
-            scores.append(artifact.load_tensors()[SCORES_NAME].squeeze(0))
-            fingerprints[f"scores_{scored}"] = artifact.require()["fingerprint"]
-            if len(scores[-1]) != len(self.dialogues):
-                raise UserError(
-                    f"{shown_path(artifact.path)} has {len(scores[-1])} scores for {len(self.dialogues)} dialogues; "
-                    f"delete it and run {STEP_1} again"
-                )
-        return combined_scores(scores, self._checked_weights() if task == "combined" else [1.0]), fingerprints
+        for scored in weights:
+            of_task, sources = (read or self.influence)(scored)
+            scores.append(of_task)
+            fingerprints.update(sources)
+        return combined_scores(scores, list(weights.values())), fingerprints
 
-    def _checked_weights(self) -> list[float]:
-        weights = self.settings.TASK_WEIGHTS
-        if len(weights) != len(MEASUREMENTS) or not any(weights):
+    def influence(self, task: str, strategy: str | None = None) -> tuple[torch.Tensor, dict[str, str]]:
+        """One task's influence scores (N,), with FACTOR_STRATEGY or another strategy."""
+        artifact = self.scores(task, strategy)
+        scores = artifact.load_tensors()[SCORES_NAME].squeeze(0)
+        if len(scores) != len(self.dialogues):
             raise UserError(
-                f"TASK_WEIGHTS = {weights}: allowed are {len(MEASUREMENTS)} numbers, for {', '.join(MEASUREMENTS)}, "
-                "not all zero"
+                f"{shown_path(artifact.path)} has {len(scores)} scores for {len(self.dialogues)} dialogues; "
+                f"delete it and run {artifact.made_by} again"
             )
-        return weights
+        return scores, {f"scores_{task}": artifact.require()["fingerprint"]}
+
+    def dissimilarity(self, task: str) -> tuple[torch.Tensor, dict[str, str]]:
+        """Minus the similarity (N,) of every dialogue to the task's untrustworthy answers, in representation space."""
+        dialogues, answers = self.representations(), self.answer_representations(task)
+        similarity = similarity_to(*(artifact.load_tensors()["representations"] for artifact in (answers, dialogues)))
+        sources = {"representations": dialogues, f"answers_{task}": answers}
+        return -similarity, {name: artifact.require()["fingerprint"] for name, artifact in sources.items()}
+
+
+def weights_setting(settings: Settings, task: str) -> dict[str, Any]:
+    """TASK_WEIGHTS as a setting of an artefact, where they matter."""
+    return settings.pick("TASK_WEIGHTS") if task == "combined" else {}
+
+
+def repair_name(settings: Settings) -> str:
+    """The name of the repair that a step's constants describe."""
+    return paths.repair_name(settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, settings.PRESERVE_PERPLEXITY)
 
 
 def gradients_artifact(
     settings: Settings, model_name: str, task: str, constants: dict[str, Any], inputs: dict[str, str]
 ) -> Artifact:
     """Step 4's artefact, for its writer and for step 5, which needs no training dialogues."""
-    path = paths.gradients_file(
-        settings.OUTPUT_DIR,
-        task,
-        model_name,
-        settings.SCORES_TYPE,
-        settings.BOTTOM_K,
-        settings.IF_WEIGHT,
-        settings.SEED,
-    )
+    path = paths.gradients_file(settings.OUTPUT_DIR, task, model_name, repair_name(settings), settings.SEED)
     return Artifact(path, STEP_4, constants, inputs)
-
-
-@dataclass(frozen=True)
-class Traceable:
-    """A loaded model, cut below its tracked blocks, with what tracing it needs.
-
-    Attributes:
-        model: the tail, which runs on batches with trunk states.
-        whole: the model before the cut.
-        tracked_modules: dotted names in the whole model.
-        kept_states: trunk states of the training dialogues.
-    """
-
-    whole: PreTrainedModel
-    trunk: Trunk
-    tokenizer: PreTrainedTokenizerBase
-    tracked_modules: list[str]
-    tokens_per_batch: int
-    curvature: Curvature
-    kept_states: KeptStates
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The tail of the model."""
-        return self.trunk.tail
-
-    def loader(
-        self,
-        sequences: Sequence[LabelledSequence],
-        keep: bool = False,
-        **keywords: Any,  # noqa: ANN401
-    ) -> BatchLoader:
-        """Batches of sequences with their trunk states, within the token budget, on the model's device.
-
-        Args:
-            keep: keep the trunk states, for the training dialogues, which several passes see.
-        """
-        states = self.kept_states if keep else KeptStates(self.trunk, keep=False)
-        return BatchLoader(
-            sequences,
-            self.tokens_per_batch,
-            self.tokenizer.pad_token_id,
-            self.whole.device,
-            transform=states.add_to,
-            **keywords,
-        )
-
-
-def load_traceable(settings: Settings, model: str, device: torch.device) -> Traceable:
-    """Load a model and settle which Linears are traced, how, and how much goes into a batch.
-
-    Raises:
-        UserError: half precision without a GPU, more blocks than the model has, and all that loading raises.
-    """
-    if settings.USE_HALF_PRECISION and device.type != "cuda":
-        raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
-    loaded = load_model(model, device)
-    tracked = tracked_linear_names(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
-    trunk = Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
-    return Traceable(
-        whole=loaded,
-        trunk=trunk,
-        kept_states=KeptStates(trunk),
-        tokenizer=load_tokenizer(model),
-        tracked_modules=tracked,
-        tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, tracked),
-        curvature=Curvature(settings.FACTOR_STRATEGY, settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION),
-    )

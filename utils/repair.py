@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils import paths
-from utils.artifacts import Artifact, require_finite, to_json, write_atomically
+from utils.artifacts import Artifact, fingerprint_of, require_finite, to_json, write_if_changed
 from utils.console import UserError, say, shown_path
 from utils.influence import Gradients
 from utils.models import (
@@ -20,8 +20,10 @@ from utils.models import (
     resolve_device,
     weights_fingerprint,
 )
-from utils.performance_functions.evaluation import Evaluator, MeasurableModel
-from utils.pipeline import gradients_artifact, scored_tasks
+from utils.performance_functions.completions import first_prompts, greedy_completions
+from utils.performance_functions.evaluation import MEASUREMENTS, Evaluator, MeasurableModel
+from utils.pipeline import gradients_artifact, repair_name, task_weights, weights_setting
+from utils.repair_report import model_card, repair_report
 from utils.settings import Settings
 from utils.trunk import Trunk
 
@@ -67,79 +69,26 @@ def original_weights(model: nn.Module, gradients: Gradients) -> Gradients:
     return originals
 
 
-def improvement_percent(before: float, after: float) -> float:
-    """(before - after) / |before|, in percent; positive is better, since lower losses are."""
-    return 100 * (before - after) / abs(before) if before else 0.0
-
-
-def change_percent(before: float, after: float) -> float:
-    """(after - before) / before, in percent."""
-    return 100 * (after - before) / before
-
-
-def repair_report(recipe: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What a repair did: its recipe, and each measurement before and after.
-
-    Args:
-        recipe: model, task and settings.
-        before: results of the POST-SFT model, by metric.
-        after: results of the repaired model, by the same metrics.
-    """
-    changes = {}
-    for metric in before:
-        if metric == "anthropic":
-            old, new = before[metric]["perplexity"], after[metric]["perplexity"]
-            changes["perplexity"] = {"before": old, "after": new, "change_percent": change_percent(old, new)}
-        else:
-            old, new = before[metric]["loss"], after[metric]["loss"]
-            changes[metric] = {"before": old, "after": new, "improvement_percent": improvement_percent(old, new)}
-    return {**recipe, "measurements": changes}
-
-
-def model_card(report: dict[str, Any]) -> str:
-    """The README.md of a repaired checkpoint: what it is, how it was made, what it cost."""
-    lines = [
-        "---",
-        f"base_model: {report['model']}",
-        "tags: [tracing-llm-trust, influence-functions, model-repair]",
-        "---",
-        "",
-        f"# {report['model']}, repaired for {report['task']}",
-        "",
-        f"One natural-gradient step up the loss of {report['bottom_k']} training dialogues, chosen by "
-        f"`{report['scores_type']}`, at learning rate {report['learning_rate']:g}. Only the Linear layers of the last "
-        f"{report['num_blocks']} transformer block(s) differ from the base model.",
-        "",
-    ]
-    if report["measurements"]:
-        lines += ["| measurement (test split) | before | after | change |", "|---|---|---|---|"]
-        for metric, row in report["measurements"].items():
-            if metric == "perplexity":
-                change = f"{row['change_percent']:+.2f} %"
-            else:
-                change = f"{row['improvement_percent']:+.1f} % better"
-            lines.append(f"| {metric} | {row['before']:.4f} | {row['after']:.4f} | {change} |")
-        lines += ["", "Lower is better everywhere; bias, ethics and truth are log-odds losses in nats per token.", ""]
-    lines += [
-        "Limits: one measurement improved is not a safe model. Check the other measurements, and your own use, before",
-        "you rely on it.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 class Repair:
     """One model and one gradient, repaired at each learning rate in turn; loads only when there is work."""
 
     def __init__(self, settings: Settings, task: str) -> None:
         self.settings, self.task = settings, task
         self.name = paths.model_short_name(settings.MODEL_NAME)
+        self.repair_name = repair_name(settings)
         self.fingerprint = model_fingerprint(settings.MODEL_NAME)
-        self.gradients = gradients_artifact(settings, self.name, task, {}, {"model": self.fingerprint})
+        self.gradients = gradients_artifact(
+            settings, self.name, task, weights_setting(settings, task), {"model": self.fingerprint}
+        )
         self.gradients_manifest = self.gradients.require()
         self.metrics = ["anthropic"] if settings.COMPUTE_ANTHROPIC_EVAL else []
-        self.metrics += scored_tasks(task) if settings.COMPUTE_TASK_EVAL else []
+        self.metrics += list(MEASUREMENTS) if settings.COMPUTE_TASK_EVAL else []
         self._loaded: MeasurableModel | None = None
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what every repaired model is made from."""
+        return {"model": self.fingerprint, "gradient": self.gradients_manifest["fingerprint"]}
 
     def model_at(self, learning_rate: float) -> MeasurableModel:
         """The model, updated at this learning rate (0 gives the POST-SFT model)."""
@@ -156,12 +105,8 @@ class Repair:
 
     def checkpoint(self, learning_rate: float) -> Artifact:
         """The artefact that holds the repaired model."""
-        s = self.settings
-        path = paths.repaired_model_dir(
-            s.OUTPUT_DIR, self.task, self.name, s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, learning_rate
-        )
-        inputs = {"model": self.fingerprint, "gradient": self.gradients_manifest["fingerprint"]}
-        return Artifact(path, paths.STEP_5, {"LEARNING_RATE": learning_rate}, inputs, is_folder=True)
+        path = paths.repaired_model_dir(self.settings.OUTPUT_DIR, self.task, self.name, self.repair_name, learning_rate)
+        return Artifact(path, paths.STEP_5, {"LEARNING_RATE": learning_rate}, self.inputs, is_folder=True)
 
     def save(self, learning_rate: float) -> None:
         """Write the repaired checkpoint, unless it is there."""
@@ -177,8 +122,12 @@ class Repair:
             shapes = {name: list(step.shape) for name, step in self._steps.items()}
             checkpoint.publish_folder(started, shapes, weights=weights_fingerprint(folder))
 
-    def report(self, learning_rate: float, evaluator: Evaluator) -> dict[str, Any]:
-        """Measure before and after on the evaluator's split; results that are there are read."""
+    def report(self, learning_rate: float, evaluator: Evaluator, search: dict[str, Any] | None) -> dict[str, Any]:
+        """Measure before and after on the evaluator's split; results that are there are read.
+
+        Args:
+            search: how the learning rate was found, where it was.
+        """
         checkpoint = self.checkpoint(learning_rate)
         before, after = {}, {}
         for metric in self.metrics:
@@ -194,17 +143,41 @@ class Repair:
             "task": self.task,
             "scores_type": self.settings.SCORES_TYPE,
             "if_weight": self.settings.IF_WEIGHT if self.settings.SCORES_TYPE == "dpp" else None,
-            "bottom_k": self.settings.BOTTOM_K,
+            "bottom_k": len(self.gradients_manifest["indices"]),
+            "preserve_perplexity": self.settings.PRESERVE_PERPLEXITY,
             "learning_rate": learning_rate,
             "num_blocks": self.gradients_manifest["settings"]["NUM_BLOCKS"],
+            "seconds": self.gradients_manifest["seconds"] + (search["seconds"] if search else 0),
             "indices": self.gradients_manifest["indices"],
+            "search": search,
         }
         return repair_report(recipe, before, after)
+
+    def complete(self, learning_rate: float, evaluator: Evaluator) -> None:
+        """Keep greedy completions of the repaired tasks' test prompts, before and after, unless they are there."""
+        checkpoint = self.checkpoint(learning_rate)
+        count = self.settings.NUM_COMPLETIONS
+        prompts = {task: first_prompts(evaluator.data(task), count) for task in task_weights(self.settings, self.task)}
+        artifact = Artifact(
+            paths.result_file(self.settings.OUTPUT_DIR, checkpoint.path.name, "completions", evaluator.split),
+            paths.STEP_5,
+            {"NUM_COMPLETIONS": count},
+            {"model": checkpoint.fingerprint, "prompts": fingerprint_of(prompts)},
+        )
+        if artifact.is_finished(self.settings.OVERWRITE):
+            return
+        started = time.monotonic()
+        rows = [{"task": task, "prompt": prompt} for task, some in prompts.items() for prompt in some]
+        for when, rate in (("before", 0.0), ("after", learning_rate)):
+            measurable = self.model_at(rate)
+            texts = greedy_completions(measurable.model, measurable.tokenizer, [row["prompt"] for row in rows])
+            for row, text in zip(rows, texts, strict=True):
+                row[when] = text
+        artifact.save_json(rows, started)
 
     def describe(self, learning_rate: float, report: dict[str, Any]) -> None:
         """Write repair.json and the model card into the checkpoint; what says the same already is left untouched."""
         folder = self.checkpoint(learning_rate).path
         for name, text in (("repair.json", to_json(report)), ("README.md", model_card(report))):
-            if not (folder / name).exists() or (folder / name).read_text(encoding="utf-8") != text:
-                write_atomically(folder / name, text)
+            write_if_changed(folder / name, text)
         say(f"   repaired model: {shown_path(folder)}")

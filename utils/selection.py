@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -57,6 +57,26 @@ def random_subset(num_examples: int, bottom_k: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_examples), bottom_k)
 
 
+def rows_apart(
+    purpose: Literal["retain", "validation"], taken: Collection[int], num_examples: int, count: int, seed: int
+) -> list[int]:
+    """A seeded sample of the training examples that are not taken, at most half of them, in dataset order.
+
+    The order of drawing does not depend on what is taken, so that repairs are held to nearly the same examples.
+
+    Raises:
+        UserError: nothing is left.
+    """
+    order = random.Random(f"{purpose} {seed}").sample(range(num_examples), num_examples)
+    free = [row for row in order if row not in taken]
+    if len(free) < 2:
+        raise UserError(
+            f"{len(taken)} of {num_examples} training examples are taken, which leaves none for {purpose}; "
+            "set BOTTOM_K to less"
+        )
+    return sorted(free[: min(count, len(free) // 2)])
+
+
 def require_enough(bottom_k: int, num_examples: int) -> None:
     """Refuse a BOTTOM_K that exceeds the number of training examples.
 
@@ -67,6 +87,24 @@ def require_enough(bottom_k: int, num_examples: int) -> None:
         raise UserError(
             f"BOTTOM_K = {bottom_k}: there are {num_examples} training examples; allowed: 1 to {num_examples}"
         )
+
+
+def similarity_to(answers: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity of each example to the answers, both taken from the examples' mean.
+
+    Representation similarity as in Hanawa et al. 2021, the usual rival of influence functions.
+
+    Args:
+        answers: (U, hidden).
+        representations: (N, hidden).
+
+    Returns:
+        (N,) float64 in [-1, 1].
+    """
+    mean = representations.double().mean(dim=0)
+    directions = (torch.nn.functional.normalize(rows.double() - mean, dim=1) for rows in (answers, representations))
+    of_answers, of_examples = directions
+    return of_examples @ of_answers.mean(dim=0)
 
 
 def centred(representations: torch.Tensor) -> torch.Tensor:

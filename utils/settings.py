@@ -45,7 +45,8 @@ class AtLeast:
 
 
 PositiveInt = Annotated[int, AtLeast(1)]
-Seed = Annotated[int, AtLeast(0)]
+NonNegativeInt = Annotated[int, AtLeast(0)]
+Seed = NonNegativeInt
 NonNegativeFloat = Annotated[float, AtLeast(0)]
 PositiveFloat = Annotated[float, AtLeast(0, exclusive=True)]
 
@@ -53,7 +54,7 @@ TraceTask = Literal["bias", "ethics", "truth", "all"]
 RepairTask = Literal["bias", "ethics", "truth", "combined", "all"]
 Family = Literal["auto", "pythia", "qwen"]
 Strategy = Literal["ekfac", "kfac", "diagonal", "identity"]
-ScoresType = Literal["pure_ekfac", "dpp", "random"]
+ScoresType = Literal["pure_ekfac", "dpp", "random", "identity", "representation", "direct"]
 
 
 class Settings(types.SimpleNamespace):

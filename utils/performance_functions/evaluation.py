@@ -24,6 +24,7 @@ from utils.performance_functions.truth import TRUTH
 from utils.settings import Settings
 from utils.trunk import KeptStates, Trunk
 
+LARGEST_LOSS = 700.0  # whose perplexity is still a float
 Metric = Literal["anthropic", "bias", "ethics", "truth"]
 MEASUREMENTS: dict[str, Measurement] = {measurement.name: measurement for measurement in (BIAS, ETHICS, TRUTH)}
 SCRIPTS = {
@@ -53,7 +54,7 @@ def evaluate_dialogues(model: PreTrainedModel, loader: BatchLoader) -> dict[str,
     loss = float(nll.total.sum() / nll.num_tokens.sum())
     return {
         "loss": loss,
-        "perplexity": math.exp(loss),
+        "perplexity": math.exp(loss) if loss < LARGEST_LOSS else math.inf,
         "tokens": int(nll.num_tokens.sum()),
         "released_loss": released_loss(nll.total.tolist(), nll.num_tokens.tolist()),
     }
@@ -88,11 +89,14 @@ class MeasurableModel:
         self.model, self.tokenizer, self.trunk = model, tokenizer, trunk
         self._inputs: dict[tuple[str, str], tuple[BatchLoader, TokenizedPairs | None]] = {}
 
-    def measure(self, metric: Metric, split: str, data: Dialogues | list[AnswerPair]) -> dict[str, Any]:
-        """The numbers of one measurement on one split."""
+    def measure(
+        self, metric: Metric, split: str, data: Dialogues | list[AnswerPair], quiet: bool = False
+    ) -> dict[str, Any]:
+        """The numbers of one measurement on one split; `quiet` shows no bar."""
         if (metric, split) not in self._inputs:
             self._inputs[metric, split] = self._prepare(metric, data)
         loader, pairs = self._inputs[metric, split]
+        loader = loader.described("") if quiet else loader
         model = self.trunk.tail if self.trunk else self.model
         return evaluate_dialogues(model, loader) if pairs is None else evaluate_pairs(model, loader, pairs)
 
@@ -169,8 +173,11 @@ class Evaluator:
             return read_json(artifact.path)
         started = time.monotonic()
         numbers = load().measure(metric, self.split, data)
-        if not math.isfinite(numbers["loss"]):
-            raise UserError(f"{model_name}: the {metric} loss is {numbers['loss']}; the model's weights may be broken")
+        if not math.isfinite(numbers["loss"]) or numbers["loss"] >= LARGEST_LOSS:
+            raise UserError(
+                f"{model_name}: the {metric} loss is {numbers['loss']}; the model's weights may be broken, or a "
+                "LEARNING_RATE far too large"
+            )
         content = {"model": model_name, "metric": metric, "split": self.split, **numbers}
         artifact.save_json(content, started)
         return content

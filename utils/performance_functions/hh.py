@@ -38,6 +38,10 @@ class Dialogues:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def at(self, rows: Sequence[int]) -> Dialogues:
+        """Some of the dialogues."""
+        return Dialogues([self.prompts[row] for row in rows], [self.completions[row] for row in rows])
+
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the texts in their order."""

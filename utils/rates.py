@@ -1,0 +1,185 @@
+"""LEARNING_RATE = "auto": the step size that improves most within a perplexity budget.
+
+The search looks at the training split alone: perplexity on validation dialogues that are neither unlearned nor
+retained, and improvement on the training pairs. The test split is measured once, at the rate that is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from utils import paths
+from utils.artifacts import Artifact, fingerprint_of
+from utils.console import say
+from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.performance_functions.hh import load_dialogues
+from utils.pipeline import task_weights, weights_setting
+from utils.repair import Repair
+from utils.repair_report import improvement_percent
+from utils.selection import rows_apart
+
+FIRST_RATE = 0.012  # the paper's
+PRECISION = 0.01  # of the rate found, as a ratio
+MAX_DOUBLINGS = 30
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One learning rate that was tried.
+
+    Attributes:
+        perplexity_change: (after - before) / before on the validation dialogues; infinite where the loss is no number.
+        gain: what is to be made large; here the improvement on the training pairs, in percent.
+    """
+
+    learning_rate: float
+    perplexity_change: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """The rate that was found (0 where none helps), why the search ended there, and every rate that was tried."""
+
+    learning_rate: float
+    stopped: str
+    probes: list[Probe]
+
+
+def largest_gain_within(budget: float, measure: Callable[[float], Probe]) -> Search:
+    """Bracket the largest step within the budget by doubling and halving, then bisect; step back if gain peaks before.
+
+    Rates are compared as ratios: bisection takes the geometric mean, and ends where neighbours are within PRECISION.
+
+    Args:
+        budget: largest allowed `perplexity_change`.
+        measure: tries a rate above 0.
+    """
+    tried: dict[float, Probe] = {}
+
+    def probe(rate: float) -> Probe:
+        rate = float(f"{rate:.4g}")
+        if rate not in tried:
+            tried[rate] = measure(rate)
+        return tried[rate]
+
+    def is_within(rate: float) -> bool:
+        return probe(rate).perplexity_change <= budget
+
+    def ended(rate: float, stopped: str) -> Search:
+        return Search(rate, stopped, sorted(tried.values(), key=lambda known: known.learning_rate))
+
+    inside = outside = FIRST_RATE
+    for _ in range(MAX_DOUBLINGS):
+        if is_within(inside) and not is_within(outside):
+            break
+        if is_within(outside):
+            inside, outside = outside, 2 * outside
+        else:
+            inside, outside = inside / 2, inside
+    if not is_within(inside):
+        return ended(0.0, f"no step down to {inside:.3g} stays within the budget")
+    while not is_within(outside) and outside / inside > 1 + PRECISION:
+        middle = math.sqrt(inside * outside)
+        inside, outside = (middle, outside) if is_within(middle) else (inside, middle)
+
+    best = _climb(probe, [known for known in tried.values() if known.perplexity_change <= budget], budget)
+    if best.gain <= 0:
+        return ended(0.0, "no step within the budget improves the training pairs")
+    if best.learning_rate < max(known.learning_rate for known in tried.values() if known.perplexity_change <= budget):
+        return ended(best.learning_rate, "improvement on the training pairs peaks before the budget is spent")
+    if is_within(outside):
+        return ended(best.learning_rate, "no step that was tried exceeds the budget")
+    return ended(best.learning_rate, f"a step {PRECISION:.0%} larger exceeds the perplexity budget")
+
+
+def _climb(probe: Callable[[float], Probe], within: list[Probe], budget: float) -> Probe:
+    """From the best of the tried rates, halve the distance to its neighbours until they are within 5 PRECISION."""
+    for _ in range(MAX_DOUBLINGS):
+        within.sort(key=lambda known: known.learning_rate)
+        position = max(range(len(within)), key=lambda i: within[i].gain)
+        best = within[position]
+        rates = [known.learning_rate for known in within]
+        below = rates[position - 1] if position else best.learning_rate / 4
+        above = rates[position + 1] if position + 1 < len(rates) else best.learning_rate
+        candidates = [math.sqrt(best.learning_rate * side) for side in (below, above)]
+        wider = max(candidates, key=lambda rate: abs(math.log(rate / best.learning_rate)))
+        if above == best.learning_rate or abs(math.log(wider / best.learning_rate)) < math.log(1 + 2.5 * PRECISION):
+            return best  # the largest rate within the budget, or a peak that is known well enough
+        found = probe(wider)
+        within.append(dataclasses.replace(found, gain=-math.inf) if found.perplexity_change > budget else found)
+    return best
+
+
+def _validation(repair: Repair) -> tuple[Artifact, dict[tuple[str, str], Any]]:
+    """The search's artefact, and what it measures on: data by metric and split."""
+    settings, manifest = repair.settings, repair.gradients_manifest
+    dialogues = load_dialogues(settings.HH_DATASET, "train")
+    inputs = {"model": repair.fingerprint, "dataset": dialogues.fingerprint}
+    dataclasses.replace(repair.gradients, inputs=inputs).require()  # its row numbers are those of these dialogues
+    taken = {*manifest["indices"], *manifest.get("retained", [])}
+    rows = rows_apart("validation", taken, len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
+    data: dict[tuple[str, str], Any] = {("anthropic", "validation"): dialogues.at(rows)}
+    for task in task_weights(settings, repair.task):
+        data[task, "train"] = MEASUREMENTS[task].load_pairs(paths.anchored(settings.DATA_DIR), "train")
+    pairs = {f"pairs_{metric}": fingerprint_of(texts) for (metric, split), texts in data.items() if split == "train"}
+    artifact = Artifact(
+        paths.search_file(settings.OUTPUT_DIR, repair.task, repair.name, repair.repair_name),
+        paths.STEP_5,
+        {**settings.pick("PPL_BUDGET"), **weights_setting(settings, repair.task)},
+        {**repair.inputs, "validation": fingerprint_of(rows), **pairs},
+    )
+    return artifact, data
+
+
+def search_learning_rate(repair: Repair) -> dict[str, Any]:
+    """Find the learning rate of a repair, or read the search that was finished before.
+
+    Returns:
+        learning_rate, stopped (why there), budget, validation_dialogues, seconds, and probes: for each rate that was
+        tried the change of validation perplexity and the improvement of the training pairs, weighted over the tasks.
+    """
+    settings, weights = repair.settings, task_weights(repair.settings, repair.task)
+    artifact, data = _validation(repair)
+    if artifact.is_finished(settings.OVERWRITE):
+        return artifact.load_json()
+    started = time.monotonic()
+
+    def losses(learning_rate: float) -> dict[str, float]:
+        model = repair.model_at(learning_rate)
+        return {
+            metric: model.measure(metric, split, texts, quiet=True)["loss"] for (metric, split), texts in data.items()
+        }
+
+    before = losses(0.0)
+
+    def measure(learning_rate: float) -> Probe:
+        after = losses(learning_rate)
+        rise = after["anthropic"] - before["anthropic"]  # of the log-perplexity
+        change = math.expm1(rise) if rise < 100 else math.inf
+        gains = [weight * improvement_percent(before[task], after[task]) for task, weight in weights.items()]
+        gain = sum(gains) / sum(weights.values())
+        say(f"   tried {learning_rate:g}: validation perplexity {100 * change:+.2f} %, training pairs {gain:+.1f} %")
+        return Probe(learning_rate, change, gain if math.isfinite(gain) else -math.inf)
+
+    found = largest_gain_within(settings.PPL_BUDGET, measure)
+    content = {
+        "learning_rate": found.learning_rate,
+        "stopped": found.stopped,
+        "budget": settings.PPL_BUDGET,
+        "validation_dialogues": len(data["anthropic", "validation"]),
+        "probes": [
+            dataclasses.asdict(known)
+            for known in found.probes
+            if math.isfinite(known.perplexity_change) and math.isfinite(known.gain)
+        ],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    artifact.save_json(content, started)
+    say(f"   learning rate {found.learning_rate:g}: {found.stopped}")
+    return content
