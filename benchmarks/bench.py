@@ -53,9 +53,9 @@ STEPS: list[
 ] = [step for step in SIDES if step != "step1_one_task"]  # what is measured
 BERGSON_PYTHON: str | None = None  # interpreter of another environment that has bergson, to compare step 1 with it
 OUTPUT_DIR: str = "runs/bench"  # the model, the data and the outputs
-TRAIN_DIALOGUES: PositiveInt = 104  # of them 10,000 / 96,256 for the factors, as in the paper
+TRAIN_DIALOGUES: PositiveInt = 208  # of them 10,000 / 96,256 for the factors, as in the paper
 REPRESENTED_DIALOGUES: PositiveInt = 256  # for step 2, which is short
-TEST_DIALOGUES: PositiveInt = 32  # for steps 5 and 6
+TEST_DIALOGUES: PositiveInt = 64  # for steps 5 and 6
 GREEDY_EXAMPLES: PositiveInt = 96_256  # for step 3, as in the paper
 REPETITIONS: PositiveInt = 3  # after a warm-up; the median counts
 LONG_REPETITIONS: PositiveInt = 1  # of the released steps 1, 4 and 5, which take minutes; without a warm-up

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -102,8 +103,8 @@ def ours_step_3_rbf(work: Workload, output: Path) -> list[int]:
 def released_step_3(work: Workload, output: Path) -> list[int]:
     """The same features, by the same code, and the greedy in a heap."""
     representations, quality, gamma = _greedy_inputs(work)
-    features = FourierKernel(representations, gamma, NUM_FEATURES, SEED).features
-    return released.step_3(features, quality, BOTTOM_K, IF_WEIGHT)
+    kernel = FourierKernel(representations, gamma, NUM_FEATURES, SEED)
+    return released.step_3(kernel.cosines.mul_(math.sqrt(kernel.scale)), quality, BOTTOM_K, IF_WEIGHT)
 
 
 def _link_prepared(work: Workload, output: Path) -> None:

@@ -79,7 +79,8 @@ def test_both_greedy_algorithms_pick_the_same():
     representations = centred(torch.randn(400, 8, generator=generator))
     kernel = FourierKernel(representations, median_heuristic_gamma(representations, 42), 64, 42)
     quality = torch.rand(400, generator=generator, dtype=torch.float64)
-    assert released.step_3(kernel.features, quality, 30, 10.0) == greedy_dpp(kernel, quality, 30, 10.0).indices
+    features = kernel.cosines * kernel.scale**0.5
+    assert released.step_3(features, quality, 30, 10.0) == greedy_dpp(kernel, quality, 30, 10.0).indices
 
 
 def test_operations_are_those_of_the_model(tiny_models):

@@ -16,7 +16,8 @@ import torch
 
 from utils.console import UserError, progress_bar
 
-CANDIDATES_AT_ONCE = 768  # whose gains the greedy brings up to date together
+FEATURES_AT_ONCE = 1_024  # examples whose random features are computed together
+CANDIDATES_AT_ONCE = 1_024  # whose gains the greedy brings up to date together
 MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
 
 
@@ -175,14 +176,21 @@ class FourierKernel:
         hidden = representations.shape[1]
         frequencies = torch.randn(hidden, num_features, generator=generator) * math.sqrt(2 * gamma)
         phases = torch.rand(num_features, generator=generator) * 2 * math.pi
-        self.features = torch.empty(len(representations), num_features)  # (N, D)
-        for some, features in zip(representations.split(1_024), self.features.split(1_024), strict=True):
-            torch.addmm(phases, some, frequencies, out=features).cos_().mul_(math.sqrt(2 / num_features))
-        self.diagonal = torch.linalg.vector_norm(self.features, dim=1).square().double()
+        self.scale = 2 / num_features
+        self.cosines = torch.empty(len(representations), num_features)  # (N, D): z without its factor
+        all_norms = torch.empty(len(representations))
+        # A chunk at a time, so that each pass over its cosines finds them in the cache.
+        for some, cosines, norms in zip(
+            *(tensor.split(FEATURES_AT_ONCE) for tensor in (representations, self.cosines, all_norms)), strict=True
+        ):
+            torch.addmm(phases, some, frequencies, out=cosines).cos_()
+            torch.linalg.vector_norm(cosines, dim=1, out=norms)
+        self.diagonal = self.scale * all_norms.double().square()
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """z(x_i) . z(x_j) for i in rows and j in columns, (rows, columns) float64."""
-        return (self.features.index_select(0, rows) @ self.features.index_select(0, columns).T).double()
+        cosines = self.cosines.index_select(0, rows) @ self.cosines.index_select(0, columns).T
+        return self.scale * cosines.double()
 
 
 @dataclass(frozen=True)
