@@ -99,11 +99,16 @@ def largest_gain_within(budget: float, measure: Callable[[float], Probe]) -> Sea
 
 
 def _climb(probe: Callable[[float], Probe], within: list[Probe], budget: float) -> Probe:
-    """From the best of the tried rates, halve the distance to its neighbours until they are within 5 PRECISION."""
+    """From the best of the tried rates, halve the distance to its neighbours until they are close.
+
+    Ends at once where even a step that costs a tenth of the budget does harm: gain is linear in smaller ones.
+    """
     for _ in range(MAX_DOUBLINGS):
         within.sort(key=lambda known: known.learning_rate)
         position = max(range(len(within)), key=lambda i: within[i].gain)
         best = within[position]
+        if best.gain <= 0 and best.perplexity_change <= budget / 10:
+            return best
         rates = [known.learning_rate for known in within]
         below = rates[position - 1] if position else best.learning_rate / 4
         above = rates[position + 1] if position + 1 < len(rates) else best.learning_rate
