@@ -53,7 +53,7 @@ STEPS: list[
 ] = [step for step in SIDES if step != "step1_one_task"]  # what is measured
 BERGSON_PYTHON: str | None = None  # interpreter of another environment that has bergson, to compare step 1 with it
 OUTPUT_DIR: str = "runs/bench"  # the model, the data and the outputs
-TRAIN_DIALOGUES: PositiveInt = 208  # of them 10,000 / 96,256 for the factors, as in the paper
+TRAIN_DIALOGUES: PositiveInt = 176  # of them 10,000 / 96,256 for the factors, as in the paper
 REPRESENTED_DIALOGUES: PositiveInt = 256  # for step 2, which is short
 TEST_DIALOGUES: PositiveInt = 64  # for steps 5 and 6
 GREEDY_EXAMPLES: PositiveInt = 96_256  # for step 3, as in the paper

@@ -53,6 +53,7 @@ def run_script(name: str, work: Workload, output: Path, **constants: Any) -> Non
 def prepare(work: Workload) -> None:
     """Make what steps 4 and 5 start from: factors, scores, and one repair gradient."""
     output = work.folder / PREPARED
+    shutil.rmtree(output, ignore_errors=True)  # the work may have changed since
     run_script(STEP_1, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples)
     run_script(STEP_4, work, output, NUM_FACTOR_EXAMPLES=work.num_factor_examples, **SUBSET)
 
