@@ -1,15 +1,20 @@
-# make demo, make test and make bench do all of their own set-up, in .venv.
+# make demo, make tables, make test and make bench do all of their own set-up, in .venv.
 PYTHON ?= python3
 # Without a GPU a fixed torch; on a GPU box `make TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo test bench lint clean
+.PHONY: demo tables test bench lint clean
 demo: $(VENV)/ready
 	$(RUN) data/demo/run_demo.py
 
-# Half an hour on two cores: the released recipe is slow.
+# Every method, three seeds, the ablations; goes on where it was stopped.
+tables: $(VENV)/ready
+	$(RUN) data/make_sft_model.py
+	$(RUN) evaluation_scripts/paper_tables.py
+
+# Three quarters of an hour on two cores: the released recipe is slow.
 bench: $(VENV)/ready
 	$(RUN) benchmarks/bench.py
 	$(RUN) benchmarks/growth.py

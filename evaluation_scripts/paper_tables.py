@@ -35,6 +35,7 @@ from utils.settings import (
     run_step,
 )
 from utils.steps import run_script
+from utils.sweeps import draw_overview
 from utils.tables import ShownTable, ablation_figure, ablation_table, main_table
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -89,6 +90,7 @@ def run_everything(settings: Settings, cells: dict[str, list[Cell]]) -> list[dic
         if settings.SWEPT_RATES:
             first = common_constants(settings, model, settings.SEEDS[0])
             run_grid({**first, "NUM_COMPLETIONS": 0}, cells["main"], settings.SWEPT_RATES)
+    draw_overview(settings.OUTPUT_DIR, [*map(paths.model_short_name, settings.MODEL_NAMES)], 100 * settings.PPL_BUDGET)
     return rows
 
 
@@ -111,10 +113,25 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     return baselines
 
 
+def read_known_harm(path: str) -> dict[str, list[int]]:
+    """Rows of the training split that are known to be harmful, by task.
+
+    Raises:
+        UserError: the file is missing or is no such JSON.
+    """
+    file = paths.anchored(path)
+    if not file.is_file():
+        raise UserError(f"KNOWN_HARM = {path!r}: no such file; set it to None where no harm is known")
+    rows = read_json(file, "mend it, or set KNOWN_HARM to None")
+    if not isinstance(rows, dict) or not all(isinstance(some, list) for some in rows.values()):
+        raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split")
+    return rows
+
+
 def main(settings: Settings) -> None:
     """Run the grid, then write tables, pictures and the report."""
     banner("tables", ", ".join(settings.MODEL_NAMES))
-    known_harm = read_json(paths.anchored(settings.KNOWN_HARM)) if settings.KNOWN_HARM else None
+    known_harm = read_known_harm(settings.KNOWN_HARM) if settings.KNOWN_HARM else None
     baselines, cells = measure_baselines(settings), grids(settings)
     rows = run_everything(settings, cells)
     folder = paths.tables_dir(settings.OUTPUT_DIR)

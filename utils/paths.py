@@ -103,6 +103,11 @@ def tables_dir(output_dir: str | Path) -> Path:
     return results_dir(output_dir) / "tables"
 
 
+def overview_figure(output_dir: str | Path) -> Path:
+    """The sweeps of a grid of repairs, a panel for each repaired task."""
+    return tables_dir(output_dir) / "sweeps.png"
+
+
 def result_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
     """Steps 5 and 6: one measurement of one model."""
     return results_dir(output_dir) / f"{model_name}_{metric}_{split}.json"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 
@@ -20,8 +18,8 @@ from utils.tables import Row, ShownTable
 
 INTRODUCTION = (
     "Each repair finds training dialogues that made the model less trustworthy, and takes one natural-gradient step up "
-    "their loss in the last transformer block(s). Improvement is (before - after) / |before| of a log-odds loss on test "
-    "pairs; perplexity is measured on the test dialogues. Both are against the same POST-SFT model.\n\n"
+    "their loss in the last transformer block(s). Improvement is (before - after) / |before| of a log-odds loss on the "
+    "test pairs; perplexity is measured on the test dialogues. Both are against the same POST-SFT model.\n\n"
     "One measurement improved is not a safe model: look at what a repair did to the other tasks, and read what it "
     "unlearned."
 )
@@ -40,7 +38,13 @@ def report_on(
     tables: Sequence[ShownTable],
     known_harm: Mapping[str, Collection[int]] | None,
 ) -> Report:
-    """The report on a grid of repairs (constants of evaluation_scripts/paper_tables.py), of its first seed in detail."""
+    """The report on a grid of repairs, of its first seed in detail.
+
+    Args:
+        settings: constants of evaluation_scripts/paper_tables.py.
+        rows: `grid.repair_row` of every cell and seed.
+        known_harm: rows of the training split, by kind.
+    """
     first = [row for row in rows if row["seed"] == settings.SEEDS[0]]
     detailed = [row for row in first if row["bottom_k"] == settings.BOTTOM_K[0]]
     detailed = [row for row in detailed if row["if_weight"] == settings.IF_WEIGHT[0]]
@@ -70,23 +74,15 @@ def _facts(settings: Settings) -> dict[str, str]:
 
 
 def _pictures(settings: Settings) -> list[Picture]:
-    pictures = []
+    budget = f"shaded: at most {settings.PPL_BUDGET:.1%} perplexity"
+    captions = {paths.overview_figure(settings.OUTPUT_DIR): f"Improvement of the repaired task, {budget}"}
     for model in map(paths.model_short_name, settings.MODEL_NAMES):
         for task in settings.TASKS:
             figure = paths.sweep_figure(settings.OUTPUT_DIR, task, model)
-            if settings.SWEPT_RATES and figure.exists():
-                pictures.append(Picture(f"{model}, repaired for {task}: improvement against perplexity change", figure))
-    folder = paths.tables_dir(settings.OUTPUT_DIR)
-    captions = {
-        "bottom_k": "How many dialogues are unlearned",
-        "if_weight": "The weight of influence against diversity",
-    }
-    drawn = {
-        name: folder / f"{name}.png"
-        for name, values in zip(captions, (settings.BOTTOM_K, settings.IF_WEIGHT), strict=True)
-        if len(values) > 1
-    }
-    return pictures + [Picture(captions[name], file) for name, file in drawn.items()]
+            captions[figure] = f"{model}, repaired for {task}: what became of every task"
+    for ablation, caption in (("bottom_k", "How many dialogues are unlearned"), ("if_weight", "Weight of influence")):
+        captions[paths.tables_dir(settings.OUTPUT_DIR) / f"{ablation}.png"] = caption
+    return [Picture(caption, file) for file, caption in captions.items() if file.exists()]
 
 
 def _influence_scores(settings: Settings, model: str) -> dict[str, list[float]]:

@@ -44,44 +44,6 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     return markdown_table(["model", *columns], rows)
 
 
-def best_within_budget(repairs: Sequence[dict[str, Any]], budget_percent: float) -> list[dict[str, Any]]:
-    """For each task and way of choosing, the largest improvement whose perplexity stays within the budget.
-
-    Where no step size stays within it, the one that costs the least.
-    """
-    best: dict[tuple[str, str], dict[str, Any]] = {}
-
-    def rank(repair: dict[str, Any]) -> tuple[bool, float]:
-        cost = repair["perplexity_change_percent"]
-        is_within = cost <= budget_percent
-        return is_within, repair["improvement_percent"] if is_within else -cost
-
-    for repair in repairs:
-        key = repair["task"], repair["scores_type"]
-        if key not in best or rank(repair) > rank(best[key]):
-            best[key] = repair
-    return list(best.values())
-
-
-def repairs_table(repairs: Sequence[dict[str, Any]]) -> str:
-    """One line for each repair: what it was, what it did to its task and to perplexity."""
-    header = ["task", "chosen by", "step size", "before", "after", "improvement", "perplexity", "planted"]
-    rows = [
-        [
-            repair["task"],
-            repair["scores_type"],
-            f"{repair['learning_rate']:g}",
-            shown_number(repair["before"]),
-            shown_number(repair["after"]),
-            f"{repair['improvement_percent']:+.1f} %",
-            f"{repair['perplexity_change_percent']:+.2f} %",
-            f"{repair['planted_chosen']} of {repair['bottom_k']}",
-        ]
-        for repair in repairs
-    ]
-    return markdown_table(header, rows)
-
-
 @dataclass(frozen=True)
 class RepairPoint:
     """One repair in a picture of improvement against perplexity change.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -45,12 +46,12 @@ def write_sweep(repair: Repair, reports: list[dict[str, Any]], budget_percent: f
     say(f"   sweep: {shown_path(file)} with .csv; picture: {shown_path(figure)}")
 
 
-def draw_sweeps(output_dir: str, task: str, model_name: str, budget_percent: float) -> None:
-    """All sweeps of one task's repairs: a panel for each measurement, a line for each way of choosing."""
+def _points(output_dir: str, task: str, model_name: str, panels: dict[str, str]) -> list[RepairPoint]:
+    """Every swept repair of one task, in a panel for each of these measurements."""
     pattern = paths.sweep_file(output_dir, task, model_name, "*")
-    points = [
+    return [
         RepairPoint(
-            panel=metric if metric == task or task == "combined" else f"{metric} (not repaired)",
+            panel=title,
             line=sweep["repair"],
             learning_rate=row["learning_rate"],
             perplexity_change_percent=row["perplexity_change_percent"],
@@ -58,9 +59,25 @@ def draw_sweeps(output_dir: str, task: str, model_name: str, budget_percent: flo
         )
         for sweep in map(read_json, sorted(pattern.parent.glob(pattern.name)))
         if sweep["model"] == model_name
-        for metric in MEASUREMENTS
+        for metric, title in panels.items()
         for row in sweep["rates"]
         if {"perplexity_change_percent", f"{metric}_improvement_percent"} <= set(row)
     ]
-    if points:
+
+
+def draw_sweeps(output_dir: str, task: str, model_name: str, budget_percent: float) -> None:
+    """All sweeps of one task's repairs: a panel for each measurement, a line for each way of choosing."""
+    panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
+    if points := _points(output_dir, task, model_name, panels):
         repairs_figure(points, budget_percent, paths.sweep_figure(output_dir, task, model_name))
+
+
+def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float) -> None:
+    """All sweeps of all tasks: a panel for each repaired task, with what became of that task."""
+    points = []
+    for name in model_names:
+        of_model = "" if len(model_names) == 1 else f"{name}, "
+        for task in MEASUREMENTS:
+            points += _points(output_dir, task, name, {task: f"{of_model}repaired for {task}"})
+    if points:
+        repairs_figure(points, budget_percent, paths.overview_figure(output_dir))
