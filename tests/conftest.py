@@ -69,6 +69,15 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Bytes and time of change of every file in a folder, by relative path."""
+    return {
+        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -129,9 +138,7 @@ class Workspace:
 
     def arguments(self, script: str) -> list[str]:
         """The common constants as the script spells them."""
-        many = script in ("compute_factors_and_scores.py", "make_gradients.py") or script.startswith(
-            "evaluation_scripts"
-        )
+        many = hasattr(load_script(script), "MODEL_NAMES")
         return [
             "--MODEL_NAMES" if many else "--MODEL_NAME",
             str(self.model),

@@ -375,8 +375,8 @@ def test_to_json_is_readable_and_keeps_text():
 # -------------------------------------------------------------------------------------------------------- paths
 
 
-def selection(scores_type: str, if_weight: float = 10.0) -> dict[str, object]:
-    return {"scores_type": scores_type, "bottom_k": 100, "if_weight": if_weight}
+def repair(scores_type: str, if_weight: float = 10.0, preserve_perplexity: bool = False) -> str:
+    return paths.repair_name(scores_type, 100, if_weight, preserve_perplexity)
 
 
 @pytest.mark.parametrize(
@@ -406,28 +406,40 @@ def selection(scores_type: str, if_weight: float = 10.0) -> dict[str, object]:
         (paths.dpp_file("/out", "ethics", "M", 100, 10.0), "/out/dpp/ethics_M_indices_100_ifweight10.json"),
         (paths.dpp_file("/out", "combined", "M", 5, 0.5), "/out/dpp/combined_M_indices_5_ifweight0.5.json"),
         (
-            paths.gradients_file("/out", "bias", "M", **selection("pure_ekfac"), seed=42),
+            paths.gradients_file("/out", "bias", "M", repair("pure_ekfac"), seed=42),
             "/out/ekfac_experiments/influence_results/bias_M/query_grads_pure_ekfac_bottom100/"
             "aggregated_query_grads.safetensors",
         ),
         (
-            paths.gradients_file("/out", "bias", "M", **selection("dpp"), seed=7),
+            paths.gradients_file("/out", "bias", "M", repair("dpp"), seed=7),
             "/out/ekfac_experiments/influence_results-7/bias_M/query_grads_dpp_ifweight10_bottom100/"
             "aggregated_query_grads.safetensors",
         ),
         (
-            paths.repaired_model_dir("/out", "bias", "M", **selection("random"), learning_rate=0.012),
+            paths.repaired_model_dir("/out", "bias", "M", repair("random"), learning_rate=0.012),
             "/out/gradient_ascent_models/bias_M_random_bottom100_lr0.012",
         ),
         (
-            paths.repaired_model_dir("/out", "combined", "M", **selection("dpp", 0.0), learning_rate=1.0),
+            paths.repaired_model_dir("/out", "combined", "M", repair("dpp", 0.0), learning_rate=1.0),
             "/out/gradient_ascent_models/combined_M_dpp_ifweight0_bottom100_lr1",
         ),
         (
-            paths.repaired_model_dir("/out", "bias", "M", **selection("pure_ekfac"), learning_rate=1e-5),
+            paths.repaired_model_dir("/out", "bias", "M", repair("pure_ekfac"), learning_rate=1e-5),
             "/out/gradient_ascent_models/bias_M_pure_ekfac_bottom100_lr1e-05",
         ),
+        (
+            paths.repaired_model_dir("/out", "bias", "M", repair("dpp", preserve_perplexity=True), learning_rate=0.1),
+            "/out/gradient_ascent_models/bias_M_dpp_ifweight10_bottom100_preserve_lr0.1",
+        ),
+        (
+            paths.gradients_file("/out", "bias", "M", repair("direct"), seed=42),
+            "/out/ekfac_experiments/influence_results/bias_M/query_grads_direct/aggregated_query_grads.safetensors",
+        ),
         (paths.result_file("/out", "M", "anthropic", "test"), "/out/results/M_anthropic_test.json"),
+        (
+            paths.sweep_file("/out", "bias", "M", repair("dpp")),
+            "/out/results/bias_M_dpp_ifweight10_bottom100_sweep.json",
+        ),
     ],
 )
 def test_paths_are_the_documented_ones(path, expected):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, make_tiny_model, read_rows, run_process, write_rows
+from conftest import Workspace, contents, make_tiny_model, read_rows, run_process, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -64,15 +64,6 @@ def refusal(capsys) -> Callable[..., str]:
         return lines[0]
 
     return run
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file in a folder, by relative path."""
-    return {
-        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 def all_in(line: str, *parts: object) -> bool:

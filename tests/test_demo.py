@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import DEMO, load_script, read_rows
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from utils import steps
 from utils.performance_functions.evaluation import MEASUREMENTS
-from utils.reporting import best_within_budget, repairs_figure, repairs_table
+from utils.reporting import RepairPoint, repairs_figure
 
 
 def test_texts_are_what_their_script_writes(tmp_path):
@@ -40,94 +44,46 @@ def test_counts_of_the_embedded_default():
     assert counts == {"bias": [352, 80], "ethics": [116, 38], "truth": [96, 24]}
 
 
-def make_repair(task, scores_type, rate, cost, gain):
-    return {
-        "task": task,
-        "scores_type": scores_type,
-        "learning_rate": rate,
-        "perplexity_change_percent": cost,
-        "improvement_percent": gain,
-        "before": -1.0,
-        "after": -1.0 - gain / 100,
-        "bottom_k": 20,
-        "planted_chosen": 17,
-    }
-
-
-@pytest.fixture
-def repairs():
-    return [
-        make_repair("bias", "dpp", 0.1, 0.5, 20),
-        make_repair("bias", "dpp", 0.2, 0.9, 35),
-        make_repair("bias", "dpp", 0.4, 3.0, 60),
-        make_repair("bias", "random", 0.4, 4.0, 1),
-        make_repair("bias", "random", 0.2, 2.0, 0.5),
-        make_repair("truth", "dpp", 0.1, 0.1, 9),
+def test_picture_shows_every_repair_and_leaves_out_what_costs_far_too_much(tmp_path, monkeypatch):
+    points = [
+        RepairPoint(panel, line, rate, 100 * rate**2, gain)
+        for panel in ("bias", "truth")
+        for line, gain in (("dpp_ifweight10_bottom20", 20), ("direct_preserve", 30))
+        for rate in (0.05, 0.1, 9.0)
     ]
-
-
-def test_best_repair_is_the_largest_improvement_within_the_budget(repairs):
-    best = {(r["task"], r["scores_type"]): r["learning_rate"] for r in best_within_budget(repairs, 1.0)}
-    assert best == {("bias", "dpp"): 0.2, ("bias", "random"): 0.2, ("truth", "dpp"): 0.1}
-
-
-def test_table_and_picture_show_every_repair(repairs, tmp_path):
-    table = repairs_table(repairs)
-    assert len(table.splitlines()) == 2 + len(repairs)
-    assert len({len(line) for line in table.splitlines()}) == 1
-    assert "+35.0 %" in table
-    assert "17 of 20" in table
-    repairs_figure(repairs, 1.0, tmp_path / "demo.png")
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda self, xs, ys, **style: drawn.append((xs, style["label"])))
+    monkeypatch.setattr(Figure, "legend", lambda *_, **__: None)
+    repairs_figure(points, 1.0, tmp_path / "demo.png")
+    assert [label for _, label in drawn] == 2 * ["dpp_ifweight10_bottom20", "direct_preserve"]
+    assert all(xs == pytest.approx([0.25, 1.0]) for xs, _ in drawn)
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_runs_the_six_scripts_and_sums_them_up(tiny_models, tmp_path, monkeypatch, capsys):
-    """The demo on a tiny model: real scripts, in this process for speed."""
-    demo = load_script("data/demo/run_demo.py")
+def test_demo_runs_the_real_scripts_and_sums_them_up(tiny_models, small_data, tmp_path, monkeypatch, capsys):
+    """The demo's whole grid on a tiny model and less data."""
+    demo, tables = load_script("data/demo/run_demo.py"), load_script("evaluation_scripts/paper_tables.py")
     ran = []
+    original = steps.run_script
 
-    def run_here(script, *arguments):
-        ran.append(script)
-        if script != "data/make_sft_model.py":
-            module = load_script(script)
-            module.run_step(module.main, arguments)
-        return 0.5
+    def run(name, constants, **more):
+        ran.append(name)
+        if name != "data/make_sft_model.py":
+            original(name, constants, **more)
 
-    monkeypatch.setattr(demo, "run", run_here)
-    model = str(tiny_models["pythia"])
+    monkeypatch.setattr(demo, "run_script", run)
+    monkeypatch.setattr(tables, "HH_DATASET", str(small_data / "hh"))
+    monkeypatch.setattr(tables, "DATA_DIR", str(small_data))
+    monkeypatch.setattr(tables, "KNOWN_HARM", None)
     demo.run_step(
         demo.main,
-        [
-            "--MODEL_NAME",
-            model,
-            "--OUTPUT_DIR",
-            str(tmp_path),
-            "--LEARNING_RATES",
-            "0.1",
-            "--SCORES_TYPES",
-            "dpp",
-            "random",
-        ],
+        ["--MODEL_NAME", str(tiny_models["pythia"]), "--OUTPUT_DIR", str(tmp_path), "--BOTTOM_K", "5"],
     )
-    assert ran[:2] == ["data/make_sft_model.py", "compute_factors_and_scores.py"]
-    assert len(set(ran)) == 10
-    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
-    assert summary["model"] == model
-    assert set(summary["seconds"]) == {"model", *(f"step{number}" for number in range(1, 7))}
-    assert len(summary["repairs"]) == 6
-    assert set(summary["repairs"][0]) == {
-        "task",
-        "scores_type",
-        "if_weight",
-        "bottom_k",
-        "learning_rate",
-        "before",
-        "after",
-        "improvement_percent",
-        "perplexity_before",
-        "perplexity_after",
-        "perplexity_change_percent",
-        "planted_chosen",
-    }
-    assert (tmp_path / "results" / "demo.png").is_file()
-    assert "| bias" in capsys.readouterr().out
+    assert ran == ["data/make_sft_model.py", "evaluation_scripts/paper_tables.py"]
+    results = tmp_path / "results"
+    assert (results / "tables" / "sweeps.png").is_file()
+    assert (results / "report.html").is_file()
+    shown = capsys.readouterr().out
+    for task in ("bias", "ethics", "truth", "combined"):
+        for method in ("pure_ekfac", "dpp", "random", "dpp + preserve"):
+            assert re.search(rf"\| +{task} +\| +{re.escape(method)} +\|", shown)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, load_script
+from conftest import Workspace, contents, load_script
 from transformers import PreTrainedModel
 
 import tasks.base
@@ -69,15 +69,6 @@ class Reference:
 @pytest.fixture(scope="module")
 def reference(make_workspace, tmp_path_factory) -> Reference:
     return Reference(make_workspace("pythia"), tmp_path_factory.mktemp("reference"))
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Bytes and time of change of every file in a folder, by relative path."""
-    return {
-        str(file.relative_to(folder)): (file.read_bytes(), file.stat().st_mtime_ns)
-        for file in folder.rglob("*")
-        if file.is_file()
-    }
 
 
 def results(folder: Path) -> dict[str, object]:

@@ -266,7 +266,7 @@ def test_an_evaluation_has_the_constants_it_promises(script):
         ("TASK_NAME", {"bias", "ethics", "truth", "combined", "all"}),
         ("MODEL_FAMILY", {"auto", "pythia", "qwen"}),
         ("FACTOR_STRATEGY", {"ekfac", "kfac", "diagonal", "identity"}),
-        ("SCORES_TYPE", {"pure_ekfac", "dpp", "random"}),
+        ("SCORES_TYPE", {"pure_ekfac", "dpp", "random", "identity", "representation", "direct"}),
         ("GRADIENT_REDUCTION_TYPE", {"mean", "sum"}),
         ("FISHER_POSITIONS", {"completion", "all"}),
     ],

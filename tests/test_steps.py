@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils.artifacts import read_json
 from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
-from utils.repair import change_percent, improvement_percent
+from utils.repair_report import change_percent, improvement_percent
 
 CPU = torch.device("cpu")
 
@@ -33,10 +33,11 @@ def only(workspace, pattern):
 
 @pytest.mark.parametrize("family", ["pythia", "qwen"])
 def test_representation_is_the_mean_of_the_models_own_hidden_states(tiny_models, family):
-    represent = load_script("representations/train_reps.py").represent
+    script = load_script("representations/train_reps.py")
     model, tokenizer = load_model(str(tiny_models[family]), CPU), load_tokenizer(str(tiny_models[family]))
     dialogues = Dialogues(["\n\nHuman: Hi\n\nAssistant:", "Q:", "long " * 50], [" Hello there.", " A", " end"])
-    small, large = (represent(model, tokenizer, dialogues, 40, tokens) for tokens in (16, 4_096))
+    texts = script.dialogue_texts(dialogues)
+    small, large = (script.represent(model, tokenizer, texts, 40, tokens) for tokens in (16, 4_096))
     assert torch.norm(small - large) <= 1e-5 * torch.norm(large)
     for row, (prompt, chosen) in enumerate(zip(dialogues.prompts, dialogues.completions, strict=True)):
         inputs = tokenizer(f"{prompt} {chosen}", return_tensors="pt", truncation=True, max_length=40)
@@ -211,7 +212,7 @@ def test_without_saving_only_results_are_written(finished):
         "False",
     )
     assert not list(finished.output.rglob("ethics_*_lr0.07"))
-    assert len(list((finished.output / "results").glob("ethics_*_lr0.07_*_test.json"))) == 2
+    assert len(list((finished.output / "results").glob("ethics_*_lr0.07_*_test.json"))) == 4
 
 
 def test_a_checkpoint_with_other_weights_is_another_model(finished):

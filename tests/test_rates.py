@@ -1,0 +1,158 @@
+"""LEARNING_RATE = "auto": the search on made-up curves, and on a real repair against a sweep under the same rule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from conftest import load_script
+
+from utils.artifacts import read_json
+from utils.console import UserError
+from utils.performance_functions.evaluation import MeasurableModel
+from utils.performance_functions.hh import load_dialogues
+from utils.rates import PRECISION, Probe, largest_gain_within, search_learning_rate
+from utils.repair import Repair
+from utils.selection import rows_apart
+from utils.settings import load_settings
+
+STEP_4, STEP_5 = "make_gradients.py", "gradient_ascent_and_save.py"
+BUDGET = 0.01
+
+
+def curves(cost, gain):
+    """Probes of a made-up repair, and a list of the rates that were asked for."""
+    asked = []
+
+    def measure(rate):
+        asked.append(rate)
+        return Probe(rate, cost(rate), gain(rate))
+
+    return measure, asked
+
+
+@pytest.mark.parametrize("scale", [1e-5, 0.01, 1.0, 3_000.0])
+def test_the_largest_step_within_the_budget_is_found(scale):
+    measure, asked = curves(lambda rate: (rate / scale) ** 2, lambda rate: rate / scale)
+    found = largest_gain_within(BUDGET, measure)
+    assert 1 / (1 + PRECISION) <= found.learning_rate / (0.1 * scale) <= 1
+    assert "exceeds the perplexity budget" in found.stopped
+    assert len(asked) == len(set(asked)) == len(found.probes)
+
+
+@pytest.mark.parametrize("peak", [1e-3, 0.02, 0.07])
+def test_a_peak_before_the_budget_is_found(peak):
+    measure, _ = curves(lambda rate: rate**2, lambda rate: rate / peak * math.exp(1 - rate / peak))
+    found = largest_gain_within(BUDGET, measure)
+    assert found.learning_rate == pytest.approx(peak, rel=0.06)
+    assert "peaks before the budget" in found.stopped
+
+
+def test_a_repair_that_never_helps_is_no_repair():
+    measure, asked = curves(lambda rate: rate**2, lambda rate: -rate)
+    found = largest_gain_within(BUDGET, measure)
+    assert (found.learning_rate, found.stopped) == (0.0, "no step within the budget improves the training pairs")
+    assert len(asked) < 25
+
+
+def test_a_repair_that_always_costs_too_much_is_no_repair():
+    measure, _ = curves(lambda rate: 1.0, lambda rate: rate)
+    found = largest_gain_within(BUDGET, measure)
+    assert found.learning_rate == 0
+    assert "stays within the budget" in found.stopped
+
+
+def test_a_repair_that_costs_nothing_ends_somewhere():
+    measure, _ = curves(lambda rate: -0.1, lambda rate: math.log(rate))
+    found = largest_gain_within(BUDGET, measure)
+    assert math.isfinite(found.learning_rate)
+    assert found.stopped == "no step that was tried exceeds the budget"
+
+
+def test_numbers_that_are_none_count_as_too_dear():
+    measure, _ = curves(lambda rate: math.inf if rate > 0.03 else 0.0, lambda rate: rate)
+    assert largest_gain_within(BUDGET, measure).learning_rate == pytest.approx(0.03, rel=0.011)
+
+
+@pytest.mark.parametrize("task", ["bias", "combined"])
+def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspace, task):
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py")
+    workspace.run(STEP_4, "--TASK_NAME", task, "--BOTTOM_K", 8)
+    arguments = [*workspace.arguments(STEP_5), "--TASK_NAME", task, "--BOTTOM_K", "8", "--LEARNING_RATE", "auto"]
+    settings = load_settings(load_script(STEP_5), arguments)
+    repair = Repair(settings, task)
+    found = search_learning_rate(repair)
+    chosen = next(probe for probe in found["probes"] if probe["learning_rate"] == found["learning_rate"])
+    assert 0 < chosen["perplexity_change"] <= BUDGET
+
+    # The same rule, straight from its definition, on a whole model at each rate.
+    dialogues = load_dialogues(settings.HH_DATASET, "train")
+    rows = rows_apart("validation", set(repair.gradients_manifest["indices"]), len(dialogues), 500, 42)
+    tasks = ["bias", "ethics", "truth"] if task == "combined" else [task]
+    pairs = {name: _train_pairs(name, workspace) for name in tasks}
+
+    def losses(rate):
+        measurable = repair.model_at(rate)
+        whole = MeasurableModel(measurable.model, measurable.tokenizer)
+        of_pairs = {name: whole.measure(name, "train", some)["loss"] for name, some in pairs.items()}
+        return whole.measure("anthropic", "v", dialogues.at(rows))["loss"], of_pairs
+
+    loss_before, before = losses(0.0)
+    best = 0.0
+    for step in range(1, 31):
+        loss, after = losses(1.5 * found["learning_rate"] * step / 30)
+        gain = sum(100 * (before[name] - after[name]) / abs(before[name]) for name in tasks) / len(tasks)
+        if math.exp(loss - loss_before) - 1 <= BUDGET:
+            best = max(best, gain)
+    assert best > 0
+    assert chosen["gain"] >= 0.95 * best
+
+
+def _train_pairs(name, workspace):
+    from utils.performance_functions.evaluation import MEASUREMENTS
+
+    return MEASUREMENTS[name].load_pairs(workspace.data, "train")
+
+
+def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_workspace, monkeypatch, capsys):
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py")
+    common = ("--TASK_NAME", "bias", "--BOTTOM_K", 5, "--PRESERVE_PERPLEXITY", "True")
+    workspace.run(STEP_4, *common, "--NUM_RETAIN_EXAMPLES", 12)
+    looked = []
+    original = MeasurableModel.measure
+
+    def spy(self, metric, split, data, quiet=False):
+        looked.append((metric, split))
+        return original(self, metric, split, data, quiet)
+
+    monkeypatch.setattr(MeasurableModel, "measure", spy)
+    workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
+    searched = [split for _, split in looked]
+    assert set(searched[: searched.index("test")]) == {"validation", "train"}
+    assert [metric for metric, split in looked if split == "test"].count("bias") == 2, "once before, once after"
+    (folder,) = workspace.output.glob("gradient_ascent_models/bias_*_preserve_lr*")
+    report = read_json(folder / "repair.json")
+    assert report["search"]["learning_rate"] == report["learning_rate"] > 0
+    assert report["search"]["stopped"]
+    assert report["search"]["stopped"] in (folder / "README.md").read_text()
+
+    looked.clear()
+    workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
+    assert not looked
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto", "--PPL_BUDGET", 0.5)
+    assert "PPL_BUDGET = 0.01 there, 0.5 now" in capsys.readouterr().err
+
+
+def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():
+    first, second = ({1, 2, 3}, {7, 8, 9})
+    retained = rows_apart("retain", first, 100, 20, 42)
+    validation = rows_apart("validation", {*first, *retained}, 100, 20, 42)
+    assert len({*first, *retained, *validation}) == 43
+    assert retained == rows_apart("retain", first, 100, 20, 42) != rows_apart("retain", first, 100, 20, 1)
+    assert len(set(retained) & set(rows_apart("retain", second, 100, 20, 42))) >= 16
+    assert len(rows_apart("retain", first, 100, 500, 42)) == 48, "half of what is left, so that validation has the rest"
+    with pytest.raises(UserError, match="leaves none for retain; set BOTTOM_K to less"):
+        rows_apart("retain", range(9), 10, 5, 42)

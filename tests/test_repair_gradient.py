@@ -1,0 +1,166 @@
+"""Step 4's directions against plain autograd on the whole model, and the subsets against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Workspace
+from safetensors.torch import load_file
+
+from utils.artifacts import read_json
+from utils.models import load_model, load_tokenizer
+from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.repair_gradient import inner_product, preserving_direction
+
+STEP_1, STEP_2, STEP_4 = "compute_factors_and_scores.py", "representations/train_reps.py", "make_gradients.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["pythia", "qwen"])
+def traced(request, make_workspace) -> Workspace:
+    """Factors and scores with and without curvature, and representations of dialogues and answers."""
+    workspace = make_workspace(request.param)
+    workspace.run(STEP_1)
+    workspace.run(STEP_1, "--FACTOR_STRATEGY", "identity")
+    workspace.run(STEP_2, "--ANSWERS_OF", "all")
+    return workspace
+
+
+def gradient_of(workspace: Workspace, task: str, repair: str) -> tuple[dict[str, torch.Tensor], dict]:
+    folder = f"ekfac_experiments/influence_results/{task}_{workspace.model.name}/query_grads_{repair}"
+    file = workspace.output / folder / "aggregated_query_grads.safetensors"
+    return load_file(file), read_json(file.with_name("aggregated_query_grads.manifest.json"))
+
+
+def token_losses(model, sequence) -> torch.Tensor:
+    """Plain cross-entropies of one sequence's label tokens, unpadded, from full logits."""
+    input_ids = torch.tensor(sequence.input_ids[None].astype("int64"))
+    losses = torch.nn.functional.cross_entropy(model(input_ids).logits[0, :-1], input_ids[0, 1:], reduction="none")
+    return losses[max(sequence.label_start, 1) - 1 : sequence.label_end - 1]
+
+
+def autograd(model, loss: torch.Tensor, names) -> dict[str, torch.Tensor]:
+    """(1, out, in [+ 1]) gradients of a loss, the bias as a last column."""
+    model.zero_grad()
+    loss.backward()
+    gradients = {}
+    for name in names:
+        module = model.get_submodule(name)
+        parts = [module.weight.grad] + ([] if module.bias is None else [module.bias.grad[:, None]])
+        gradients[name] = torch.cat(parts, dim=1)[None]
+    return gradients
+
+
+def relative_difference(ours, plain) -> float:
+    apart = {name: ours[name] - plain[name] for name in plain}
+    return (inner_product(apart, apart) / inner_product(plain, plain)) ** 0.5
+
+
+def test_preserving_direction_is_its_formula():
+    torch.manual_seed(0)
+    gradients = {"a": torch.randn(2, 4, 3), "b": torch.randn(2, 2, 5)}
+    metric = {name: torch.rand(tensor.shape[1:]) + 0.1 for name, tensor in gradients.items()}
+    preconditioned = {name: tensor * metric[name] for name, tensor in gradients.items()}
+    direction, alpha = preserving_direction(gradients, preconditioned)
+    flat = {i: torch.cat([g[i].flatten() for g in gradients.values()]).double() for i in (0, 1)}
+    step = {i: torch.cat([g[i].flatten() for g in preconditioned.values()]).double() for i in (0, 1)}
+    assert alpha == pytest.approx(float(flat[1] @ step[0] / (flat[1] @ step[1])), rel=1e-6)
+    plain = step[0] - alpha * step[1]
+    torch.testing.assert_close(torch.cat([d.flatten() for d in direction.values()]).double(), plain)
+
+
+@pytest.mark.parametrize("scores_type", ["pure_ekfac", "direct"])
+def test_the_retained_loss_stays_to_first_order(traced, scores_type):
+    """<R, D> = 0 with R by plain autograd on the whole model: relative to |R| |D|."""
+    common = ("--TASK_NAME", "bias", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 6)
+    traced.run(STEP_4, *common, "--PRESERVE_PERPLEXITY", "True", "--NUM_RETAIN_EXAMPLES", 15)
+    subset = "" if scores_type == "direct" else "_bottom6"
+    direction, manifest = gradient_of(traced, "bias", f"{scores_type}{subset}_preserve")
+    assert not set(manifest["indices"]) & set(manifest["retained"])
+    assert len(manifest["retained"]) == 15
+    model = load_model(str(traced.model), CPU)
+    examples = tokenize_dialogues(load_dialogues(str(traced.data / "hh"), "train"), load_tokenizer(str(traced.model)))
+    losses = torch.cat([token_losses(model, examples[row]) for row in manifest["retained"]])
+    retained = autograd(model, losses.mean(), direction)
+    scale = (inner_product(retained, retained) * inner_product(direction, direction)) ** 0.5
+    assert abs(inner_product(retained, direction)) <= 1e-4 * scale
+    traced.run(STEP_4, *common)
+    faithful, _ = gradient_of(traced, "bias", f"{scores_type}{subset}")
+    assert abs(inner_product(retained, faithful)) > 1e-2 * scale, "the paper's direction does move it"
+
+
+def test_the_direct_gradient_is_minus_that_of_the_measurement(traced):
+    """Without curvature, so that nothing but the gradient is in the file."""
+    traced.run(STEP_4, "--TASK_NAME", "truth", "--SCORES_TYPE", "direct", "--FACTOR_STRATEGY", "identity")
+    ours, manifest = gradient_of(traced, "truth", "direct")
+    assert manifest["indices"] == []
+    assert "BOTTOM_K" not in manifest["settings"]
+    model, tokenizer = load_model(str(traced.model), CPU), load_tokenizer(str(traced.model))
+    pairs = MEASUREMENTS["truth"].load_pairs(traced.data, "train")
+    total = 0.0
+    for pair in pairs:
+        start = len(tokenizer(pair.prompt)["input_ids"])
+        for answer, sign in ((pair.chosen, 1), (pair.rejected, -1)):
+            input_ids = tokenizer(pair.prompt + answer, return_tensors="pt")["input_ids"]
+            losses = torch.nn.functional.cross_entropy(
+                model(input_ids).logits[0, :-1], input_ids[0, 1:], reduction="none"
+            )
+            total = total + sign * losses[start - 1 :].mean() / len(pairs)
+    plain = autograd(model, -total, ours)
+    assert relative_difference(ours, plain) < 1e-4
+
+
+def test_direct_combined_is_the_weighted_sum_of_the_tasks(traced):
+    common = ("--SCORES_TYPE", "direct", "--OVERWRITE", "True")
+    traced.run(STEP_4, *common)
+    alone = {task: gradient_of(traced, task, "direct")[0] for task in MEASUREMENTS}
+    traced.run(STEP_4, *common, "--TASK_NAME", "combined", "--TASK_WEIGHTS", 1, 0.5, 0)
+    both, _ = gradient_of(traced, "combined", "direct")
+    plain = {name: alone["bias"][name] + 0.5 * alone["ethics"][name] for name in both}
+    assert relative_difference(both, plain) < 1e-5
+
+
+def test_identity_takes_the_smallest_gradient_dot_products(traced):
+    traced.run(STEP_4, "--TASK_NAME", "ethics", "--SCORES_TYPE", "identity", "--BOTTOM_K", 7)
+    _, manifest = gradient_of(traced, "ethics", "identity_bottom7")
+    folder = f"ekfac_experiments/influence_results/ethics_{traced.model.name}"
+    scores = load_file(traced.output / folder / "scores_identity" / "pairwise_scores.safetensors")["all_modules"][0]
+    assert manifest["indices"] == scores.argsort(stable=True)[:7].tolist()
+    assert manifest["settings"]["FACTOR_STRATEGY"] == "ekfac", "the direction has the curvature of the other methods"
+
+
+def test_representation_takes_those_most_like_the_untrustworthy_answers(traced):
+    traced.run(STEP_4, "--TASK_NAME", "truth", "--SCORES_TYPE", "representation", "--BOTTOM_K", 4)
+    _, manifest = gradient_of(traced, "truth", "representation_bottom4")
+    model, tokenizer = load_model(str(traced.model), CPU), load_tokenizer(str(traced.model))
+
+    def representation(text):
+        inputs = tokenizer(text, return_tensors="pt")
+        with torch.no_grad():
+            return model(**inputs, output_hidden_states=True).hidden_states[-1][0].mean(dim=0)
+
+    dialogues = load_dialogues(str(traced.data / "hh"), "train")
+    examples = torch.stack(
+        [representation(f"{p} {c}") for p, c in zip(dialogues.prompts, dialogues.completions, strict=True)]
+    )
+    pairs = MEASUREMENTS["truth"].load_pairs(traced.data, "train")
+    answers = torch.stack([representation(text) for text in dict.fromkeys(p.prompt + p.rejected for p in pairs)])
+    mean = examples.mean(dim=0)
+    likeness = torch.stack(
+        [torch.cosine_similarity(example - mean, answers - mean, dim=1).mean() for example in examples]
+    )
+    assert manifest["indices"] == likeness.argsort(descending=True)[:4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("scores_type", "told"),
+    [("identity", "--FACTOR_STRATEGY identity"), ("representation", "--ANSWERS_OF bias")],
+)
+def test_what_a_method_needs_is_named_where_it_is_missing(make_workspace, capsys, scores_type, told):
+    workspace = make_workspace("pythia")
+    workspace.run(STEP_1)
+    workspace.run(STEP_2)
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_4, "--TASK_NAME", "bias", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 3)
+    assert f"{told} first" in capsys.readouterr().err

@@ -1,0 +1,226 @@
+"""Sweeps, tables and the report: numbers as in the steps' results, in every format, whatever stops the run."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pandas as pd
+import pytest
+from conftest import Workspace, contents, load_script, run_script
+
+from utils import grid
+from utils.artifacts import read_json
+from utils.grid import Cell, task_names
+from utils.repair_report import change_percent, improvement_percent
+from utils.tables import ablation_table, latex_table, main_table, spread
+
+STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
+TABLES = "evaluation_scripts/paper_tables.py"
+SMALL = [
+    *("--SEEDS", 42, 7, "--TASKS", "bias", "combined", "--SCORES_TYPES", "dpp", "direct", "--BOTTOM_K", 4, 6),
+    *("--IF_WEIGHT", 10, 1, "--ABLATED_SCORES_TYPES", "pure_ekfac", "--SWEPT_RATES", 0.01, 0.1),
+    *("--NUM_COMPLETIONS", 1, "--KNOWN_HARM", "None"),
+]
+
+
+# ------------------------------------------------------------------------------------------------------ sweeps
+
+
+def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
+    workspace = make_workspace("qwen")
+    workspace.run(STEP_1)
+    common = ("--TASK_NAME", "ethics", "--BOTTOM_K", 4)
+    workspace.run(STEP_4, *common)
+    sweep = ("--SAVE_TO_DISK", "False", "--LEARNING_RATE")
+    workspace.run(STEP_5, *common, *sweep, 0.1, 0.01)
+    workspace.run(STEP_5, *common, *sweep, 0.05, 0.1)
+    results = workspace.output / "results"
+    file = results / "ethics_qwen-tiny_pure_ekfac_bottom4_sweep.json"
+    rows = read_json(file)["rates"]
+    assert [row["learning_rate"] for row in rows] == [0.01, 0.05, 0.1]
+    for row in rows:
+        name = f"ethics_qwen-tiny_pure_ekfac_bottom4_lr{row['learning_rate']:g}"
+        for task in ("bias", "ethics", "truth"):
+            before, after = (read_json(results / f"{m}_{task}_test.json")["loss"] for m in ("qwen-tiny", name))
+            assert row[task] == after
+            assert row[f"{task}_improvement_percent"] == improvement_percent(before, after)
+        before, after = (read_json(results / f"{m}_anthropic_test.json")["perplexity"] for m in ("qwen-tiny", name))
+        assert row["perplexity_change_percent"] == change_percent(before, after)
+    table = pd.read_csv(file.with_suffix(".csv"))
+    assert table.to_dict("records") == [pytest.approx(row) for row in rows]
+    picture = results / "ethics_qwen-tiny_sweep.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    before = contents(workspace.output)
+    workspace.run(STEP_5, *common, *sweep, 0.05, 0.1)
+    assert contents(workspace.output) == before
+
+    workspace.run(STEP_4, *common, "--NUM_BLOCKS", 1, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", "True")
+    workspace.run(STEP_5, *common, *sweep, 0.2, 0.3, "--OVERWRITE", "True")
+    assert [row["learning_rate"] for row in read_json(file)["rates"]] == [0.2, 0.3], "another gradient, another sweep"
+
+
+# ------------------------------------------------------------------------------------------------------ tables
+
+
+def make_row(seed=42, task="bias", method="dpp", gain=30.0, **more):
+    row = {"model": "m", "seed": seed, "task": task, "method": method, "bottom_k": 20, "if_weight": 10.0}
+    row |= {"learning_rate": 0.1, "perplexity": 5.0, "perplexity_change_percent": 0.5, "improvement_percent": gain}
+    for name in ("bias", "ethics", "truth"):
+        row |= {name: -1.0, f"{name}_improvement_percent": gain}
+    return {**row, "seconds": 2.0, "stopped": None, "indices": [1, 2, 3], **more}
+
+
+def test_spread():
+    assert spread([], "+.1f", " %") == "–"
+    assert spread([3.0], "+.1f", " %") == "+3.0 %"
+    assert spread([1.0, 3.0], "+.1f", " %") == "+2.0 ± 1.4 %"
+
+
+def test_main_table_has_a_line_for_each_model_and_repair():
+    rows = [make_row(42, gain=30), make_row(0, gain=10), make_row(method="random", gain=-1)]
+    baseline = {"anthropic": {"perplexity": 5.0}, **{task: {"loss": -1.0} for task in ("bias", "ethics", "truth")}}
+    table = main_table([("m (POST-SFT)", baseline), ("b (pre-SFT)", {})], rows, {"bias": [2, 3, 9], "truth": [1]})
+    assert [row[2] for row in table.rows] == ["–", "–", "dpp", "random"]
+    assert {len(row) for row in table.rows} == {len(table.header)}
+    shown = dict(zip(table.header, table.rows[2], strict=True))
+    assert shown["improvement"] == "+20.0 ± 14.1 %"
+    assert shown["known harm"] == "2 ± 0 of 3"
+    assert dict(zip(table.header, table.rows[1], strict=True))["perplexity"] == "–"
+
+
+def test_tables_are_written_in_three_formats(tmp_path):
+    table = ablation_table([make_row(bottom_k=k, gain=k) for k in (20, 5)], "bottom_k")
+    table.write(tmp_path / "t")
+    assert [row[2] for row in table.rows] == ["5", "20"]
+    assert "| bias " in (tmp_path / "t.md").read_text()
+    assert pd.read_csv(tmp_path / "t.csv")["improvement_percent"].tolist() == [20, 5]
+    assert r"+5.0 \%" in (tmp_path / "t.tex").read_text()
+
+
+def test_latex_escapes_and_aligns():
+    text = latex_table("50 % of a_b", ["name", "value"], [["x_1 & y", "1.0 ± 0.2"], ["z", "–"]])
+    assert r"\begin{tabular}{lr}" in text
+    assert r"x\_1 \& y & 1.0 $\pm$ 0.2 \\" in text
+    assert not re.search(r"(?<!\\)[%_#]", text)
+
+
+def test_as_few_runs_as_name_the_tasks():
+    def cells(*tasks):
+        return [Cell(task, "dpp", False, 5, 1.0) for task in tasks]
+
+    assert task_names(cells("bias", "ethics", "truth", "combined")) == ["all", "combined"]
+    assert task_names(cells("truth", "bias", "truth")) == ["truth", "bias"]
+
+
+# ------------------------------------------------------------------------------------------- the whole script
+
+
+@pytest.fixture(scope="module")
+def tabled(make_workspace) -> Workspace:
+    workspace = make_workspace("pythia")
+    workspace.run(TABLES, *SMALL)
+    return workspace
+
+
+def test_tables_say_what_the_results_say(tabled):
+    results = tabled.output / "results"
+    table = pd.read_csv(results / "tables" / "main.csv")
+    assert len(table) == 2 * 2 * 2 * 2, "methods x with and without preserving x tasks x seeds"
+    for row in table.to_dict("records"):
+        folder = results if row["seed"] == 42 else tabled.output / "seed-7" / "results"
+        name = f"{row['task']}_pythia-tiny_{row['repair']}_lr{row['learning_rate']:g}"
+        for task in ("bias", "ethics", "truth"):
+            assert row[task] == pytest.approx(read_json(folder / f"{name}_{task}_test.json")["loss"])
+        search = read_json(folder / f"{row['task']}_pythia-tiny_{row['repair']}_search.json")
+        assert search["learning_rate"] == row["learning_rate"]
+        assert row["stopped"] == search["stopped"]
+    combined = table[table["task"] == "combined"]
+    gains = combined[[f"{task}_improvement_percent" for task in ("bias", "ethics", "truth")]].mean(axis=1)
+    assert combined["improvement_percent"].tolist() == pytest.approx(gains.tolist())
+    markdown = (results / "tables" / "main.md").read_text()
+    assert "pythia-tiny (POST-SFT)" in markdown
+    assert markdown.count("| dpp + preserve |") == 2
+    for name in ("bottom_k", "if_weight"):
+        assert (results / "tables" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert set(pd.read_csv(results / "tables" / "bottom_k.csv")["bottom_k"]) == {4, 6}
+    assert set(pd.read_csv(results / "tables" / "if_weight.csv")["if_weight"]) == {1, 10}
+
+
+def test_the_report_shows_subsets_completions_and_pictures(tabled):
+    page = (tabled.output / "results" / "report.html").read_text(encoding="utf-8")
+    embedded = json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page, re.DOTALL)[1])
+    picks = read_json(tabled.output / "dpp" / "bias_pythia-tiny_indices_4_ifweight10.json")
+    assert "bias, chosen by dpp" in json.dumps(embedded)
+    rows = (tabled.data / "hh" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    for index in picks["indices"]:
+        assert json.loads(rows[index])["chosen"].strip()[:40] in json.dumps(embedded, ensure_ascii=False)
+    assert page.count("data:image/png") == 5, "an overview, a sweep for each task, two ablations"
+    (kept,) = (tabled.output / "results").glob("bias_*_dpp_ifweight10_bottom4_lr*_completions_test.json")
+    completion = read_json(kept)[0]
+    assert completion["before"]
+    assert completion["prompt"].startswith("\n\nHuman")
+    assert "before" in page.lower()
+
+
+def test_a_finished_grid_is_not_computed_again(tabled, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a model was loaded")
+
+    for module in ("utils.repair", "utils.tracing", "utils.performance_functions.evaluation"):
+        monkeypatch.setattr(f"{module}.load_model", refuse)
+    before = {name: file for name, file in contents(tabled.output).items() if not name.endswith("sweeps.png")}
+    tabled.run(TABLES, *SMALL)
+    after = contents(tabled.output)
+    assert {name for name, file in before.items() if after[name] != file} <= {"results/report.html"} | {
+        f"results/tables/{name}.png" for name in ("bottom_k", "if_weight")
+    }
+
+
+def test_a_killed_grid_goes_on_where_it_was(make_workspace, tabled, monkeypatch):
+    workspace = make_workspace("pythia")
+    ran = []
+    original = grid.run_script
+
+    def stop_after_nine(name, *arguments, **constants):
+        ran.append(name)
+        if len(ran) == 10:
+            raise KeyboardInterrupt
+        original(name, *arguments, **constants)
+
+    monkeypatch.setattr(grid, "run_script", stop_after_nine)
+    with pytest.raises(SystemExit) as stop:
+        workspace.run(TABLES, *SMALL)
+    assert stop.value.code == 130
+    assert not (workspace.output / "results" / "report.html").exists()
+    monkeypatch.setattr(grid, "run_script", original)
+    workspace.run(TABLES, *SMALL)
+    whole, resumed = (
+        pd.read_csv(folder / "results" / "tables" / "main.csv").drop(columns="seconds")
+        for folder in (tabled.output, workspace.output)
+    )
+    pd.testing.assert_frame_equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--KNOWN_HARM", "no/such.json"], "KNOWN_HARM = 'no/such.json': no such file; set it to None"),
+        (["--PRE_SFT_MODEL_NAMES", "a/b", "c/d"], "PRE_SFT_MODEL_NAMES has 2 names for 1 in MODEL_NAMES"),
+        (["--TASKS", "all"], "TASKS = all: allowed is a list of 'bias', 'ethics', 'truth', 'combined'"),
+        (["--SCORES_TYPES", "best"], "SCORES_TYPES = best: allowed is a list of 'pure_ekfac', 'dpp'"),
+    ],
+)
+def test_wrong_constants_are_refused_before_any_work(tmp_path, capsys, arguments, told):
+    with pytest.raises(SystemExit) as stop:
+        run_script(TABLES, "--OUTPUT_DIR", str(tmp_path), *arguments)
+    assert stop.value.code == 1
+    assert told in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_constants_pass_their_own_check_and_the_demo_runs_a_part_of_them():
+    demo, tables = load_script("data/demo/run_demo.py"), load_script(TABLES)
+    assert [demo.MODEL_NAME] == tables.MODEL_NAMES
+    assert set(demo.SCORES_TYPES) <= set(tables.SCORES_TYPES)
+    assert tables.BOTTOM_K[0] == demo.BOTTOM_K
