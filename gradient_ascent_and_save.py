@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from utils.console import banner, say
 from utils.hub import push_folder, require_hub_access
-from utils.models import find_family, load_config
+from utils.models import require_supported
 from utils.performance_functions.evaluation import Evaluator
 from utils.pipeline import tasks_of
 from utils.rates import search_learning_rate
@@ -74,7 +74,7 @@ def say_report(report: dict[str, Any]) -> None:
 
 def main(settings: Settings) -> None:
     """Repair for every task at every learning rate."""
-    find_family(load_config(settings.MODEL_NAME), settings.MODEL_FAMILY)
+    require_supported(settings.MODEL_NAME, settings.MODEL_FAMILY)
     access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
     evaluator = Evaluator(settings, "test")
     for task in tasks_of(settings.TASK_NAME):

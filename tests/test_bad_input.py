@@ -234,7 +234,7 @@ def test_unsupported_model_type(ready, refusal, script, tmp_path):
     ready.model = tmp_path / "gpt2-tiny"
     GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=64).save_pretrained(ready.model)
     assert all_in(
-        refusal(ready, script), ready.model, "model type 'gpt2'", "supported: pythia (gpt_neox), qwen (qwen2)"
+        refusal(ready, script), ready.model, "model type 'gpt2' is not supported", "is the weight of a Conv1D"
     )
 
 

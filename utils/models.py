@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,22 +22,8 @@ from utils.settings import hub_access
 DTYPE_KEYWORD = "torch_dtype" if int(transformers.__version__.split(".")[0]) < 5 else "dtype"
 
 
-@dataclass(frozen=True)
-class ModelFamily:
-    """Where a family of models keeps its transformer blocks."""
-
-    name: str
-    model_type: str  # `model_type` in the model's config.json
-    blocks: str  # dotted name of the list of transformer blocks
-
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        ModelFamily("pythia", model_type="gpt_neox", blocks="gpt_neox.layers"),
-        ModelFamily("qwen", model_type="qwen2", blocks="model.layers"),
-    )
-}
+# `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
+FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
 
 
 def resolve_device(device: str) -> torch.device:
@@ -75,6 +61,11 @@ def locate(model: str, marker: str = "config.json") -> str:
     folder = anchored(model)
     if (folder / marker).is_file():
         return str(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{model}: the folder holds an adapter (LoRA), not a model; merge it into its base first "
+            "(peft: merge_and_unload, then save_pretrained), and give the merged folder"
+        )
     if folder.exists():
         raise UserError(f"{model}: the folder has no {marker}; it must be one that save_pretrained made")
     looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or (PROJECT_ROOT / model).parent.is_dir()
@@ -172,33 +163,73 @@ def weights_fingerprint(folder: Path) -> str:
     return fingerprint_of_files([*weights, folder / "config.json"])
 
 
-def find_family(config: transformers.PretrainedConfig, family: str) -> ModelFamily:
-    """The family of a model, by the `model_type` of its configuration.
+def require_supported(model: str, family: str) -> None:
+    """Check, from the configuration alone, that a model's last blocks can be traced and repaired.
 
     Raises:
-        UserError: the type is not supported, or MODEL_FAMILY says something else.
+        UserError: as `find_blocks`, or the configuration is that of no decoder.
     """
-    supported = ", ".join(f"{known.name} ({known.model_type})" for known in FAMILIES.values())
-    found = next((known for known in FAMILIES.values() if known.model_type == config.model_type), None)
-    if found is None:
+    config = load_config(model)
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"{model}: its weights are quantised, and a repair changes weights; give the model as it was")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{config.name_or_path}: model type {config.model_type!r} is not supported; supported: {supported}"
-        )
-    if family not in ("auto", found.name):
+            f"{model}: model type {config.model_type!r} is not a causal language model ({reason})"
+        ) from None
+    find_blocks(skeleton, family)
+
+
+def find_blocks(model: PreTrainedModel, family: str) -> str:
+    """Dotted name of a decoder's list of transformer blocks: as many as config.json counts, all weights in Linears.
+
+    Raises:
+        UserError: MODEL_FAMILY says something else, there is no such list, a block has weight matrices outside of
+            nn.Linear (Conv1D as in GPT-2, fused experts), or shares them with another block.
+    """
+    config = model.config
+    if family != "auto" and config.model_type not in FAMILY_TYPES[family]:
         raise UserError(
-            f"MODEL_FAMILY = {family!r}, but {config.name_or_path} is of type {config.model_type!r}; "
-            f"allowed: auto, {found.name}"
+            f"MODEL_FAMILY = {family!r}, but {config.name_or_path} is of type {config.model_type!r}; allowed: auto"
+            + "".join(f", {name}" for name, types in FAMILY_TYPES.items() if config.model_type in types)
         )
-    return found
+
+    def refusal(reason: str) -> UserError:
+        return UserError(
+            f"{config.name_or_path}: model type {config.model_type!r} is not supported: {reason}; supported are "
+            "decoders whose blocks are a list and whose weight matrices are nn.Linear, such as GPT-NeoX, Qwen2 or Llama"
+        )
+
+    count = getattr(config.get_text_config(), "num_hidden_layers", None)
+    names = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if not names:
+        raise refusal(f"it has no list of {count} transformer blocks")
+    last = f"{names[0]}.{count - 1}."
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for parameter_owners in owners.values():
+        own = [name for name in parameter_owners if name.startswith(last)]
+        if own and len(parameter_owners) > 1:
+            raise refusal(f"{own[0]} is shared with {next(n for n in parameter_owners if n != own[0])}")
+    for name, parameter in model.named_parameters():
+        if name.startswith(last) and parameter.ndim > 1 and name.rpartition(".")[0] not in linears:
+            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+            raise refusal(f"{name} is the weight of a {owner}")
+    return names[0]
 
 
 def first_tracked_block(model: PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
     """Dotted name of the list of transformer blocks, and the position of the first of the last `num_blocks`.
 
     Raises:
-        UserError: the family is unsupported, or NUM_BLOCKS exceeds the number of blocks.
+        UserError: the model is unsupported, or NUM_BLOCKS exceeds the number of blocks.
     """
-    prefix = find_family(model.config, family).blocks
+    prefix = find_blocks(model, family)
     total = len(model.get_submodule(prefix))
     if num_blocks > total:
         raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")

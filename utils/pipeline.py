@@ -17,7 +17,7 @@ from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, shown_path
 from utils.influence import SCORES_NAME
-from utils.models import find_family, load_config, model_fingerprint
+from utils.models import model_fingerprint, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4
 from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
@@ -79,7 +79,7 @@ class Pipeline:
         Raises:
             UserError: one of them is missing, or the model is of an unsupported family.
         """
-        find_family(load_config(model), settings.MODEL_FAMILY)
+        require_supported(model, settings.MODEL_FAMILY)
         dialogues = load_dialogues(settings.HH_DATASET, "train")
         inputs = {"model": model_fingerprint(model), "dataset": dialogues.fingerprint}
         return cls(settings, model, dialogues, inputs)

@@ -41,7 +41,10 @@ def write_sweep(repair: Repair, reports: list[dict[str, Any]], budget_percent: f
     rows = [rates[rate] for rate in sorted(rates)]
     write_if_changed(file.with_suffix(".csv"), pd.DataFrame(rows).to_csv(index=False))
     figure = paths.sweep_figure(output_dir, repair.task, repair.name)
-    if write_if_changed(file, to_json({**content, "rates": rows})) or not figure.exists():
+    text = to_json({**content, "rates": rows})
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        figure.unlink(missing_ok=True)  # killed before it is drawn anew, the old one must not stand
+    if write_if_changed(file, text) or not figure.exists():
         draw_sweeps(output_dir, repair.task, repair.name, budget_percent)
     say(f"   sweep: {shown_path(file)} with .csv; picture: {shown_path(figure)}")
 

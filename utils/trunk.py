@@ -13,9 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from utils.batching import Batch
+from utils.console import say
 from utils.models import first_tracked_block, last_hidden_state
 
 KEPT_BYTES_ON_CPU = 4 << 30  # hidden states kept, at most; what exceeds it is computed again
+CHECKED_TOKENS = 16
 KEPT_SHARE_OF_GPU_MEMORY = 0.25  # of what is free
 
 
@@ -39,7 +41,8 @@ class Trunk:
     Args:
         model: whole; a change of its last blocks' weights is a change of the tail's.
         family: MODEL_FAMILY.
-        num_blocks: how many blocks the tail has. Where that is all, there is no trunk, and batches pass as they are.
+        num_blocks: how many blocks the tail has. Where that is all, or where the halves would not make the whole,
+            there is no trunk, and batches pass as they are.
         half_precision: run the trunk under bfloat16 autocast, as the caller runs the tail.
     """
 
@@ -53,9 +56,21 @@ class Trunk:
             self.tail = _with_submodule(model, path.split("."), blocks[first:])
             self._below = _with_submodule(model, path.split("."), blocks[:first])
             self._last_block = blocks[first - 1]
+            if not self._halves_make_the_whole(model):
+                say("   the model does more to its embeddings than its blocks do: every pass runs all of it")
+                self.is_empty, self.tail = True, model
         self.free_bytes = KEPT_BYTES_ON_CPU
         if model.device.type == "cuda":
             self.free_bytes = int(KEPT_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
+
+    @torch.no_grad()
+    def _halves_make_the_whole(self, model: PreTrainedModel) -> bool:
+        """Whether trunk and tail give what the model gives; some models scale or shift whatever is embedded."""
+        tokens = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
+        whole = last_hidden_state(model, {"input_ids": tokens})
+        halves = last_hidden_state(self.tail, {"trunk_states": self.states({"input_ids": tokens}).to(whole.dtype)})
+        tolerance = 5e-2 if self.half_precision else 1e-4
+        return bool(torch.norm(halves - whole) <= tolerance * torch.norm(whole))
 
     @torch.no_grad()
     def states(self, batch: Batch) -> torch.Tensor:
