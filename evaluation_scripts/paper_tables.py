@@ -62,11 +62,12 @@ NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions th
 KNOWN_HARM: str | None = "data/demo/planted.json"  # JSON: rows of the training split known to be harmful, by task
 
 NUM_BLOCKS: PositiveInt = 1  # as in step 1
+DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1
 USE_HALF_PRECISION: bool = False  # as in step 1
 # -----------------------------------------------------------------------------------------------------------
 
 STEP_CONSTANTS = ("MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "DEVICE", "OVERWRITE", "PPL_BUDGET", "NUM_COMPLETIONS")
-STEP_CONSTANTS += ("NUM_BLOCKS", "USE_HALF_PRECISION")
+STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION")
 
 
 def common_constants(settings: Settings, model: str, seed: int) -> dict[str, Any]:

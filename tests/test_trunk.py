@@ -110,9 +110,9 @@ def test_a_sweep_measures_what_the_saved_models_measure(make_workspace, family):
     workspace = make_workspace(family)
     workspace.run("compute_factors_and_scores.py")
     workspace.run("make_gradients.py", "--TASK_NAME", "combined", "--BOTTOM_K", 5)
-    workspace.run(
-        "gradient_ascent_and_save.py", "--TASK_NAME", "combined", "--BOTTOM_K", 5, "--LEARNING_RATE", 0.01, 0.1
-    )
+    rates = [0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2]
+    workspace.run("gradient_ascent_and_save.py", "--TASK_NAME", "combined", "--BOTTOM_K", 5, "--LEARNING_RATE", *rates)
+    assert len(list((workspace.output / "gradient_ascent_models").iterdir())) == 8
     for checkpoint in sorted((workspace.output / "gradient_ascent_models").iterdir()):
         fresh = Workspace(checkpoint, workspace.data, workspace.output.parent / f"fresh-{family}")
         for metric in ("anthropic_eval", "bias_loss", "ethics_loss", "truth_loss"):
