@@ -11,6 +11,7 @@ final EOS is trained too, so that the model learns to stop.
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -31,13 +32,14 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of
 from utils.batching import IGNORED_LABEL, Batch, LabelledSequence
-from utils.console import UserError, banner, progress_bar, say
+from utils.console import UserError, banner, progress_bar, say, shown_path
 from utils.models import copy_tokenizer, load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions.evaluation import MeasurableModel
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -52,6 +54,7 @@ SFT_MODEL_DIR: str = "data/demo/pythia-demo-sft"  # where the model goes
 NUM_EPOCHS: PositiveInt = 4  # passes over the training split
 BATCH_SIZE: PositiveInt = 16  # dialogues in an optimizer step
 LEARNING_RATE: PositiveFloat = 2e-3  # peak; 1e-5 suits a pretrained base
+SAVE_EVERY: PositiveInt = 500  # optimizer steps between the checkpoints that a killed run goes on from
 SEED: Seed = 42  # of the random weights and of the order of the dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # replace a model that was made with other settings
@@ -133,6 +136,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
         """Open the bar."""
         self.bar = progress_bar(state.max_steps, "fine-tuning", "steps")
+        self.bar.update(state.global_step)
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """Move it."""
@@ -172,14 +176,20 @@ def fine_tune(
     settings: Settings,
     folder: Path,
 ) -> None:
-    """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1."""
+    """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
+
+    Args:
+        folder: keeps the last checkpoint while training lasts; one that is there is where a killed run goes on.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.NUM_EPOCHS,
         per_device_train_batch_size=settings.BATCH_SIZE,
         learning_rate=settings.LEARNING_RATE,
         warmup_steps=max(1, len(examples) * settings.NUM_EPOCHS // settings.BATCH_SIZE // 20),
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=settings.SAVE_EVERY,
+        save_total_limit=1,
         logging_strategy="no",
         disable_tqdm=True,
         report_to=[],
@@ -198,7 +208,12 @@ def fine_tune(
         callbacks=[ProgressBar()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint:
+        say(f"   going on from {shown_path(Path(checkpoint))}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(used)
 
 
 def main(settings: Settings) -> None:
