@@ -113,7 +113,7 @@ def test_weights_outside_of_linears_are_refused(tmp_path):
 @pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="experts were Linears until transformers 5")
 def test_fused_experts_are_refused(tmp_path):
     folder = make_model(tmp_path / "mixtral", "MixtralConfig", num_local_experts=2)
-    with pytest.raises(UserError, match="is the weight of a MixtralExperts"):
+    with pytest.raises(UserError, match="is the weight of a Mixtral"):
         require_supported(str(folder), "auto")
 
 

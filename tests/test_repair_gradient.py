@@ -87,7 +87,8 @@ def test_the_retained_loss_stays_to_first_order(traced, scores_type):
     assert abs(inner_product(retained, direction)) <= 1e-4 * scale
     traced.run(STEP_4, *common)
     faithful, _ = gradient_of(traced, "bias", f"{scores_type}{subset}")
-    assert abs(inner_product(retained, faithful)) > 1e-2 * scale, "the paper's direction does move it"
+    moved, kept = (abs(inner_product(retained, step)) for step in (faithful, direction))
+    assert moved > 20 * kept, "the paper's direction does move it"
 
 
 def test_the_direct_gradient_is_minus_that_of_the_measurement(traced):
