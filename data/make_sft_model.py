@@ -211,6 +211,8 @@ def fine_tune(
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint:
         say(f"   going on from {shown_path(Path(checkpoint))}")
+        # The Trainer loads tensors by the names they have in memory, which some models rename when they are saved.
+        model.load_state_dict(load_model(checkpoint, model.device).state_dict())
     trainer.train(resume_from_checkpoint=checkpoint)
     for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         shutil.rmtree(used)
