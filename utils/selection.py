@@ -247,15 +247,17 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
             influence = if_weight * torch.log1p(quality / (1 + picked_quality))
             influence[picks[:k]] = -torch.inf  # what is picked is not picked again
             gains = diversity + influence
+            best_exact = -torch.inf
             while num_seen[j := int(gains.argmax())] < k:
-                leaders = torch.cat(
-                    [torch.tensor([j]), gains.topk(min(CANDIDATES_AT_ONCE, len(gains)), sorted=False).indices]
-                )
-                is_exact = num_seen[leaders] == k
-                best_exact = gains[leaders[is_exact]].max() if is_exact.any() else -torch.inf
-                stale = leaders[~is_exact & (gains[leaders] >= best_exact)]
+                if best_exact == -torch.inf:
+                    leaders = gains.topk(min(CANDIDATES_AT_ONCE, len(gains)), sorted=False).indices
+                else:
+                    leaders = (gains >= best_exact).nonzero()[:, 0]
+                stale = leaders[(num_seen[leaders] < k) & (leaders != j)][: CANDIDATES_AT_ONCE - 1]
+                stale = torch.cat([torch.tensor([j]), stale])
                 bring_up_to_date(stale, k)
                 gains[stale] = diversity[stale] + influence[stale]
+                best_exact = max(best_exact, float(gains[stale].max()))
             subset.indices.append(j)
             subset.diversity_gains.append(float(diversity[j]))
             subset.influence_gains.append(float(influence[j]))
