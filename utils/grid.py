@@ -58,6 +58,7 @@ def grids(settings: Settings) -> dict[str, list[Cell]]:
         settings: constants of evaluation_scripts/paper_tables.py; the first value of a list is that of the main table.
     """
     bottom_k, if_weight, preserve = settings.BOTTOM_K[0], settings.IF_WEIGHT[0], settings.PRESERVE_PERPLEXITY[0]
+    ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
     cells = {
         "main": [
             Cell(task, scores_type, preserves, bottom_k, if_weight)
@@ -69,9 +70,9 @@ def grids(settings: Settings) -> dict[str, list[Cell]]:
             Cell(task, scores_type, preserve, k, if_weight)
             for scores_type in settings.ABLATED_SCORES_TYPES
             for k in settings.BOTTOM_K
-            for task in settings.TASKS
+            for task in ablated_tasks
         ],
-        "if_weight": [Cell(task, "dpp", preserve, bottom_k, w) for w in settings.IF_WEIGHT for task in settings.TASKS],
+        "if_weight": [Cell(task, "dpp", preserve, bottom_k, w) for w in settings.IF_WEIGHT for task in ablated_tasks],
     }
     for name, values in (("bottom_k", settings.BOTTOM_K), ("if_weight", settings.IF_WEIGHT)):
         if len(values) == 1:

@@ -25,7 +25,9 @@ from utils.selection import rows_apart
 
 FIRST_RATE = 0.012  # the paper's
 PRECISION = 0.01  # of the rate found, as a ratio
-MAX_DOUBLINGS = 30
+SMALLEST_RATE, LARGEST_RATE = FIRST_RATE * 2.0**-30, FIRST_RATE * 2.0**30  # beyond which the search gives up
+LARGEST_STRIDE = 8.0  # from one rate to the next, as a ratio
+MAX_CLIMBS = 30
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class Search:
 
 
 def largest_gain_within(budget: float, measure: Callable[[float], Probe]) -> Search:
-    """Bracket the largest step within the budget by doubling and halving, then bisect; step back if gain peaks before.
+    """Find the largest step within the budget to PRECISION; step back where the gain peaks before it.
 
-    Rates are compared as ratios: bisection takes the geometric mean, and ends where neighbours are within PRECISION.
+    The cost of a step grows like a power of it (a quadratic one near a minimum), so the next rate to try is where a
+    power law reaches the budget: with exponent 2 from the one point that is known, then through both ends of the
+    bracket. Every third try halves the bracket instead, in ratio, so that it shrinks whatever the curve.
 
     Args:
         budget: largest allowed `perplexity_change`.
@@ -68,34 +72,52 @@ def largest_gain_within(budget: float, measure: Callable[[float], Probe]) -> Sea
             tried[rate] = measure(rate)
         return tried[rate]
 
-    def is_within(rate: float) -> bool:
-        return probe(rate).perplexity_change <= budget
-
     def ended(rate: float, stopped: str) -> Search:
         return Search(rate, stopped, sorted(tried.values(), key=lambda known: known.learning_rate))
 
-    inside = outside = FIRST_RATE
-    for _ in range(MAX_DOUBLINGS):
-        if is_within(inside) and not is_within(outside):
-            break
-        if is_within(outside):
-            inside, outside = outside, 2 * outside
+    inside: Probe | None = None
+    outside: Probe | None = None
+    rate = FIRST_RATE
+    while SMALLEST_RATE <= rate <= LARGEST_RATE:
+        found = probe(rate)
+        if found.perplexity_change <= budget:
+            inside = found
         else:
-            inside, outside = inside / 2, inside
-    if not is_within(inside):
-        return ended(0.0, f"no step down to {inside:.3g} stays within the budget")
-    while not is_within(outside) and outside / inside > 1 + PRECISION:
-        middle = math.sqrt(inside * outside)
-        inside, outside = (middle, outside) if is_within(middle) else (inside, middle)
+            outside = found
+        if inside and outside and outside.learning_rate / inside.learning_rate <= 1 + PRECISION:
+            break
+        rate = _next_rate(budget, inside, outside, bisect=len(tried) % 3 == 0)
 
+    if inside is None:
+        return ended(0.0, f"no step down to {SMALLEST_RATE:.3g} stays within the budget")
     best = _climb(probe, [known for known in tried.values() if known.perplexity_change <= budget], budget)
     if best.gain <= 0:
         return ended(0.0, "no step within the budget improves the training pairs")
-    if best.learning_rate < max(known.learning_rate for known in tried.values() if known.perplexity_change <= budget):
+    if best.learning_rate < inside.learning_rate:
         return ended(best.learning_rate, "improvement on the training pairs peaks before the budget is spent")
-    if is_within(outside):
+    if outside is None:
         return ended(best.learning_rate, "no step that was tried exceeds the budget")
     return ended(best.learning_rate, f"a step {PRECISION:.0%} larger exceeds the perplexity budget")
+
+
+def _next_rate(budget: float, inside: Probe | None, outside: Probe | None, bisect: bool) -> float:
+    """Where the cost should reach the budget, kept apart from what is known by a quarter of PRECISION."""
+    if inside is None or outside is None:
+        known = inside or outside
+        reach = math.sqrt(budget / known.perplexity_change) if known.perplexity_change > 0 else LARGEST_STRIDE
+        stride = min(max(reach, 1.2), LARGEST_STRIDE) if inside else max(min(reach, 1 / 1.2), 1 / LARGEST_STRIDE)
+        return known.learning_rate * stride
+    low, high = math.log(inside.learning_rate), math.log(outside.learning_rate)
+    middle = (low + high) / 2
+    if not bisect and inside.perplexity_change > 0 and math.isfinite(outside.perplexity_change):
+        cost_low, cost_high, target = (
+            math.log(cost) for cost in (inside.perplexity_change, outside.perplexity_change, budget)
+        )
+        middle = low + (high - low) * (target - cost_low) / (cost_high - cost_low)
+        # Aim a little past the crossing, at the end of the bracket that is farther from it.
+        middle += PRECISION / 4 * (1 if high - middle > middle - low else -1)
+    margin = min(PRECISION / 4, (high - low) / 4)
+    return math.exp(min(max(middle, low + margin), high - margin))
 
 
 def _climb(probe: Callable[[float], Probe], within: list[Probe], budget: float) -> Probe:
@@ -103,7 +125,7 @@ def _climb(probe: Callable[[float], Probe], within: list[Probe], budget: float) 
 
     Ends at once where even a step that costs a tenth of the budget does harm: gain is linear in smaller ones.
     """
-    for _ in range(MAX_DOUBLINGS):
+    for _ in range(MAX_CLIMBS):
         within.sort(key=lambda known: known.learning_rate)
         position = max(range(len(within)), key=lambda i: within[i].gain)
         best = within[position]
