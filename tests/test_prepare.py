@@ -1,0 +1,708 @@
+"""The official data: every source's formats, what a second or a killed run does, and what is refused.
+
+No network: the two functions of the hub's clients that utils/official/sources.py calls are replaced by stand-ins.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import DEMO, SHARED_DATA, contents, needs_real_samples, read_rows, run_script, write_rows
+from huggingface_hub.errors import EntryNotFoundError
+
+from utils import artifacts, settings
+from utils.official import formats, sources
+from utils.official.parts import FILES
+from utils.performance_functions.bias import BIAS
+from utils.performance_functions.ethics import ETHICS
+from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.pairs import read_csv
+from utils.performance_functions.truth import TRUTH
+
+PREPARE = "data/prepare.py"
+
+ANY_COUNT = ["--CHECK_COUNTS", False]
+TOKEN = "hf_not_a_real_token"
+PROGRESS_BAR = re.compile(r"%\|.*\|.*/s\]$")
+
+TRUTH_ROWS = [
+    {
+        "type": "Adversarial",
+        "category": "Myths",
+        "question": f"Is it so, {number}?",
+        "best_answer": f'No, "{number}" isn\u2019t',
+        "correct_answers": [f'No, "{number}" isn\u2019t', "It is not "],
+        "incorrect_answers": ["Yes", "Of course"],
+        "source": "https://example.org/a,b",
+    }
+    for number in range(10)
+]
+ETHICS_ROWS = [
+    {"label": label, "input": text, "is_short": is_short, "edited": False}
+    for label, text, is_short in [
+        (0, "I helped, as I should.", True),
+        (1, 'I said "no"\nand lied.', True),
+        (0, "I waited. " * 30, False),
+        (1, "I lied. " * 30, False),
+    ]
+]
+
+
+def dialogues(count: int) -> list[dict[str, str]]:
+    return [
+        {
+            "prompt": f"\n\nHuman: Tell me {number}\u2028.\n\nAssistant:",
+            "response": " Yes.",
+            "chosen": f" No, {number}.",
+            "rejected": " Yes.",
+        }
+        for number in range(count)
+    ]
+
+
+def csv_bytes(rows: list[dict]) -> bytes:
+    return pd.DataFrame(rows).to_csv(index=False).encode("utf-8")
+
+
+class FakeHub:
+    """Stands for load_dataset and hf_hub_download, and keeps what it was asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data_sets: dict[tuple[str, str | None, str], list[dict]] = {
+            ("Dahoas/static-hh", None, "train"): dialogues(6),
+            ("Dahoas/static-hh", None, "test"): dialogues(3),
+            ("truthfulqa/truthful_qa", "generation", "validation"): TRUTH_ROWS,
+        }
+        self.files: dict[str, bytes] = {
+            "data/commonsense/train.csv": csv_bytes(ETHICS_ROWS),
+            "data/commonsense/test.csv": csv_bytes(ETHICS_ROWS),
+        }
+        self.failure: Exception | None = None
+        self.asked: list[str] = []
+        self.keywords: list[dict] = []
+
+    def load_dataset(self, name: str, subset: str | None, *, split: str, **keywords: object) -> list[dict]:
+        self._called(f"{name}/{subset}/{split}", keywords)
+        return self.data_sets[name, subset, split]
+
+    def hf_hub_download(self, name: str, place: str, *, repo_type: str, **keywords: object) -> str:
+        assert repo_type == "dataset"
+        self._called(f"{name}/{place}", keywords)
+        if place not in self.files:
+            raise EntryNotFoundError(f"404: {place}")
+        file = self.folder / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(self.files[place])
+        return str(file)
+
+    def _called(self, what: str, keywords: dict) -> None:
+        self.asked.append(what)
+        self.keywords.append(keywords)
+        if self.failure:
+            raise self.failure
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path) -> FakeHub:
+    fake = FakeHub(tmp_path / "hub")
+    for name in ("load_dataset", "hf_hub_download"):
+        monkeypatch.setattr(sources, name, getattr(fake, name))
+    return fake
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return tmp_path / "official"
+
+
+@pytest.fixture
+def run(data) -> Callable[..., None]:
+    """Runs the script on the data folder of the test."""
+    return lambda *arguments: run_script(PREPARE, "--DATA_DIR", data, *arguments)
+
+
+@pytest.fixture
+def refusal(run, data, capsys) -> Callable[..., str]:
+    """Runs the script where it must refuse, and gives its one line; nothing on disk may change."""
+
+    def refused(*arguments: object) -> str:
+        before = contents(data)
+        line = failure(run, capsys, *arguments)
+        assert contents(data) == before
+        return line
+
+    return refused
+
+
+def failure(run: Callable[..., None], capsys: pytest.CaptureFixture, *arguments: object) -> str:
+    """The one line of a run that fails."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not PROGRESS_BAR.search(line)]
+    assert stop.value.code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def all_in(line: str, *parts: object) -> bool:
+    missing = [str(part) for part in parts if str(part) not in line]
+    assert not missing, f"{missing} not in {line!r}"
+    return True
+
+
+def manifest_of(file: Path) -> dict:
+    return json.loads(file.with_name(f"{file.stem}.manifest.json").read_text(encoding="utf-8"))
+
+
+def assert_nothing_half_written(data: Path) -> None:
+    assert [path for path in data.rglob("*") if ".partial" in str(path.relative_to(data))] == []
+    for manifest in data.rglob("*.manifest.json"):
+        assert manifest.with_name(json.loads(manifest.read_text(encoding="utf-8"))["artifact"]).is_file()
+
+
+# ----------------------------------------------------------------------------------------------------- the hub
+
+
+def test_dialogues_of_the_hub(run, hub, data, capsys):
+    run("--ONLY", "hh", *ANY_COUNT)
+    assert read_lines(data / "hh" / "train.jsonl") == dialogues(6)
+    assert len(load_dialogues(str(data / "hh"), "test")) == 3
+    manifest = manifest_of(data / "hh" / "train.jsonl")
+    assert manifest["rows"] == 6
+    assert manifest["loads_as"] == {"train": 6}
+    assert manifest["settings"] == {"HH_SOURCE": "Dahoas/static-hh"}
+    assert manifest["content"]
+    assert "datasets" in manifest["versions"]
+    told = capsys.readouterr().out
+    assert all_in(told, "| 6 rows |", "96,256", "6 train", "next: python data/prepare.py", "--ONLY truth ethics")
+    assert_nothing_half_written(data)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """As read_rows, but U+2028 does not end a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def test_questions_of_the_hub_get_the_original_headings(run, hub, data):
+    run("--ONLY", "truth", *ANY_COUNT)
+    table = pd.read_csv(data / "truthfulness" / "TruthfulQA.csv", dtype=str)
+    assert list(table.columns) == list(formats.TRUTH_COLUMNS)
+    assert table.loc[3, "Correct Answers"] == 'No, "3" isn\u2019t; It is not'
+    assert table.loc[3, "Source"] == "https://example.org/a,b"
+    pairs = TRUTH.load_pairs(data, "train") + TRUTH.load_pairs(data, "test")
+    assert sorted(pairs)[3] == ("Is it so, 3?\n\nAnswer:", ' No, "3" isn\u2019t', " Yes")
+
+
+def test_statements_of_the_hub(run, hub, data):
+    run("--ONLY", "ethics", *ANY_COUNT)
+    table = pd.read_csv(data / "ethics" / "cm_train.csv", dtype=str)
+    assert table.to_dict("records") == [{name: str(value) for name, value in row.items()} for row in ETHICS_ROWS]
+    assert len(ETHICS.load_pairs(data, "test")) == 1
+
+
+def test_is_short_is_derived_where_a_mirror_lacks_it(run, hub, data, capsys):
+    rows = [{"label": row["label"], "input": row["input"]} for row in ETHICS_ROWS]
+    hub.files = {f"cm_{split}.csv": csv_bytes(rows) for split in ("train", "test")}
+    run("--ONLY", "ethics", *ANY_COUNT)
+    assert hub.asked[:2] == [f"hendrycks/ethics/{place}" for place in ("data/commonsense/train.csv", "cm_train.csv")]
+    table = pd.read_csv(data / "ethics" / "cm_test.csv", dtype=str, keep_default_na=False)
+    assert table["is_short"].tolist() == ["True", "True", "False", "False"]
+    assert set(table["edited"]) == {""}
+    assert all_in(capsys.readouterr().out, "no is_short", "fewer than 200 characters")
+    assert "200 characters" in manifest_of(data / "ethics" / "cm_test.csv")["notes"]["is_short"]
+
+
+@needs_real_samples
+def test_the_rule_for_is_short_agrees_with_the_real_one():
+    rows = [row for split in ("train", "test") for row in real_statements(split)]
+    wrong = [row for row in rows if row["is_short"] != str(len(row["input"]) < formats.SHORT_BELOW_CHARACTERS)]
+    assert len(rows) == 3_885
+    assert len(wrong) == 1
+
+
+def real_statements(split: str) -> list[dict]:
+    return statements(SHARED_DATA / "ethics" / f"cm_{split}.csv")
+
+
+def statements(file: Path) -> list[dict]:
+    return read_csv(file, list(formats.ETHICS_COLUMNS)).to_dict("records")
+
+
+def test_official_counts_of_the_hub_pass(run, hub, data):
+    official = {file.split: file.official_count for file in FILES if file.part == "ethics"}
+    assert official == {"train": 13_910, "test": 3_885}
+    for split, count in official.items():
+        hub.files[f"data/commonsense/{split}.csv"] = csv_bytes((ETHICS_ROWS * count)[:count])
+    run("--ONLY", "ethics")
+    assert manifest_of(data / "ethics" / "cm_train.csv")["rows"] == 13_910
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("hh", ["HH_SOURCE", "6 rows for hh/train.jsonl", "96,256 are expected"]),
+        ("truth", ["TRUTH_SOURCE", "10 rows for truthfulness/TruthfulQA.csv", "817 are expected"]),
+        ("ethics", ["ETHICS_SOURCE", "4 rows for ethics/cm_train.csv", "13,910 are expected"]),
+    ],
+)
+def test_other_counts_than_the_official_ones(refusal, run, hub, data, part, told):
+    assert all_in(refusal("--ONLY", part), *told, "CHECK_COUNTS = False accepts it")
+    run("--ONLY", part, *ANY_COUNT)
+    assert all_in(refusal("--ONLY", part), *told)  # also where it is finished
+
+
+def test_the_hub_is_asked_with_token_and_cache_and_the_token_is_not_told(refusal, hub, monkeypatch, tmp_path):
+    monkeypatch.setattr(settings, "PROJECT_ROOT", tmp_path)
+    for name in ("HUB_TOKEN", "HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\nHUB_CACHE=/some/cache\n", encoding="utf-8")
+    hub.failure = ValueError(f"403 with {TOKEN}\nmore lines")
+    for part in ("hh", "truth", "ethics"):
+        line = refusal("--ONLY", part)
+        assert all_in(line, "_SOURCE = ", "the hub does not give it", "if it has moved", "403 with *** more lines")
+    assert hub.keywords == [{"cache_dir": "/some/cache", "token": TOKEN}] * 3
+
+
+@pytest.mark.parametrize("part", ["hh", "truth", "ethics"])
+def test_no_network(refusal, data, part):
+    """The real clients, offline as all tests are."""
+    line = refusal("--ONLY", part)
+    assert all_in(line, f"{part.upper()}_SOURCE = ", "no network, the hub cannot be reached", "give ")
+    assert not data.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ConnectionError("x"), "no network"),
+        (FileNotFoundError("no such data set"), "the hub does not give it"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+    ],
+)
+def test_failures_of_the_hub(refusal, hub, error, told):
+    hub.failure = error
+    for part in ("hh", "ethics"):
+        assert all_in(refusal("--ONLY", part), told)
+
+
+def test_a_disk_that_is_full_behind_another_error(refusal, hub):
+    hub.failure = RuntimeError("An error occurred while generating the dataset")
+    hub.failure.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert all_in(refusal("--ONLY", "hh"), "the disk is full", "HUB_CACHE")
+
+
+def test_files_that_have_moved(refusal, hub):
+    hub.files = {}
+    line = refusal("--ONLY", "ethics")
+    assert all_in(line, "hendrycks/ethics", "have moved, tried data/commonsense/train.csv, cm_train.csv", "folder")
+
+
+def test_bias_on_the_hub_lacks_the_counter_statements(refusal, hub):
+    line = refusal("--ONLY", "bias")
+    assert all_in(line, "AI-Secure/DecodingTrust", "not the counter-statements")
+    assert all_in(line, "templates.json or the authors' Python file", "leave bias out with ONLY")
+
+
+# ----------------------------------------------------------------------------------------------- local copies
+
+
+@needs_real_samples
+def test_real_questions_with_a_byte_order_mark(run, data):
+    original = SHARED_DATA / "truthfulness" / "TruthfulQA.csv"
+    assert original.read_bytes().startswith(b"\xef\xbb\xbf")
+    run("--ONLY", "truth", "--TRUTH_SOURCE", original)
+    written = data / "truthfulness" / "TruthfulQA.csv"
+    assert written.read_bytes().startswith(b"Type,Category,Question,Best Answer,")
+    assert manifest_of(written)["rows"] == 817
+    for split in ("train", "test"):
+        assert TRUTH.load_pairs(data, split) == TRUTH.load_pairs(SHARED_DATA, split)
+
+
+@needs_real_samples
+def test_real_statements(run, data, capsys):
+    run("--ONLY", "ethics", "--ETHICS_SOURCE", SHARED_DATA / "ethics")
+    for split in ("train", "test"):
+        assert ETHICS.load_pairs(data, split) == ETHICS.load_pairs(SHARED_DATA, split)
+        assert statements(data / "ethics" / f"cm_{split}.csv") == real_statements(split)
+    assert all_in(capsys.readouterr().out, "2,800 rows", "13,910", "1,085 rows", "3,885")
+
+
+@needs_real_samples
+def test_real_templates(run, data, capsys):
+    run("--ONLY", "bias", "--BIAS_SOURCE", SHARED_DATA / "bias" / "templates.json")
+    written = data / "bias" / "templates.json"
+    assert written.read_bytes() == (SHARED_DATA / "bias" / "templates.json").read_bytes()
+    assert manifest_of(written)["rows"] == 3_456
+    assert all_in(capsys.readouterr().out, "| 3,456 pairs |", "2,784 train + 672 test")
+    for split in ("train", "test"):
+        assert BIAS.load_pairs(data, split) == BIAS.load_pairs(SHARED_DATA, split)
+
+
+@needs_real_samples
+def test_real_dialogues(run, data):
+    run("--ONLY", "hh", "--HH_SOURCE", SHARED_DATA / "hh", *ANY_COUNT)
+    for split in ("train", "test"):
+        assert load_dialogues(str(data / "hh"), split) == load_dialogues(str(SHARED_DATA / "hh"), split)
+        assert read_lines(data / "hh" / f"{split}.jsonl") == read_lines(SHARED_DATA / "hh" / f"{split}.jsonl")
+
+
+def local_hh(folder: Path) -> Path:
+    write_rows(folder / "train.jsonl", dialogues(6))
+    write_rows(folder / "test.jsonl", dialogues(3))
+    return folder
+
+
+def local_ethics(folder: Path) -> Path:
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"cm_{split}.csv").write_bytes(csv_bytes(ETHICS_ROWS))
+    return folder
+
+
+def test_an_unpacked_tar_of_the_authors(run, data, tmp_path):
+    (tmp_path / "ethics").mkdir()
+    local_ethics(tmp_path / "ethics" / "commonsense")
+    run("--ONLY", "ethics", "--ETHICS_SOURCE", tmp_path / "ethics")
+    assert len(ETHICS.load_pairs(data, "train")) == 1
+
+
+# -------------------------------------------------------------------------------------- bias from Python files
+
+TOPICS = {
+    "work": {
+        "stereotype": ["[target_group] are lazy.", "[target_group] cheat."],
+        "antistereotype": ["[target_group] work.", "[target_group] share."],
+    },
+    "sport": {"stereotype": ["[target_group] are slow."], "antistereotype": ["[target_group] run."]},
+}
+STEREOTYPES = {topic: statements["stereotype"] for topic, statements in TOPICS.items()}
+COUNTERS = {topic: tuple(statements["antistereotype"]) for topic, statements in TOPICS.items()}
+GROUPS_AND_PROMPT = 'TARGET_GROUPS = ["Ambrels", "Pelgars"]\nSYSTEM_PROMPT = "Tell me about [target_group]"\n'
+
+
+@pytest.mark.parametrize(
+    "topics",
+    [
+        f"DATA: dict = {TOPICS!r}\n",
+        f"def load():\n    anything = {TOPICS!r}\n    return anything\n",
+        f"STEREOTYPE_MAP = {STEREOTYPES!r}\nANTI_STEREOTYPE_MAP = {COUNTERS!r}\n",
+        f"counter_statements = {COUNTERS!r}\nstereotypes = {{}}\nstereotypes = {STEREOTYPES!r}\n",
+    ],
+)
+def test_templates_of_a_python_file(run, data, tmp_path, topics):
+    (tmp_path / "authors.py").write_text(f"import nothing_here\n{GROUPS_AND_PROMPT}{topics}", encoding="utf-8")
+    run("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / "authors.py", *ANY_COUNT)
+    written = json.loads((data / "bias" / "templates.json").read_text(encoding="utf-8"))
+    assert written == {
+        "source": "authors.py",
+        "prompt": "Tell me about [target_group]",
+        "target_groups": ["Ambrels", "Pelgars"],
+        "topics": TOPICS,
+    }
+    assert manifest_of(data / "bias" / "templates.json")["rows"] == 2 * (2 * 2 + 1)
+
+
+def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
+    trace = tmp_path / "trace"
+    evil = f"__import__('os').system('touch {trace}')"
+    text = f'{evil}\nTOPICS = {TOPICS!r}\nGROUPS = [{evil}, "a"]\nTARGET_GROUPS = {evil}\nPROMPT = f"{{{evil}}}"\n'
+    (tmp_path / "evil.py").write_text(text, encoding="utf-8")
+    line = refusal("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / "evil.py", *ANY_COUNT)
+    assert all_in(line, "no prompt, target_groups as a literal", "the file is not run")
+    (tmp_path / "evil.py").write_text(text + GROUPS_AND_PROMPT, encoding="utf-8")
+    run("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / "evil.py", *ANY_COUNT)
+    assert len(BIAS.load_pairs(data, "train")) == 8
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.py", b"x = 1\n", ["no prompt, target_groups, topics as a literal", "--help", "templates.json"]),
+        ("a.py", f"{GROUPS_AND_PROMPT}STEREOTYPES = {STEREOTYPES!r}\n".encode(), ["no topics"]),
+        (
+            "a.py",
+            f"{GROUPS_AND_PROMPT}STEREOTYPES = {STEREOTYPES!r}\nCOUNTER = {{'work': ['x']}}\n".encode(),
+            ["no topics"],
+        ),
+        ("a.py", b"x = (\n", ["cut off or malformed"]),
+        ("a.py", b"x = '\xff'\n", ["cut off or malformed", "utf-8"]),
+        ("a.py", b"x = " + b"[" * 100_000, ["cut off or malformed"]),
+        ("a.json", b'{"prompt": ', ["cut off or malformed"]),
+        ("a.json", b"[]", ["templates.json", "needs prompt, target_groups (a list), and topics"]),
+        ("a.json", json.dumps({"prompt": "x", "target_groups": ["a"]}).encode(), ["lacks 'topics'"]),
+        (
+            "a.json",
+            json.dumps({"topics": {"a": {"stereotype": ["{group} lie"], "antistereotype": []}}}).encode(),
+            ["every statement must name [target_group]", "'{group} lie'"],
+        ),
+    ],
+)
+def test_broken_templates(refusal, tmp_path, name, content, told):
+    (tmp_path / name).write_bytes(content)
+    line = refusal("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / name, *ANY_COUNT)
+    assert all_in(line, f"BIAS_SOURCE = '{tmp_path / name}'", *told)
+    assert ".partial" not in line
+
+
+def test_templates_of_another_size(refusal, run, data):
+    source = ["--ONLY", "bias", "--BIAS_SOURCE", DEMO / "bias" / "templates.json"]
+    assert all_in(refusal(*source), "pairs for bias/templates.json", "3,456 are expected", "CHECK_COUNTS = False")
+    run(*source, *ANY_COUNT)
+    assert (data / "bias" / "templates.json").read_bytes() == (DEMO / "bias" / "templates.json").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------- broken sources
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "told"),
+    [
+        ("hh", "nothing", ["no such file or folder", "train.jsonl and test.jsonl", "hub id"]),
+        ("ethics", "data/nothing", ["no such file or folder", "cm_train.csv and cm_test.csv"]),
+        ("hh", "README.md", ["is a file", "a folder with train.jsonl"]),
+        ("ethics", "tests", ["the folder has none of ", "cm_train.csv"]),
+    ],
+)
+def test_sources_that_are_none(refusal, hub, part, value, told):
+    """Found before anything is fetched."""
+    line = refusal(f"--{part.upper()}_SOURCE", value, *ANY_COUNT, *(["--ONLY", part] if value != "nothing" else []))
+    assert all_in(line, f"{part.upper()}_SOURCE = {value!r}", *told)
+    assert hub.asked == []
+
+
+def test_a_source_that_is_the_destination(refusal, run, data, hub):
+    run("--ONLY", "truth", *ANY_COUNT)
+    line = refusal("--ONLY", "truth", "--TRUTH_SOURCE", data / "truthfulness" / "TruthfulQA.csv", "--OVERWRITE", True)
+    assert all_in(line, "TRUTH_SOURCE", "give a source outside it")
+
+
+def test_constants(refusal):
+    assert all_in(refusal("--ONLY", "hh", "math"), "ONLY = hh math", "'hh', 'truth', 'ethics', 'bias'")
+
+
+def test_data_folder_that_is_a_file(run, hub, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    line = failure(run, capsys, "--DATA_DIR", tmp_path / "file" / "below")
+    assert all_in(line, "DATA_DIR = ", "is no folder that can be written to")
+    assert hub.asked == []
+
+
+GOOD_DIALOGUE = json.dumps(dialogues(1)[0]).encode() + b"\n"
+ETHICS_HEADER = b"label,input,is_short,edited\n"
+TRUTH_HEADER = ",".join(formats.TRUTH_COLUMNS).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "told"),
+    [
+        ("hh", b"", ["gives no rows for hh/train.jsonl", "at least one"]),
+        ("hh", GOOD_DIALOGUE + GOOD_DIALOGUE[:-9], ["train.jsonl, line 2 is not a JSON object"]),
+        ("hh", GOOD_DIALOGUE + b"\xff\n", ["train.jsonl, line 2", "utf-8"]),
+        ("hh", GOOD_DIALOGUE + b'{"prompt": "x", "chosen": "y"}\n', ["row 2", "no column response, rejected"]),
+        ("hh", GOOD_DIALOGUE.replace(b'" No, 0."', b"null"), ["row 1", "'chosen' is None", "must be a text"]),
+        ("hh", GOOD_DIALOGUE.replace(b" No,", b" \\ud800"), ["hh/train.jsonl", "utf-8", "surrogates"]),
+        ("truth", TRUTH_HEADER, ["has no rows", "at least one"]),
+        ("truth", TRUTH_HEADER + b"a,b,c,d,e,f,g\na,b,c\n", ["row 3", "'Best Answer' is empty"]),
+        ("truth", TRUTH_HEADER + b'a,b,c,d,e,f,"g\n', ["cannot be read as CSV", "EOF inside string"]),
+        ("truth", TRUTH_HEADER + b"a,b,c,d\xff,e,f,g\n", ["cannot be read as CSV", "utf-8"]),
+        ("truth", b"Question,Answer\nq,a\n", ["no column Type, ", "it has Question, Answer"]),
+        ("truth", TRUTH_HEADER + b"a,b,c,d,e,f,g\n", ["cannot be used", "has 1 questions", "none for the train split"]),
+        ("ethics", ETHICS_HEADER + b"0,I helped.\n", ["row 1", "'is_short' is ''", "allowed: True"]),
+        ("ethics", ETHICS_HEADER + b"0,I helped.,True,False\n", ["cannot be used", "label 1", "both labels"]),
+        ("ethics", ETHICS_HEADER + b"2,I lied.,True,False\n", ["row 1", "'label' is '2'", "allowed: 0, 1"]),
+        ("ethics", b"label,text\n0,x\n", ["no column input", "it has label, text"]),
+    ],
+)
+def test_broken_local_files(refusal, tmp_path, part, content, told):
+    name = {"hh": "train.jsonl", "truth": "TruthfulQA.csv", "ethics": "cm_train.csv"}[part]
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / name).write_bytes(content)
+    line = refusal("--ONLY", part, f"--{part.upper()}_SOURCE", tmp_path / "source", *ANY_COUNT)
+    assert name in line or f"{part.upper()}_SOURCE = " in line
+    assert all_in(line, *told)
+    assert ".partial" not in line
+
+
+def test_missing_split(run, capsys, data, tmp_path):
+    """What is finished stays, and is named."""
+    (local_hh(tmp_path / "dialogues") / "test.jsonl").unlink()
+    line = failure(run, capsys, "--ONLY", "hh", "--HH_SOURCE", tmp_path / "dialogues", *ANY_COUNT)
+    assert all_in(line, "the folder has none of test.jsonl", "finished and kept: hh/train.jsonl")
+    assert len(load_dialogues(str(data / "hh"), "train")) == 6
+    assert not (data / "hh" / "test.jsonl").exists()
+
+
+# ------------------------------------------------------------------------------------------------ several runs
+
+EVERYTHING = ["--BIAS_SOURCE", DEMO / "bias" / "templates.json", *ANY_COUNT]
+
+
+def test_a_second_run_changes_nothing_and_asks_for_nothing(run, hub, data, capsys):
+    run(*EVERYTHING)
+    before, asked = contents(data), list(hub.asked)
+    assert len(before) == 2 * len(FILES)
+    first = capsys.readouterr().out
+    assert all_in(first, "next: python data/make_sft_model.py", f"--HH_DATASET {data}/hh", f"--DATA_DIR {data}")
+    run(*EVERYTHING)
+    assert contents(data) == before
+    assert hub.asked == asked
+    second = capsys.readouterr().out
+    assert second.count("finished before: ") == len(FILES)
+    assert second[second.index("| file") :] == first[first.index("| file") :]
+    run(*EVERYTHING, "--OVERWRITE", True)
+    assert contents(data) == before
+
+
+class Killed(list):
+    """Rows that end in the middle."""
+
+    def __iter__(self) -> Iterator[dict]:
+        yield from list.__iter__(self[:2])
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_was_killed_goes_on(run, hub, data):
+    whole = hub.data_sets["Dahoas/static-hh", None, "test"]
+    hub.data_sets["Dahoas/static-hh", None, "test"] = Killed(whole)
+    with pytest.raises(SystemExit) as stop:
+        run(*EVERYTHING)
+    assert stop.value.code == 130
+    assert set(contents(data)) == {"hh/train.jsonl", "hh/train.manifest.json"}
+    before = contents(data)
+    hub.data_sets["Dahoas/static-hh", None, "test"] = whole
+    hub.asked.clear()
+    run(*EVERYTHING)
+    assert "Dahoas/static-hh/None/train" not in hub.asked
+    assert read_lines(data / "hh" / "test.jsonl") == whole
+    assert {name: what for name, what in contents(data).items() if name in before} == before
+    assert_nothing_half_written(data)
+
+
+def test_what_a_power_cut_leaves_is_not_taken_for_whole(run, hub, data):
+    """A staging folder with half a file, and a whole file whose manifest was not written any more."""
+    run("--ONLY", "hh", *ANY_COUNT)
+    expected = {name: content for name, (content, _) in contents(data).items() if name.endswith(".jsonl")}
+    (data / "hh" / "train.manifest.json").unlink()
+    (data / "hh" / "test.manifest.json").unlink()
+    (data / "hh" / "test.jsonl").unlink()
+    (data / "hh.partial" / "hh").mkdir(parents=True)
+    (data / "hh.partial" / "hh" / "test.jsonl").write_text('{"prompt": "half', encoding="utf-8")
+    run("--ONLY", "hh", *ANY_COUNT)
+    assert {name: content for name, (content, _) in contents(data).items() if name.endswith(".jsonl")} == expected
+    assert manifest_of(data / "hh" / "train.jsonl")["rows"] == 6
+    assert_nothing_half_written(data)
+
+
+@pytest.mark.parametrize("spoil", [lambda content: content[:-5], lambda content: content.replace(b"No", b"Na")])
+def test_a_file_that_was_truncated_or_edited(refusal, run, hub, data, spoil):
+    run("--ONLY", "hh", *ANY_COUNT)
+    file = data / "hh" / "train.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(spoil(whole))
+    line = refusal("--ONLY", "hh", *ANY_COUNT)
+    assert all_in(line, file, "was truncated or edited", manifest_of(file)["content"], "OVERWRITE = True")
+    run("--ONLY", "hh", *ANY_COUNT, "--OVERWRITE", True)
+    assert file.read_bytes() == whole
+
+
+def test_a_broken_manifest(refusal, run, hub, data):
+    run("--ONLY", "truth", *ANY_COUNT)
+    (data / "truthfulness" / "TruthfulQA.manifest.json").write_text("{", encoding="utf-8")
+    assert all_in(refusal("--ONLY", "truth", *ANY_COUNT), "TruthfulQA.manifest.json", "run data/prepare.py again")
+
+
+def test_another_source(refusal, run, hub, data, tmp_path):
+    run("--ONLY", "ethics", *ANY_COUNT)
+    source = ["--ONLY", "ethics", "--ETHICS_SOURCE", local_ethics(tmp_path / "mine")]
+    assert all_in(refusal(*source), "ETHICS_SOURCE = 'hendrycks/ethics' recorded", "mine' now", "OVERWRITE = True")
+    run(*source, "--OVERWRITE", True)
+    assert manifest_of(data / "ethics" / "cm_train.csv")["settings"] == {"ETHICS_SOURCE": str(tmp_path / "mine")}
+
+
+def test_a_local_source_that_changed(refusal, run, data, tmp_path):
+    source = ["--ONLY", "hh", "--HH_SOURCE", local_hh(tmp_path / "mine"), *ANY_COUNT]
+    run(*source)
+    write_rows(tmp_path / "mine" / "train.jsonl", dialogues(7))
+    assert all_in(refusal(*source), "hh/train.jsonl", "source = '", "recorded", "now", "OVERWRITE = True")
+    run(*source, "--OVERWRITE", True)
+    assert len(read_lines(data / "hh" / "train.jsonl")) == 7
+
+
+def test_a_file_of_the_users_own_is_not_replaced(refusal, run, hub, data):
+    file = data / "truthfulness" / "TruthfulQA.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine", encoding="utf-8")
+    line = refusal("--ONLY", "truth", *ANY_COUNT)
+    assert all_in(line, file, "has no manifest and differs", "OVERWRITE = True")
+    run("--ONLY", "truth", *ANY_COUNT, "--OVERWRITE", True)
+    assert manifest_of(file)["rows"] == 10
+
+
+# --------------------------------------------------------------------------------------------- no room, no right
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full(run, hub, small_disk, capsys):
+    hub.data_sets["Dahoas/static-hh", None, "test"] = dialogues(3_000)
+    line = failure(run, capsys, "--DATA_DIR", small_disk, "--ONLY", "hh", *ANY_COUNT)
+    assert all_in(
+        line, "hh/test.jsonl: the disk is full", "another source or DATA_DIR", "finished and kept: hh/train.jsonl"
+    )
+    assert set(contents(small_disk)) == {"hh/train.jsonl", "hh/train.manifest.json"}
+    hub.data_sets["Dahoas/static-hh", None, "test"] = dialogues(30)
+    run("--DATA_DIR", small_disk, "--ONLY", "hh", *ANY_COUNT)
+    assert len(read_lines(small_disk / "hh" / "test.jsonl")) == 30
+    assert_nothing_half_written(small_disk)
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_written(run, hub, data, capsys, monkeypatch):
+    def fail(path: Path, _: str) -> None:
+        path.with_name(f"{path.name}.partial").write_text("{", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "write_atomically", fail)
+        assert all_in(failure(run, capsys, "--ONLY", "truth", *ANY_COUNT), "the disk is full")
+    assert set(contents(data)) == {"truthfulness/TruthfulQA.csv"}
+    run("--ONLY", "truth", *ANY_COUNT)
+    assert manifest_of(data / "truthfulness" / "TruthfulQA.csv")["rows"] == 10
+
+
+def test_a_folder_in_the_way(refusal, hub, data):
+    (data / "truthfulness" / "TruthfulQA.csv").mkdir(parents=True)
+    assert all_in(refusal("--ONLY", "truth", *ANY_COUNT), "TruthfulQA.csv")
+
+
+def test_the_demo_has_the_columns_of_the_official_files():
+    assert set(read_rows(DEMO / "hh" / "train.jsonl")[0]) >= {"prompt", "chosen"}
+    for file, columns in (
+        ("truthfulness/TruthfulQA.csv", formats.TRUTH_COLUMNS),
+        ("ethics/cm_train.csv", formats.ETHICS_COLUMNS),
+    ):
+        assert list(pd.read_csv(DEMO / file)) == list(columns)
