@@ -9,7 +9,7 @@ RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) data/demo/run_demo.py
 
-# Every method, three seeds, the ablations; goes on where it was stopped.
+# Every method, two seeds, the ablations; goes on where it was stopped.
 tables: $(VENV)/ready
 	$(RUN) data/make_sft_model.py
 	$(RUN) evaluation_scripts/paper_tables.py

@@ -43,7 +43,7 @@ def main(settings: Settings) -> None:
     say(f"seconds: {time.monotonic() - started:.0f}")
     say(f"picture: {shown_path(paths.overview_figure(settings.OUTPUT_DIR))}")
     say(f"open {shown_path(paths.results_dir(settings.OUTPUT_DIR) / 'report.html')} in a browser")
-    say("next: make tables, for every method, three seeds and the ablations")
+    say("next: make tables, for every method, two seeds and the ablations")
 
 
 if __name__ == "__main__":
