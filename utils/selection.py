@@ -17,7 +17,7 @@ import torch
 from utils.console import UserError, progress_bar
 
 FEATURES_AT_ONCE = 1_024  # examples whose random features are computed together
-CANDIDATES_AT_ONCE = 1_024  # whose gains the greedy brings up to date together
+CANDIDATES_AT_ONCE = 512  # whose gains the greedy brings up to date together
 MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
 
 
