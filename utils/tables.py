@@ -125,8 +125,8 @@ def main_table(
             cells.append(_known_harm_found(group, known_harm))
         rows.append(cells)
     caption = (
-        "Perplexity on the HH test split; log-odds losses on the test pairs in nats per token, lower is better, and "
-        "their improvement. Combined: the improvement is the mean over the three tasks."
+        "What each repair did. Perplexity on the HH test split; log-odds losses on the test pairs in nats per token, "
+        "lower is better, and their improvement. Combined: the improvement is the mean over the three tasks."
     )
     return ShownTable(caption, header, rows, [flat(row) for row in repairs])
 
