@@ -20,7 +20,7 @@ bench: $(VENV)/ready
 	$(RUN) benchmarks/growth.py
 
 test: $(VENV)/ready lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .

@@ -35,10 +35,12 @@ from utils.influence import (
     trace,
 )
 from utils.models import resolve_device
+from utils.paths import STEP_2
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 from utils.pipeline import Pipeline, tasks_of
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
+from utils.steps import next_command
 from utils.tracing import Traceable, load_traceable
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -140,8 +142,7 @@ def main(settings: Settings) -> None:
     """Trace every model."""
     for model_name in settings.MODEL_NAMES:
         trace_model(settings, model_name)
-    say("next: python representations/train_reps.py")
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, next_command=partial(next_command, STEP_2))

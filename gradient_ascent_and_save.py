@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from utils.artifacts import Artifact
 from utils.console import banner, say
 from utils.hub import push_folder, require_hub_access
 from utils.models import require_supported
@@ -32,9 +33,12 @@ from utils.settings import (
     ScoresType,
     Seed,
     Settings,
+    TrackerName,
     run_step,
 )
-from utils.sweeps import write_sweep
+from utils.steps import next_command
+from utils.sweeps import sweep_row, write_sweep
+from utils.tracker import Tracker, tracking
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
@@ -61,6 +65,7 @@ HUB_USERNAME: str | None = None  # owner of the hub repository
 COMPUTE_ANTHROPIC_EVAL: bool = True  # measure HH perplexity before and after
 COMPUTE_TASK_EVAL: bool = True  # measure bias, ethics and truth before and after
 NUM_COMPLETIONS: NonNegativeInt = 0  # prompts of the repaired tasks whose greedy completions are kept in results/
+TRACKER: TrackerName | None = None  # also send the numbers to this experiment tracker, if it is installed
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -72,39 +77,54 @@ def say_report(report: dict[str, Any]) -> None:
         say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {word} {percent:+.2f} %")
 
 
+def repair_task(settings: Settings, task: str, evaluator: Evaluator, tracker: Tracker) -> list[Artifact]:
+    """Repair for one task at every learning rate; gives the repaired checkpoints."""
+    repair = Repair(settings, task)
+    for metric in repair.metrics:
+        evaluator.data(metric)  # a missing file is found before the repair, not after it
+    rates, search = settings.LEARNING_RATE, None
+    if rates == "auto":
+        banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")
+        search = search_learning_rate(repair)
+        rates = search["learning_rate"]
+    reports, checkpoints = [], []
+    for learning_rate in rates if isinstance(rates, list) else [rates]:
+        subject = f"{task}, {settings.SCORES_TYPE}, learning rate {learning_rate:g}, {settings.MODEL_NAME}"
+        banner("step 5: repair", subject)
+        if settings.SAVE_TO_DISK:
+            repair.save(learning_rate)
+        report = repair.report(learning_rate, evaluator, search)
+        reports.append(report)
+        checkpoints.append(repair.checkpoint(learning_rate))
+        say_report(report)
+        tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items()})
+        if settings.SAVE_TO_DISK:
+            repair.describe(learning_rate, report)
+        if settings.NUM_COMPLETIONS:
+            repair.complete(learning_rate, evaluator)
+    if isinstance(rates, list):
+        write_sweep(repair, reports, 100 * settings.PPL_BUDGET)
+    return checkpoints
+
+
 def main(settings: Settings) -> None:
-    """Repair for every task at every learning rate."""
+    """Repair for every task, and upload what was asked to be."""
     require_supported(settings.MODEL_NAME, settings.MODEL_FAMILY)
     access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
     evaluator = Evaluator(settings, "test")
-    for task in tasks_of(settings.TASK_NAME):
-        repair = Repair(settings, task)
-        for metric in repair.metrics:
-            evaluator.data(metric)  # a missing file is found before the repair, not after it
-        rates, search = settings.LEARNING_RATE, None
-        if rates == "auto":
-            banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")
-            search = search_learning_rate(repair)
-            rates = search["learning_rate"]
-        reports = []
-        for learning_rate in rates if isinstance(rates, list) else [rates]:
-            subject = f"{task}, {settings.SCORES_TYPE}, learning rate {learning_rate:g}, {settings.MODEL_NAME}"
-            banner("step 5: repair", subject)
-            if settings.SAVE_TO_DISK:
-                repair.save(learning_rate)
-            report = repair.report(learning_rate, evaluator, search)
-            reports.append(report)
-            say_report(report)
-            if settings.SAVE_TO_DISK:
-                repair.describe(learning_rate, report)
-            if settings.NUM_COMPLETIONS:
-                repair.complete(learning_rate, evaluator)
+    with tracking(settings.TRACKER, settings.MODEL_NAME, vars(settings)) as tracker:
+        for task in tasks_of(settings.TASK_NAME):
+            checkpoints = repair_task(settings, task, evaluator, tracker)
             if access:
-                push_folder(repair.checkpoint(learning_rate).path, settings.HUB_USERNAME, access)
-        if isinstance(rates, list):
-            write_sweep(repair, reports, 100 * settings.PPL_BUDGET)
-    say("next: python evaluation_scripts/anthropic_eval.py, or bias_loss.py, ethics_loss.py, truth_loss.py beside it")
+                for checkpoint in checkpoints:
+                    push_folder(checkpoint.path, settings.HUB_USERNAME, access)
+
+
+def tables_command(settings: Settings) -> str:
+    """The command that compares all ways of choosing on this model."""
+    names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE")
+    return next_command("evaluation_scripts/paper_tables.py", Settings(**settings.pick(*names)))
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, next_command=tables_command)

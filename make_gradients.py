@@ -15,16 +15,17 @@ last.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from tasks import BackwardTask
 from utils.artifacts import fingerprint_of
-from utils.console import banner, say
+from utils.console import banner
 from utils.influence import precondition, trace
 from utils.models import resolve_device
-from utils.paths import anchored
+from utils.paths import STEP_5, anchored
 from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.pipeline import Pipeline, task_weights, tasks_of
@@ -41,6 +42,7 @@ from utils.settings import (
     Strategy,
     run_step,
 )
+from utils.steps import next_command
 from utils.subsets import choose_subset
 from utils.tracing import load_traceable
 
@@ -115,8 +117,7 @@ def main(settings: Settings) -> None:
             if rows:
                 repair_gradient, details["alpha"] = preserving_direction(gradient, repair_gradient)
             output.save_tensors(repair_gradient, started, **details)
-    say(f"next: python gradient_ascent_and_save.py --SCORES_TYPE {settings.SCORES_TYPE}")
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, next_command=partial(next_command, STEP_5))

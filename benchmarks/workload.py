@@ -20,7 +20,7 @@ from utils.performance_functions.pairs import tokenize_pairs
 from utils.performance_functions.truth import TRUTH
 from utils.selection import centred, min_max_normalise
 
-PAPER_TRAIN, PAPER_FACTORS = 96_256, 10_000
+PAPER_TRAIN, PAPER_TEST, PAPER_FACTORS = 96_256, 5_103, 10_000
 TRAIN_SHARE_OF_ETHICS = 0.72  # of the short pairs, in the official split
 BIAS_PAIRS_PER_TOPIC = 9  # of one group: 3 stereotypes x 3 counter-statements
 PYTHIA_70M_HIDDEN, PYTHIA_70M_BLOCKS, VOCABULARY = 512, 6, 50_304

@@ -34,10 +34,10 @@ from huggingface_hub.utils import logging as hub_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.artifacts import fingerprint_of_files
-from utils.console import UserError, banner, say, shown_path
+from utils.console import UserError, banner, is_disk_full, say, shown_path
 from utils.official.files import PreparedFile
 from utils.official.parts import FILES, PARTS, OfficialFile
-from utils.official.sources import Source, find_source, is_disk_full
+from utils.official.sources import Source, find_source
 from utils.paths import anchored
 from utils.reporting import markdown_table
 from utils.settings import Settings, run_step

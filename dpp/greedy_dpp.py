@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.console import banner, say
+from utils.console import banner
+from utils.paths import STEP_4
 from utils.pipeline import Pipeline, tasks_of
 from utils.selection import (
     FourierKernel,
@@ -42,6 +44,7 @@ from utils.settings import (
     Strategy,
     run_step,
 )
+from utils.steps import next_command
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
@@ -96,8 +99,7 @@ def main(settings: Settings) -> None:
             },
             started,
         )
-    say("next: python make_gradients.py --SCORES_TYPE dpp")
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, next_command=partial(next_command, STEP_4, SCORES_TYPE="dpp"))

@@ -59,7 +59,6 @@ LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # of every repair; "aut
 PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a fraction
 SWEPT_RATES: list[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # for the first seed's sweep pictures
 NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions the report shows
-KNOWN_HARM: str | None = "data/demo/planted.json"  # JSON: rows of the training split known to be harmful, by task
 
 NUM_BLOCKS: PositiveInt = 1  # as in step 1
 DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1
@@ -114,16 +113,19 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     return baselines
 
 
-def read_known_harm(path: str) -> dict[str, list[int]]:
-    """Rows of the training split that are known to be harmful, by task.
+def read_known_harm(hh_dataset: str) -> dict[str, list[int]] | None:
+    """Rows of the training split that are known to be harmful, by task, from planted.json beside the dialogues.
+
+    Returns:
+        None where there is no such file.
 
     Raises:
-        UserError: the file is missing or is no such JSON.
+        UserError: it is no such JSON.
     """
-    file = paths.anchored(path)
+    file = paths.anchored(hh_dataset) / "planted.json"
     if not file.is_file():
-        raise UserError(f"KNOWN_HARM = {path!r}: no such file; set it to None where no harm is known")
-    rows = read_json(file, "mend it, or set KNOWN_HARM to None")
+        return None
+    rows = read_json(file, "mend it, or remove it where no harm is known")
     if not isinstance(rows, dict) or not all(isinstance(some, list) for some in rows.values()):
         raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split")
     return rows
@@ -132,7 +134,7 @@ def read_known_harm(path: str) -> dict[str, list[int]]:
 def main(settings: Settings) -> None:
     """Run the grid, then write tables, pictures and the report."""
     banner("tables", ", ".join(settings.MODEL_NAMES))
-    known_harm = read_known_harm(settings.KNOWN_HARM) if settings.KNOWN_HARM else None
+    known_harm = read_known_harm(settings.HH_DATASET)
     baselines, cells = measure_baselines(settings), grids(settings)
     rows = run_everything(settings, cells)
     folder = paths.tables_dir(settings.OUTPUT_DIR)

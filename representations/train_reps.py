@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,14 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
-from utils.console import banner, say
+from utils.console import banner
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
-from utils.paths import anchored
+from utils.paths import STEP_3, anchored
 from utils.performance_functions.evaluation import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPair
 from utils.pipeline import Pipeline, tasks_of
 from utils.settings import Family, PositiveInt, Seed, Settings, TraceTask, run_step
+from utils.steps import next_command
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
@@ -98,8 +100,7 @@ def main(settings: Settings) -> None:
         started = time.monotonic()
         representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)
         output.save_tensors({"representations": representations}, started)
-    say("next: python dpp/greedy_dpp.py")
 
 
 if __name__ == "__main__":
-    run_step(main)
+    run_step(main, next_command=partial(next_command, STEP_3))

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -175,3 +175,25 @@ def make_workspace(
 ) -> Callable[[str], Workspace]:
     """Makes workspaces on the small data (not to be spoilt) for either family."""
     return lambda family: Workspace(tiny_models[family], small_data, tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture
+def make_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Makes small file systems, such as one of "64k"; skips where that is not allowed."""
+    mounted = []
+
+    def make(size: str) -> Path:
+        folder = tmp_path / f"disk-{size}"
+        folder.mkdir()
+        try:
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system is not allowed here")
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

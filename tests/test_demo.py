@@ -37,7 +37,7 @@ def test_counts_of_the_embedded_default():
         assert row["prompt"].endswith("\n\nAssistant:")
         assert row["chosen"].startswith(" ")
     assert not {(row["prompt"], row["chosen"]) for row in train} & {(row["prompt"], row["chosen"]) for row in test}
-    planted = json.loads((DEMO / "planted.json").read_text())
+    planted = json.loads((DEMO / "hh" / "planted.json").read_text())
     assert {kind: len(set(rows)) for kind, rows in planted.items()} == {"bias": 24, "ethics": 24, "truth": 24}
     assert len({row for rows in planted.values() for row in rows}) == 72
     counts = {name: [len(m.load_pairs(DEMO, split)) for split in ("train", "test")] for name, m in MEASUREMENTS.items()}
@@ -74,7 +74,6 @@ def test_demo_runs_the_real_scripts_and_sums_them_up(tiny_models, small_data, tm
     monkeypatch.setattr(demo, "run_script", run)
     monkeypatch.setattr(tables, "HH_DATASET", str(small_data / "hh"))
     monkeypatch.setattr(tables, "DATA_DIR", str(small_data))
-    monkeypatch.setattr(tables, "KNOWN_HARM", None)
     demo.run_step(
         demo.main,
         ["--MODEL_NAME", str(tiny_models["pythia"]), "--OUTPUT_DIR", str(tmp_path), "--BOTTOM_K", "5"],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import json
 import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -652,23 +651,8 @@ def test_a_file_of_the_users_own_is_not_replaced(refusal, run, hub, data):
 # --------------------------------------------------------------------------------------------- no room, no right
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system is not allowed here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_full(run, hub, small_disk, capsys):
+def test_a_disk_that_is_full(run, hub, make_disk, capsys):
+    small_disk = make_disk("64k")
     hub.data_sets["Dahoas/static-hh", None, "test"] = dialogues(3_000)
     line = failure(run, capsys, "--DATA_DIR", small_disk, "--ONLY", "hh", *ANY_COUNT)
     assert all_in(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import load_script, read_rows, run_script, write_rows
+import transformers
+from conftest import DEMO, load_script, read_rows, run_script, write_rows
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from utils import tracker
 from utils.artifacts import read_json
 from utils.models import load_model, load_tokenizer
+from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues
 
 SCRIPT = "data/make_sft_model.py"
@@ -51,7 +58,7 @@ def test_a_killed_training_goes_on_and_ends_as_well(small_data, tmp_path, monkey
     script = load_script(SCRIPT)
     common = ["--HH_DATASET", str(small_data / "hh"), "--NUM_EPOCHS", "3", "--BATCH_SIZE", "10", "--SAVE_EVERY", "4"]
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "whole"))
-    bar, steps = script.ProgressBar, []
+    bar, steps = script.Progress, []
     original = bar.on_step_end
 
     def stop_in_the_middle(self, *arguments, **keywords):
@@ -75,3 +82,166 @@ def test_a_killed_training_goes_on_and_ends_as_well(small_data, tmp_path, monkey
         file.name for file in (tmp_path / "killed").iterdir()
     }
     assert not list((tmp_path / "killed").glob("checkpoint-*"))
+
+
+# ------------------------------------------------------------------------------- how the batch is divided
+
+
+@pytest.fixture
+def sixty_four(tmp_path):
+    """Dialogues that fill four batches of 16."""
+    rows = read_rows(DEMO / "hh" / "train.jsonl")
+    write_rows(tmp_path / "hh64" / "train.jsonl", rows[:64])
+    write_rows(tmp_path / "hh64" / "test.jsonl", rows[64:72])
+    return tmp_path / "hh64"
+
+
+def common_arguments(data, folder):
+    return ["--HH_DATASET", data, "--SFT_MODEL_DIR", folder, "--NUM_EPOCHS", 1, "--SAVE_EVERY", 100]
+
+
+def assert_same_model(folder, other):
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    for name, tensor in theirs.items():
+        assert torch.norm(ours[name] - tensor) <= 1e-3 * torch.norm(tensor), name
+
+
+def test_accumulated_gradients_give_the_same_model(sixty_four, tmp_path):
+    for name, at_once, checkpointing in (("whole", 16, False), ("parts", 4, True)):
+        run_script(
+            SCRIPT,
+            *common_arguments(sixty_four, tmp_path / name),
+            *("--BATCH_SIZE_PER_DEVICE", at_once, "--GRADIENT_CHECKPOINTING", checkpointing),
+        )
+    assert_same_model(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_two_processes_give_the_same_model_and_speak_with_one_voice(sixty_four, tmp_path):
+    run_script(SCRIPT, *common_arguments(sixty_four, tmp_path / "one"))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    finished = subprocess.run(
+        [*launcher, str(PROJECT_ROOT / SCRIPT), *map(str, common_arguments(sixty_four, tmp_path / "two"))],
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert read_json(tmp_path / "two" / "manifest.json")["processes"] == 2
+    assert_same_model(tmp_path / "two", tmp_path / "one")
+    for line in ("== POST-SFT model", "   test perplexity", "next: python compute_factors_and_scores.py"):
+        assert finished.stdout.count(line) == 1, line
+
+
+# ------------------------------------------------------------------------------------------ what is written
+
+
+def test_the_recipe_lies_beside_the_model(tiny_models, sixty_four, tmp_path):
+    base, folder = tiny_models["pythia"], tmp_path / "own-sft"
+    run_script(SCRIPT, "--BASE_MODEL", base, *common_arguments(sixty_four, folder), "--LEARNING_RATE", 1e-4)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None, "somebody's folder is no hub id"
+    perplexity = read_json(folder / "manifest.json")["perplexity"]
+    for told in (
+        "64 dialogues",
+        "`LEARNING_RATE`: 0.0001",
+        "`SEED`: 42",
+        *(f"{perplexity[w]:.3f}" for w in perplexity),
+    ):
+        assert told in card.text
+
+
+# --------------------------------------------------------------------------------------------- wrong inputs
+
+
+@pytest.fixture
+def refusal(data_copy, tmp_path, capsys):
+    """Runs the script where it must refuse, and gives its one line; no model may be there."""
+
+    def refused(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            run_script(
+                SCRIPT,
+                "--HH_DATASET",
+                data_copy / "hh",
+                "--SFT_MODEL_DIR",
+                tmp_path / "sft",
+                "--NUM_EPOCHS",
+                1,
+                *arguments,
+            )
+        assert stop.value.code == 1
+        assert not (tmp_path / "sft").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64), "is the weight of a Conv1D"),
+        (transformers.T5Config(d_model=32, num_layers=2, num_heads=2, vocab_size=64), "not a causal language model"),
+    ],
+)
+def test_a_base_that_could_not_be_repaired_is_refused(refusal, tmp_path, config, told):
+    (tmp_path / "base").mkdir()
+    config.save_pretrained(tmp_path / "base")
+    line = refusal("--BASE_MODEL", tmp_path / "base")
+    assert line.startswith(f"error: {tmp_path / 'base'}: ")
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--BASE_MODEL", "somebody/not-here"], "error: somebody/not-here: cannot load the configuration"),
+        (["--BASE_MODEL", "no/such/folder"], "error: no model at no/such/folder"),
+        (["--TOKENIZER", "None"], "error: TOKENIZER = None: the bare architecture pythia-demo needs a tokenizer"),
+        (["--BATCH_SIZE", 24], "error: BATCH_SIZE = 24: must be a multiple of 16"),
+        (["--TRACKER", "trackio"], "error: TRACKER = 'trackio': its package is not here"),
+        (["--TRACKER", "paper"], "error: TRACKER = paper: allowed is 'trackio', 'wandb' or None"),
+        (["--HH_DATASET", "somebody/not-here"], "error: HH_DATASET = 'somebody/not-here', split train: "),
+    ],
+)
+def test_wrong_constants_are_refused(refusal, monkeypatch, arguments, told):
+    monkeypatch.setattr(tracker, "get_available_trackers", list)
+    assert refusal(*arguments).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"question": "a", "answer": "b"}\n', "'prompt'"),
+        (b"", "is empty; it needs at least one dialogue"),
+        (b'{"prompt": "caf\xe9", "chosen": " b"}\n', "UTF-8"),
+    ],
+)
+def test_wrong_dialogues_are_refused(refusal, data_copy, content, told):
+    (data_copy / "hh" / "train.jsonl").write_bytes(content)
+    line = refusal()
+    assert "train.jsonl" in line or "split train" in line
+    assert told in line
+
+
+def test_somebody_elses_folder_is_not_replaced(small_data, tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        run_script(SCRIPT, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", tmp_path / "precious")
+    assert stop.value.code == 1
+    assert "has no manifest that says it was made here; give a new folder" in capsys.readouterr().err
+    assert (tmp_path / "precious" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_full_disk_is_one_line_and_the_training_goes_on(small_data, make_disk, capsys):
+    folder = make_disk("3m") / "sft"  # weights of 2 MB fit, not their optimizer's moments
+    arguments = ["--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", folder, "--NUM_EPOCHS", 1, "--SAVE_EVERY", 2]
+    with pytest.raises(SystemExit) as stop:
+        run_script(SCRIPT, *arguments)
+    assert stop.value.code == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: the disk is full; free some space and run the same command to go on (")
+    assert not folder.exists()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(folder.parent)], check=True)
+    run_script(SCRIPT, *arguments)
+    load_model(str(folder), torch.device("cpu"))

@@ -20,7 +20,7 @@ TABLES = "evaluation_scripts/paper_tables.py"
 SMALL = [
     *("--SEEDS", 42, 7, "--TASKS", "bias", "combined", "--SCORES_TYPES", "dpp", "direct", "--BOTTOM_K", 4, 6),
     *("--IF_WEIGHT", 10, 1, "--ABLATED_SCORES_TYPES", "pure_ekfac", "--SWEPT_RATES", 0.01, 0.1),
-    *("--NUM_COMPLETIONS", 1, "--KNOWN_HARM", "None"),
+    *("--NUM_COMPLETIONS", 1),
 ]
 
 
@@ -205,7 +205,6 @@ def test_a_killed_grid_goes_on_where_it_was(make_workspace, tabled, monkeypatch)
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--KNOWN_HARM", "no/such.json"], "KNOWN_HARM = 'no/such.json': no such file; set it to None"),
         (["--PRE_SFT_MODEL_NAMES", "a/b", "c/d"], "PRE_SFT_MODEL_NAMES has 2 names for 1 in MODEL_NAMES"),
         (["--TASKS", "all"], "TASKS = all: allowed is a list of 'bias', 'ethics', 'truth', 'combined'"),
         (["--SCORES_TYPES", "best"], "SCORES_TYPES = best: allowed is a list of 'pure_ekfac', 'dpp'"),
@@ -217,6 +216,19 @@ def test_wrong_constants_are_refused_before_any_work(tmp_path, capsys, arguments
     assert stop.value.code == 1
     assert told in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("{", "planted.json is not valid JSON"), ("[1, 2]", "planted.json must map tasks to lists of rows")],
+)
+def test_broken_known_harm_is_refused_before_any_work(workspace, capsys, text, told):
+    (workspace.data / "hh" / "planted.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        workspace.run(TABLES)
+    assert stop.value.code == 1
+    assert told in capsys.readouterr().err
+    assert not workspace.output.exists()
 
 
 def test_the_constants_pass_their_own_check_and_the_demo_runs_a_part_of_them():

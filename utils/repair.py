@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from utils import paths
-from utils.artifacts import Artifact, fingerprint_of, require_finite, to_json, write_if_changed
+from utils.artifacts import Artifact, fingerprint_of, read_json, require_finite, to_json, write_if_changed
+from utils.cards import repair_card
 from utils.console import UserError, say, shown_path
 from utils.influence import Gradients
 from utils.models import (
@@ -23,7 +25,7 @@ from utils.models import (
 from utils.performance_functions.completions import first_prompts, greedy_completions
 from utils.performance_functions.evaluation import MEASUREMENTS, Evaluator, MeasurableModel
 from utils.pipeline import gradients_artifact, repair_name, task_weights, weights_setting
-from utils.repair_report import model_card, repair_report
+from utils.repair_report import repair_report
 from utils.settings import Settings
 from utils.trunk import Trunk
 
@@ -150,22 +152,25 @@ class Repair:
             "seconds": self.gradients_manifest["seconds"] + (search["seconds"] if search else 0),
             "indices": self.gradients_manifest["indices"],
             "search": search,
+            "dataset": self.settings.HH_DATASET,
+            "settings": self.gradients_manifest["settings"],
         }
         return repair_report(recipe, before, after)
 
     def complete(self, learning_rate: float, evaluator: Evaluator) -> None:
-        """Keep greedy completions of the repaired tasks' test prompts, before and after, unless they are there."""
+        """Keep greedy completions of the repaired tasks' test prompts, before and after, unless as many are there."""
         checkpoint = self.checkpoint(learning_rate)
-        count = self.settings.NUM_COMPLETIONS
-        prompts = {task: first_prompts(evaluator.data(task), count) for task in task_weights(self.settings, self.task)}
+        pairs = {task: evaluator.data(task) for task in task_weights(self.settings, self.task)}
+        prompts = {task: first_prompts(some, self.settings.NUM_COMPLETIONS) for task, some in pairs.items()}
         artifact = Artifact(
             paths.result_file(self.settings.OUTPUT_DIR, checkpoint.path.name, "completions", evaluator.split),
             paths.STEP_5,
-            {"NUM_COMPLETIONS": count},
-            {"model": checkpoint.fingerprint, "prompts": fingerprint_of(prompts)},
+            inputs={"model": checkpoint.fingerprint, "pairs": fingerprint_of(pairs)},
         )
         if artifact.is_finished(self.settings.OVERWRITE):
-            return
+            kept = Counter(row["task"] for row in read_json(artifact.path))
+            if all(kept[task] >= len(some) for task, some in prompts.items()):
+                return
         started = time.monotonic()
         rows = [{"task": task, "prompt": prompt} for task, some in prompts.items() for prompt in some]
         for when, rate in (("before", 0.0), ("after", learning_rate)):
@@ -178,6 +183,6 @@ class Repair:
     def describe(self, learning_rate: float, report: dict[str, Any]) -> None:
         """Write repair.json and the model card into the checkpoint; what says the same already is left untouched."""
         folder = self.checkpoint(learning_rate).path
-        for name, text in (("repair.json", to_json(report)), ("README.md", model_card(report))):
+        for name, text in (("repair.json", to_json(report)), ("README.md", repair_card(report))):
             write_if_changed(folder / name, text)
         say(f"   repaired model: {shown_path(folder)}")

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from dotenv import dotenv_values
+from safetensors import SafetensorError
 
-from utils.console import UserError, say
+from utils.console import UserError, remedy_for, say
 from utils.paths import PROJECT_ROOT, anchored
 
 
@@ -55,6 +56,7 @@ RepairTask = Literal["bias", "ethics", "truth", "combined", "all"]
 Family = Literal["auto", "pythia", "qwen"]
 Strategy = Literal["ekfac", "kfac", "diagonal", "identity"]
 ScoresType = Literal["pure_ekfac", "dpp", "random", "identity", "representation", "direct"]
+TrackerName = Literal["trackio", "wandb"]
 
 
 class Settings(types.SimpleNamespace):
@@ -227,20 +229,35 @@ def _say_help(module: types.ModuleType, schema: dict[str, Any], values: dict[str
         say(f"  {name} = {values[name]!r}\n      {comments.get(name, '')} [{_allowed(annotation)}]")
 
 
-def run_step(main: Callable[[Settings], None], arguments: Sequence[str] | None = None) -> None:
+def run_step(
+    main: Callable[[Settings], None],
+    arguments: Sequence[str] | None = None,
+    next_command: Callable[[Settings], str] | None = None,
+    several_processes: bool = False,
+) -> None:
     """Run a script's `main` with its checked constants; a user's mistake is one line and exit code 1.
 
     Args:
         main: the script's main function; the constants are those of the module that defines it.
         arguments: the command line, by default that of the process.
+        next_command: what the user is told to run next, where the script is what they ran.
+        several_processes: whether the script knows what to do when `accelerate launch` starts it several times.
     """
-    refuse_several_processes()
+    if not several_processes:
+        refuse_several_processes()
     try:
         settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
         _refuse_unwritable_output(settings)
         main(settings)
+        if next_command:
+            say(f"next: {next_command(settings)}")
     except UserError as error:
         _exit_with(hub_access().without_token(f"error: {error}"))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        remedy = remedy_for(error)
+        if remedy is None:
+            raise
+        _exit_with(hub_access().without_token(f"error: {remedy} ({str(error)[:300]})"))
     except KeyboardInterrupt:
         _exit_with("stopped; what was finished is kept, run the same command to go on", code=130)
 

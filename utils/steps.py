@@ -10,7 +10,7 @@ from typing import Any
 
 from utils.console import say
 from utils.paths import PROJECT_ROOT
-from utils.settings import run_step
+from utils.settings import Settings, run_step
 
 
 def load_script(name: str) -> ModuleType:
@@ -24,12 +24,11 @@ def load_script(name: str) -> ModuleType:
     return sys.modules[module_name]
 
 
-def run_script(name: str, constants: dict[str, Any], **more: Any) -> None:  # noqa: ANN401
-    """Run a script, with those of the constants that it has; its process would end where this raises SystemExit.
+def command_of(name: str, constants: dict[str, Any], **more: Any) -> list[str]:  # noqa: ANN401
+    """The words that run a script with those of the constants that it has; what stands in the script is not said.
 
     Args:
-        constants: what all scripts of a run share; a script takes what it knows. A MODEL_NAME also serves scripts that
-            take MODEL_NAMES.
+        constants: what all scripts of a run share. MODEL_NAME also serves scripts that take MODEL_NAMES.
         more: constants that the script must have.
     """
     script = load_script(name)
@@ -38,7 +37,26 @@ def run_script(name: str, constants: dict[str, Any], **more: Any) -> None:  # no
     known = {constant: value for constant, value in shared.items() if hasattr(script, constant)}
     words = []
     for constant, value in {**known, **more}.items():
-        if getattr(script, constant, None) != value:  # what stands in the script need not be said
+        if getattr(script, constant, None) != value:
             words += [f"--{constant}", *map(str, value if isinstance(value, list) else [value])]
-    say(f"\n$ python {name} {shlex.join(words)}")
-    run_step(script.main, words)
+    return words
+
+
+def shown_command(name: str, words: list[str]) -> str:
+    """A command as a user types it."""
+    return shlex.join(["python", name, *words])
+
+
+def next_command(name: str, settings: Settings, **more: Any) -> str:  # noqa: ANN401
+    """The command of the step that comes next, with the constants of this one; a line for each model."""
+    constants = {constant: value for constant, value in vars(settings).items() if constant != "OVERWRITE"}
+    models = constants.pop("MODEL_NAMES", [None]) if hasattr(load_script(name), "MODEL_NAME") else [None]
+    commands = [command_of(name, {**constants, **({"MODEL_NAME": model} if model else {})}, **more) for model in models]
+    return "\n      ".join(shown_command(name, words) for words in commands)
+
+
+def run_script(name: str, constants: dict[str, Any], **more: Any) -> None:  # noqa: ANN401
+    """Run a script, told what `command_of` says; its process would end where this raises SystemExit."""
+    words = command_of(name, constants, **more)
+    say(f"\n$ {shown_command(name, words)}")
+    run_step(load_script(name).main, words)

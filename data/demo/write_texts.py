@@ -202,7 +202,7 @@ def write_dialogues(rng: random.Random, pairs: dict[str, list]) -> None:
     write_json_lines(OUTPUT_DIR / "hh" / "train.jsonl", [row for _, row in train])
     write_json_lines(OUTPUT_DIR / "hh" / "test.jsonl", [row for _, row in test])
     planted = {kind: [i for i, (label, _) in enumerate(train) if label == kind] for kind in KINDS}
-    (OUTPUT_DIR / "planted.json").write_text(json.dumps(planted, indent=2) + "\n", encoding="utf-8")
+    (OUTPUT_DIR / "hh" / "planted.json").write_text(json.dumps(planted, indent=2) + "\n", encoding="utf-8")
 
 
 def write_bias() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from datasets import load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from utils.console import UserError
+from utils.console import UserError, is_disk_full
 from utils.paths import PROJECT_ROOT, anchored
 from utils.settings import HubAccess, Settings, hub_access
 
@@ -108,12 +107,3 @@ def hub_errors(source: Source) -> Iterator[HubAccess]:
         else:
             told = f"the hub does not give it; if it has moved, give its new id, or {source.local_form}"
         raise UserError(f"{source}: {told} ({access.reason(error)})") from error
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk, or a full quota, is behind an error that libraries may have wrapped."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -1,0 +1,93 @@
+"""What a step tells its user: the same look everywhere, the next command, quiet where nobody watches."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import Workspace
+
+from utils.console import progress_bar, remedy_for, say
+from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
+from utils.settings import Settings
+from utils.steps import next_command
+
+
+def run_as_user(command: str, monkeypatch, capsys) -> str:
+    """Run a command as python does with a script; gives what it printed."""
+    program, script, *words = shlex.split(command)
+    assert program == "python"
+    monkeypatch.setattr(sys, "argv", [script, *words])
+    runpy.run_path(str(PROJECT_ROOT / script), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants(
+    workspace: Workspace, monkeypatch, capsys
+):
+    words = [*workspace.arguments(STEP_1), "--SEED", "7"]
+    command, ran = shlex.join(["python", STEP_1, *words]), []
+    while "paper_tables" not in command:
+        if "greedy_dpp" in command:
+            command += " --BOTTOM_K 5"
+        ran.append(shlex.split(command)[1])
+        told = run_as_user(command, monkeypatch, capsys)
+        assert re.match(r"\n== step \d", told)
+        assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
+        (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
+    assert ran == [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5]
+    for word in (str(workspace.model), str(workspace.output), str(workspace.data / "hh")):
+        assert word in command
+    assert (workspace.output / "gradient_ascent_models").is_dir()
+
+
+def test_the_next_command_says_only_what_the_script_does_not():
+    settings = Settings(MODEL_NAMES=["data/demo/pythia-demo-sft"], SEED=42, OVERWRITE=True, NUM_BLOCKS=2)
+    assert next_command(STEP_2, settings) == f"python {STEP_2}"
+    assert next_command(STEP_4, settings, SCORES_TYPE="dpp") == f"python {STEP_4} --NUM_BLOCKS 2 --SCORES_TYPE dpp"
+
+
+def test_several_models_have_a_command_each():
+    settings = Settings(MODEL_NAMES=["a/b", "a/c d"])
+    assert [line.strip() for line in next_command(STEP_2, settings).splitlines()] == [
+        f"python {STEP_2} --MODEL_NAME a/b",
+        f"python {STEP_2} --MODEL_NAME 'a/c d'",
+    ]
+    assert next_command(STEP_4, settings) == f"python {STEP_4} --MODEL_NAMES a/b 'a/c d'"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "lines", "bars"),
+    [("CI", "true", True, False), ("CI", "false", True, True), ("RANK", "1", False, False), ("RANK", "0", True, True)],
+)
+def test_lines_and_bars_where_somebody_reads_them(monkeypatch, capsys, variable, value, lines, bars):
+    for name in ("CI", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    say("a line")
+    with progress_bar(3, "work", "steps") as bar:
+        bar.update(3)
+    shown = capsys.readouterr()
+    assert bool(shown.out) == lines
+    assert ("3/3" in shown.err) == bars
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller TOKENS_PER_BATCH"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+            "smaller TOKENS_PER_BATCH",
+        ),
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (ValueError("shapes differ"), None),
+    ],
+)
+def test_what_to_do_when_the_machine_runs_out(error, told):
+    remedy = remedy_for(error)
+    assert remedy is None if told is None else told in remedy

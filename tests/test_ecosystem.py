@@ -1,0 +1,162 @@
+"""A repaired checkpoint in other people's tools: model cards, lm-evaluation-harness, experiment trackers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from accelerate.utils import LoggerType
+from conftest import Workspace, write_rows
+from huggingface_hub import ModelCard
+
+from utils import tracker
+from utils.artifacts import read_json
+from utils.cards import repair_card
+from utils.console import UserError
+from utils.tracker import tracking
+
+STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
+LOCAL_TASK = """\
+task: local_truth
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {rows}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}\\n\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+
+
+@pytest.fixture(scope="module")
+def repaired(make_workspace) -> Workspace:
+    workspace = make_workspace("pythia")
+    workspace.run(STEP_1)
+    workspace.run(STEP_4, "--BOTTOM_K", 5)
+    workspace.run(STEP_5, "--BOTTOM_K", 5, "--TASK_NAME", "truth", "--LEARNING_RATE", 0.05)
+    return workspace
+
+
+def checkpoint(workspace: Workspace):
+    return workspace.output / "gradient_ascent_models" / "truth_pythia-tiny_pure_ekfac_bottom5_lr0.05"
+
+
+# ---------------------------------------------------------------------------------------------- model cards
+
+
+def test_the_card_says_what_was_done_and_what_it_cost(repaired):
+    card = ModelCard.load(checkpoint(repaired) / "README.md")
+    report = read_json(checkpoint(repaired) / "repair.json")
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"model-repair", "influence-functions"} <= set(card.data.tags)
+    perplexity, truth = report["measurements"]["perplexity"], report["measurements"]["truth"]
+    for told in (
+        "repaired for truth",
+        "5 training dialogues, chosen by `pure_ekfac`, at learning rate 0.05",
+        f"It cost {perplexity['change_percent']:+.2f} % perplexity",
+        f"| truth | {truth['before']:.4f} | {truth['after']:.4f} | {truth['improvement_percent']:+.1f} % better |",
+        "`FACTOR_STRATEGY`: ekfac",
+        "Intended use and limits",
+    ):
+        assert told in card.text
+    assert report["settings"]["NUM_BLOCKS"] == 1
+
+
+def test_a_card_links_to_the_base_and_the_dialogues_of_the_hub(repaired):
+    report = read_json(checkpoint(repaired) / "repair.json")
+    assert ModelCard(repair_card(report)).data.base_model is None
+    card = ModelCard(repair_card({**report, "model": "owner/model", "dataset": "Dahoas/static-hh"}))
+    assert card.data.base_model == "owner/model"
+    assert card.data.datasets == ["Dahoas/static-hh"]
+
+
+# ------------------------------------------------------------------------------------ lm-evaluation-harness
+
+
+def test_lm_evaluation_harness_measures_a_repaired_checkpoint(repaired, tmp_path):
+    """The command of the README, on a local task in place of those that must be downloaded."""
+    pytest.importorskip("lm_eval")
+    rows = [
+        {"question": f"Is {number} a number?", "choices": [" Yes, it is.", " No."], "label": number % 2}
+        for number in range(4)
+    ]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "local_truth.yaml").write_text(LOCAL_TASK.format(rows=tmp_path / "rows.jsonl"), encoding="utf-8")
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={checkpoint(repaired)}"]
+    local = ["--tasks", "local_truth", "--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "out"]
+    finished = subprocess.run([*command, *map(str, local)], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(results.read_text())["results"]["local_truth"]["acc,none"] <= 1
+
+
+# ------------------------------------------------------------------------------------------------- trackers
+
+
+class FakeTracker:
+    """Stands for one of accelerate's trackers."""
+
+    def __init__(self, project: str, **keywords: object) -> None:
+        self.told = [("project", project, keywords)]
+        FakeTracker.last = self
+
+    def start(self) -> None:
+        self.told.append(("start",))
+
+    def store_init_configuration(self, config: dict) -> None:
+        self.told.append(("config", config))
+
+    def log(self, values: dict, step: int | None) -> None:
+        self.told.append(("log", values, step))
+
+    def finish(self) -> None:
+        self.told.append(("finish",))
+
+
+@pytest.fixture
+def fake_tracker(monkeypatch):
+    monkeypatch.setitem(tracker.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
+    monkeypatch.setattr(tracker, "get_available_trackers", lambda: [LoggerType.WANDB])
+
+
+def test_a_tracker_gets_every_repair_and_is_closed(repaired, fake_tracker):
+    rates = ["--LEARNING_RATE", 0.01, 0.05]
+    common = ["--BOTTOM_K", 5, "--TASK_NAME", "truth", "--SAVE_TO_DISK", False, "--TRACKER", "wandb"]
+    repaired.run(STEP_5, *common, *rates)
+    told = FakeTracker.last.told
+    assert told[0] == ("project", "tracing-llm-trust", {"name": str(repaired.model)})
+    assert told[2][1]["BOTTOM_K"] == 5
+    logged = [values for kind, *rest in told if kind == "log" for values in rest[:1]]
+    assert [values["truth/learning_rate"] for values in logged] == [0.01, 0.05]
+    assert {"truth/perplexity_change_percent", "truth/bias_improvement_percent"} <= set(logged[0])
+    assert told[-1] == ("finish",)
+
+
+def test_a_tracker_is_closed_when_a_step_fails(fake_tracker):
+    with pytest.raises(UserError), tracking("wandb", "run", {}):
+        raise UserError("something")
+    assert FakeTracker.last.told[-1] == ("finish",)
+
+
+def test_only_the_first_process_tracks(fake_tracker, monkeypatch):
+    FakeTracker.last = None
+    monkeypatch.setenv("RANK", "1")
+    with tracking("wandb", "run", {}) as tracked:
+        tracked.log({"loss": 1.0})
+    assert FakeTracker.last is None
+
+
+def test_a_real_tracker_keeps_the_curve(tmp_path, monkeypatch):
+    """wandb, where it is installed, without a network."""
+    pytest.importorskip("wandb")
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    with tracking("wandb", "run", {"SEED": 42}) as tracked:
+        tracked.log({"loss": 1.0}, step=1)
+    assert list(tmp_path.rglob("*.wandb"))

@@ -1,0 +1,162 @@
+"""Every command in README.md and docs/ as it stands there, run in this process.
+
+A folder stands for the repository. It has what the texts speak of: a model and dialogues of the user's, and small
+stand-ins under the names of hub ids, which are local folders there. A command that is not run says why below.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import DEMO, load_script, read_rows, run_script, write_rows
+from test_prepare import PREPARE, FakeHub
+
+from utils import paths
+from utils.official import sources
+from utils.paths import PROJECT_ROOT
+
+DOCUMENTS = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
+NOT_RUN = {
+    "source .venv/bin/activate": "the tests run in an environment already",
+    "pip install": "Makefile and continuous integration install",
+    "make": "a target is looked at: its commands must be scripts that are here",
+    "accelerate launch": "test_sft.py launches two processes",
+    "lm_eval": "test_ecosystem.py runs it on a local task",
+    "python benchmarks/": "takes most of an hour; test_benchmarks.py runs its parts",
+}
+TABLES = "evaluation_scripts/paper_tables.py"
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+
+
+def commands(document: Path) -> list[str]:
+    """The commands of a document in their order: lines of `sh` blocks, and whole commands within the text."""
+    text = document.read_text(encoding="utf-8")
+    found = []
+    for block, inline in re.findall(
+        r"^```sh\n(.*?)^```|`((?:python|make|accelerate) [^`\n]+)`", text, flags=re.M | re.S
+    ):
+        found += block.replace("\\\n", " ").splitlines() if block else [inline]
+    return [" ".join(command.partition(" #")[0].split()) for command in found]
+
+
+EVERY = [(document.name, command) for document in DOCUMENTS for command in commands(document)]
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_models, small_data, tmp_path_factory) -> Path:
+    """What a user's copy of the repository holds by the time of these commands; all of it small."""
+    root = tmp_path_factory.mktemp("repository")
+    shutil.copytree(small_data, root / "data" / "demo")
+    shutil.copytree(DEMO / "tokenizer", root / "data" / "demo" / "tokenizer")
+    rows = read_rows(DEMO / "hh" / "train.jsonl")
+    for folder, count in (("my/dialogues", 80), ("Dahoas/static-hh", 240), ("path/to/hh", 80)):
+        write_rows(root / folder / "train.jsonl", rows[:count])
+        write_rows(root / folder / "test.jsonl", read_rows(small_data / "hh" / "test.jsonl"))
+    for folder, family in (
+        ("my/base", "pythia"),
+        ("my/model", "qwen"),
+        ("lomahony/pythia-1.4b-helpful-sft", "pythia"),
+        ("EleutherAI/pythia-1.4b", "pythia"),
+    ):
+        shutil.copytree(tiny_models[family], root / folder)
+    for place in ("path/to", "path/to/data"):
+        shutil.copytree(small_data, root / place, dirs_exist_ok=True)
+    shutil.copy(small_data / "bias" / "templates.json", root / "path" / "to")
+    shutil.copy(small_data / "truthfulness" / "TruthfulQA.csv", root / "path" / "to")
+    shutil.copytree(DEMO / "tokenizer", root / "path" / "to" / "pythia-tokenizer")
+    return root
+
+
+@pytest.fixture
+def run(repository, monkeypatch, tmp_path):
+    """Runs one command as if the folder were the repository."""
+    monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
+    hub = FakeHub(tmp_path / "hub")
+    for name in ("load_dataset", "hf_hub_download"):
+        monkeypatch.setattr(sources, name, getattr(hub, name))
+
+    def run_command(command: str) -> None:
+        program, script, *words = shlex.split(command)
+        assert program == "python"
+        if script == PREPARE:
+            words += ["--CHECK_COUNTS", "False", "--OVERWRITE", "True"]  # the stand-ins are no 96,256 rows
+        run_script(script, *words)
+
+    return run_command
+
+
+def is_run(command: str) -> bool:
+    return not any(command.startswith(beginning) for beginning in NOT_RUN)
+
+
+def test_there_are_commands_and_every_exception_is_needed():
+    assert len([command for _, command in EVERY if is_run(command)]) >= 20
+    for beginning in NOT_RUN:
+        assert any(command.startswith(beginning) for _, command in EVERY), beginning
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_commands_run_word_for_word(document, run, repository):
+    done = set()
+    for command in commands(document):
+        if is_run(command) and command not in done:
+            run(command)
+            done.add(command)
+            if command.startswith(f"python {PREPARE} --ONLY hh"):
+                shutil.copytree(repository / "Dahoas" / "static-hh", repository / "data" / "hh", dirs_exist_ok=True)
+    if document.name == "README.md":
+        use_the_repaired_model(document, repository)
+
+
+def use_the_repaired_model(document: Path, repository: Path) -> None:
+    """The text names one of the folders that the last command of four prints; it has another step size here."""
+    (code,) = blocks(document, "python")
+    (named,) = re.findall(r'model="(.+?)"', code)
+    (made,) = (repository / named).parent.glob(f"{Path(named).name.rpartition('_lr')[0]}_lr*")
+    answer: list[str] = []
+    exec(code.replace(named, str(made)), {"print": answer.append})
+    assert answer[0].startswith("\n\nHuman: Is the earth flat?\n\nAssistant:")
+    assert (made / "README.md").is_file()
+
+
+@pytest.mark.parametrize("target", sorted({command.split()[1] for _, command in EVERY if command.startswith("make ")}))
+def test_make_targets_run_what_is_here(target):
+    shown = subprocess.run(["make", "-n", target], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True).stdout
+    scripts = re.findall(r"bin/python ([\w/]+\.py)", shown)
+    assert scripts or "-m pytest" in shown
+    for script in scripts:
+        load_script(script)
+
+
+def test_every_constant_that_the_texts_name_exists():
+    scripts = list(PROJECT_ROOT.glob("*.py"))
+    for folder in ("representations", "dpp", "evaluation_scripts", "data", "benchmarks"):
+        scripts += (PROJECT_ROOT / folder).glob("*.py")
+    known = set(re.findall(r"^([A-Z][A-Z0-9_]+):", "\n".join(path.read_text() for path in scripts), flags=re.MULTILINE))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"--([A-Z][A-Z0-9_]+)", document.read_text(encoding="utf-8")))
+        assert named <= known, f"{document.name}: {named - known}"
+
+
+def test_links_within_the_texts_lead_somewhere():
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        headings = {
+            re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)$", text, flags=re.M)
+        }
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in headings, target
+            elif not target.startswith("http"):
+                assert (document.parent / target).exists(), target
