@@ -64,8 +64,9 @@ def test_a_sweep_measures_the_same(work, monkeypatch):
                 assert loss == pytest.approx(ours["loss"], rel=1e-4)
 
 
-def test_scores_agree_up_to_the_sampled_labels(work):
+def test_scores_agree_up_to_the_sampled_labels(work, monkeypatch):
     """The baseline draws other Fisher labels at the same positions, so the scores are close, not equal."""
+    monkeypatch.setattr(released, "MEASUREMENTS", {"truth": released.MEASUREMENTS["truth"]})  # each takes it 20 s
     measure.run_script(measure.STEP_1, work, work.folder / "out", FISHER_POSITIONS="all")
     theirs = released.step_1(work.model, work.hh_dataset, work.data_dir, work.folder / "released", 60)
     for task, scores in theirs.items():

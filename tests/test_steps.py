@@ -249,3 +249,12 @@ def test_percentages():
     assert improvement_percent(before=-2.0, after=-3.0) == pytest.approx(50)
     assert improvement_percent(before=2.0, after=3.0) == pytest.approx(-50)
     assert change_percent(before=10.0, after=10.1) == pytest.approx(1)
+
+
+def test_more_completions_replace_fewer_and_fewer_are_there_already(finished):
+    common = ("--BOTTOM_K", 5, "--SCORES_TYPE", "dpp", "--TASK_NAME", "truth", "--LEARNING_RATE", 0.05)
+    counts = []
+    for count in (1, 3, 2):
+        finished.run("gradient_ascent_and_save.py", *common, "--NUM_COMPLETIONS", count)
+        counts.append(len(read_json(only(finished, "truth_*_completions_test.json"))))
+    assert counts == [1, 3, 3]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from utils.console import UserError, is_first_process
@@ -45,6 +46,7 @@ def tracking(name: str | None, run: str, config: dict[str, Any]) -> Iterator[Tra
     if not name or not is_first_process():
         yield Tracker()
         return
+    PartialState()  # accelerate's trackers ask it which process they are in
     backend = LOGGER_TYPE_TO_CLASS[name](PROJECT, name=run)
     if hasattr(backend, "start"):  # accelerate 1.7 starts a tracker when it is made
         backend.start()
