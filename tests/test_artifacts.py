@@ -103,7 +103,7 @@ def test_manifest_says_what_the_artefact_was_made_from(artifact):
     assert manifest["shapes"] == {"numbers": [2, 3]}
     assert 2 <= manifest["seconds"] < 10
     assert manifest["sign"] == "positive helps"
-    assert manifest["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(manifest["versions"]["torch"])  # "+cpu" may follow
     assert {"python", "transformers", "kronfluence", "accelerate", "datasets", "numpy"} <= set(manifest["versions"])
     assert manifest["versions"]["git_commit"]
 
