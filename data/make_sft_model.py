@@ -54,6 +54,7 @@ from utils.models import (
     model_fingerprint,
     require_supported,
     resolve_device,
+    silence_transformers,
 )
 from utils.paths import STEP_1
 from utils.performance_functions.evaluation import MeasurableModel
@@ -351,6 +352,7 @@ def main(settings: Settings) -> None:
     processes = PartialState()
     micro_batch(settings, processes.num_processes)
     set_seed(settings.SEED)
+    silence_transformers()
     model, tokenizer = start_model(settings, device)
     measurable = MeasurableModel(model, tokenizer)
     say(f"   {settings.BASE_MODEL}: {model.num_parameters():,} parameters; {len(train):,} dialogues")

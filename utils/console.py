@@ -27,6 +27,11 @@ class UserError(Exception):
     """A mistake the user can mend. Shown as one line that says what was wrong, what is allowed and what to do."""
 
 
+def shows_bars() -> bool:
+    """Whether progress bars are wanted: in the first process, and not under continuous integration."""
+    return is_first_process() and os.environ.get("CI", "").lower() in ("", "0", "false")
+
+
 def say(message: str = "") -> None:
     """Print one line."""
     if is_first_process():
@@ -55,7 +60,7 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm:
         mininterval=SECONDS_BETWEEN_UPDATES,
         dynamic_ncols=True,
         file=sys.stderr,
-        disable=not is_first_process() or os.environ.get("CI", "").lower() not in ("", "0", "false"),
+        disable=not shows_bars(),
     )
 
 

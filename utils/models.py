@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.batching import Batch
-from utils.console import UserError
+from utils.console import UserError, shows_bars
 from utils.paths import PROJECT_ROOT, STEP_5, anchored
 from utils.settings import hub_access
 
@@ -89,14 +89,19 @@ def load_config(model: str) -> transformers.PretrainedConfig:
     return _from_hub_or_folder(AutoConfig, model, "configuration")
 
 
+def silence_transformers() -> None:
+    """Switch off transformers' own bars where they would fill a log file."""
+    if not shows_bars() or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
 def load_model(model: str, device: torch.device) -> PreTrainedModel:
     """Load a causal language model in float32 and evaluation mode.
 
     Raises:
         UserError: the model is not found or cannot be read.
     """
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()  # a log file has no use for transformers' own bars
+    silence_transformers()
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     loaded, report = _from_hub_or_folder(AutoModelForCausalLM, model, "weights", **keywords)
     # transformers warns and puts random numbers where a tensor is missing or of another shape.

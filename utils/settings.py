@@ -12,6 +12,7 @@ A script annotates its constants; the annotation is the schema:
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import os
 import re
@@ -201,8 +202,10 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
                 _say_help(module, schema, values)
                 raise SystemExit(0)
             if name not in schema:
+                alike = difflib.get_close_matches(name.upper(), schema, n=1)
+                hint = f", did you mean --{alike[0]}?" if alike else ";"
                 raise UserError(
-                    f"unknown constant --{name}; {Path(module.__file__).name} has: {', '.join(sorted(schema))}"
+                    f"unknown constant --{name}{hint} {Path(module.__file__).name} has: {', '.join(sorted(schema))}"
                 )
             words = overrides[name] = [first] if equals else []
         elif words is None:
