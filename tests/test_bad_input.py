@@ -78,7 +78,7 @@ def all_in(line: str, *parts: object) -> bool:
 @pytest.mark.parametrize(
     ("script", "arguments", "told"),
     [
-        (STEP_1, ["--NUM_BLOKS", "2"], ["unknown constant --NUM_BLOKS, did you mean --NUM_BLOCKS?", STEP_1, "NUM_BLOCKS", "FACTOR_STRATEGY"]),
+        (STEP_1, ["--NUM_BLOKS", "2"], ["--NUM_BLOKS, did you mean --NUM_BLOCKS?", STEP_1, "FACTOR_STRATEGY"]),
         (STEP_3, ["--BOTTOM-K", "2"], ["unknown constant --BOTTOM-K", "greedy_dpp.py", "BOTTOM_K", "KERNEL"]),
         (STEP_1, ["--TASK_NAME", "combined"], ["TASK_NAME = combined", "'bias', 'ethics', 'truth', 'all'"]),
         (STEP_4, ["--SCORES_TYPE", "best"], ["SCORES_TYPE = best", "'pure_ekfac', 'dpp', 'random'"]),
