@@ -168,8 +168,7 @@ class Progress(TrainerCallback):
         self.tracker, self.bar = tracker, bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Tell the bar how far there is to go, and how far a killed run had come."""
-        self.bar.reset(state.max_steps)
+        """Tell the bar how far a killed run had come."""
         self.bar.update(state.global_step)
 
     def on_step_end(self, *_: object, **__: object) -> None:
@@ -287,7 +286,8 @@ def fine_tune(
         say(f"   going on from {shown_path(Path(checkpoint))}")
         # The Trainer loads tensors by the names they have in memory, which some models rename when they are saved.
         model.load_state_dict(load_model(checkpoint, model.device).state_dict())
-    with progress_bar(0, "fine-tuning", "steps") as bar:
+    num_steps = settings.NUM_EPOCHS * -(-len(examples) // settings.BATCH_SIZE)
+    with progress_bar(num_steps, "fine-tuning", "steps") as bar:
         trainer.add_callback(Progress(tracker, bar))
         trainer.train(resume_from_checkpoint=checkpoint)
     del model.forward  # the class has its own again
