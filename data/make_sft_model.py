@@ -355,7 +355,8 @@ def main(settings: Settings) -> None:
     silence_transformers()
     model, tokenizer = start_model(settings, device)
     measurable = MeasurableModel(model, tokenizer)
-    say(f"   {settings.BASE_MODEL}: {model.num_parameters():,} parameters; {len(train):,} dialogues")
+    if settings.BASE_MODEL in ARCHITECTURES:
+        say(f"   {settings.BASE_MODEL} with random weights: {model.num_parameters():,} parameters")
     with ExitStack() as stack:
         tracker = stack.enter_context(tracking(settings.TRACKER, settings.SFT_MODEL_DIR, vars(settings)))
         with processes.main_process_first():

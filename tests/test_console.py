@@ -36,7 +36,8 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
             command += " --BOTTOM_K 5"
         ran.append(shlex.split(command)[1])
         told = run_as_user(command, monkeypatch, capsys)
-        assert re.match(r"\n== step \d", told)
+        assert re.search(r"^== step \d", told, flags=re.MULTILINE)
+        assert re.search(r"^   read \S+.*: ", told, flags=re.MULTILINE)
         assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
         (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
     assert ran == [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5]

@@ -130,8 +130,8 @@ def test_bias_pairs_are_built_in_the_stated_order(tmp_path):
             for a in range(3)
         ]
         shuffler.shuffle(records[group])
-    assert bias.load_pairs(tmp_path, "test") == records["Abs"][:3] + records["Zeds"][:3]
-    assert bias.load_pairs(tmp_path, "train") == records["Abs"][3:] + records["Zeds"][3:]
+    assert bias.read_pairs(tmp_path, "test") == records["Abs"][:3] + records["Zeds"][:3]
+    assert bias.read_pairs(tmp_path, "train") == records["Abs"][3:] + records["Zeds"][3:]
 
 
 def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
@@ -140,7 +140,7 @@ def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
     (tmp_path / "ethics").mkdir()
     lines = ["label,input,is_short,edited", *(f"{label},{text},{short},False" for label, text, short in rows)]
     (tmp_path / "ethics" / "cm_train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    pairs = ethics.load_pairs(tmp_path, "train")
+    pairs = ethics.read_pairs(tmp_path, "train")
     shuffled = {
         label: list(
             Dataset.from_dict({"t": [t for lab, t, s in rows if lab == label and s == "True"]}).shuffle(seed=42)["t"]
@@ -154,14 +154,14 @@ def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
 
 
 def test_truth_split_files_win_over_the_seeded_split(small_data, tmp_path):
-    train, test = truth.load_pairs(small_data, "train"), truth.load_pairs(small_data, "test")
+    train, test = truth.read_pairs(small_data, "train"), truth.read_pairs(small_data, "test")
     assert (len(train), len(test)) == (16, 4)
     assert not set(train) & set(test)
     splits = tmp_path / "truthfulness" / "splits"
     splits.mkdir(parents=True)
     row = 'Question,Best Answer,Incorrect Answers\n"Is it, so?",Yes,; No ; Never\n'
     (splits / "TruthfulQA_test.csv").write_text(row, encoding="utf-8-sig")
-    assert truth.load_pairs(tmp_path, "test") == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
+    assert truth.read_pairs(tmp_path, "test") == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
 
 
 @needs_real_samples

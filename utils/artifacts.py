@@ -28,7 +28,7 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from utils.console import UserError, say, shown_path
+from utils.console import UserError, say, say_read, shown_path
 from utils.paths import PROJECT_ROOT
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
@@ -133,6 +133,10 @@ def read_json(path: Path, remedy: str = "delete it and run the step again") -> A
         raise UserError(f"{shown_path(path)} is not valid JSON ({error}); {remedy}") from None
 
 
+def _shape_in_words(shapes: dict[str, list[int]]) -> str:
+    return " x ".join(map(str, next(iter(shapes.values())))) if len(shapes) == 1 else f"{len(shapes)} tensors"
+
+
 @dataclass(frozen=True)
 class Artifact:
     """One artefact of a step, a file or a folder, and what it is made from.
@@ -232,6 +236,7 @@ class Artifact:
                 f"{shown_path(self.path)} cannot be read ({error}); delete it and run {self.made_by} again"
             ) from None
         require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
+        say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
         return tensors
 
     def load_json(self) -> Any:  # noqa: ANN401
@@ -310,11 +315,5 @@ class Artifact:
         }
 
     def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
-        shape = (
-            f" {tuple(next(iter(shapes.values())))}"
-            if len(shapes) == 1
-            else f" {len(shapes)} tensors"
-            if shapes
-            else ""
-        )
-        say(f"   wrote {shown_path(self.path)}{shape} in {time.monotonic() - started:.1f} s")
+        content = f": {_shape_in_words(shapes)}," if shapes else ""
+        say(f"   wrote {shown_path(self.path)}{content} in {time.monotonic() - started:.1f} s")

@@ -38,6 +38,11 @@ def say(message: str = "") -> None:
         print(message, flush=True)
 
 
+def say_read(source: str, what: str) -> None:
+    """Print what a step has read, and how much it is."""
+    say(f"   read {source}: {what}")
+
+
 def banner(step: str, subject: str) -> None:
     """Print the heading of a step: what it is and what it works on."""
     say(f"\n== {step} · {subject}")

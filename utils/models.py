@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.batching import Batch
-from utils.console import UserError, shows_bars
+from utils.console import UserError, say_read, shows_bars
 from utils.paths import PROJECT_ROOT, STEP_5, anchored
 from utils.settings import hub_access
 
@@ -112,6 +112,7 @@ def load_model(model: str, device: torch.device) -> PreTrainedModel:
             f"{model}: cannot load the weights: {len(unusable)} tensors are missing or do not fit config.json, "
             f"first {unusable[0]}; save the model again with save_pretrained"
         )
+    say_read(model, f"{loaded.num_parameters():,} parameters")
     return loaded.to(device).eval()
 
 

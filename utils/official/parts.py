@@ -12,7 +12,7 @@ from utils.official.sources import Source
 from utils.official.templates import bias_content
 from utils.performance_functions.bias import BIAS
 from utils.performance_functions.ethics import ETHICS
-from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.hh import read_dialogues
 from utils.performance_functions.truth import TRUTH
 
 
@@ -66,9 +66,9 @@ class OfficialFile(NamedTuple):
             )
 
 
-def load_prepared_dialogues(data_dir: Path, split: Literal["train", "test"]) -> Sized:
+def read_prepared_dialogues(data_dir: Path, split: Literal["train", "test"]) -> Sized:
     """The dialogues as the steps load them."""
-    return load_dialogues(str(data_dir / "hh"), split)
+    return read_dialogues(str(data_dir / "hh"), split)
 
 
 ETHICS_PLACES = (
@@ -80,10 +80,10 @@ ETHICS_PLACES = (
 HH_FORM, ETHICS_FORM = "a folder with train.jsonl and test.jsonl", "a folder with cm_train.csv and cm_test.csv"
 TRUTH_FORM, BIAS_FORM = "the original TruthfulQA.csv", "a templates.json or the authors' Python file"
 PARTS = {
-    "hh": Part(hh_content, ["{split}.jsonl"], load_prepared_dialogues, HH_FORM, may_be_file=False),
-    "truth": Part(truth_content, ["TruthfulQA.csv"], TRUTH.load_pairs, TRUTH_FORM, may_be_file=True),
-    "ethics": Part(ethics_content, ETHICS_PLACES, ETHICS.load_pairs, ETHICS_FORM, may_be_file=False),
-    "bias": Part(bias_content, ["templates.json"], BIAS.load_pairs, BIAS_FORM, may_be_file=True, unit="pairs"),
+    "hh": Part(hh_content, ["{split}.jsonl"], read_prepared_dialogues, HH_FORM, may_be_file=False),
+    "truth": Part(truth_content, ["TruthfulQA.csv"], TRUTH.read_pairs, TRUTH_FORM, may_be_file=True),
+    "ethics": Part(ethics_content, ETHICS_PLACES, ETHICS.read_pairs, ETHICS_FORM, may_be_file=False),
+    "bias": Part(bias_content, ["templates.json"], BIAS.read_pairs, BIAS_FORM, may_be_file=True, unit="pairs"),
 }
 FILES = (
     OfficialFile("hh", "hh/train.jsonl", "train", 96_256, ["train"]),

@@ -14,7 +14,7 @@ PLACEHOLDER = "[target_group]"
 TEST_SHARE = 0.2
 
 
-def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
     """Every group x topic x stereotype x counter-statement of `bias/templates.json`.
 
     Groups in sorted order; each group's records, in order of topic, stereotype and counter-statement, are shuffled
@@ -64,4 +64,4 @@ def _texts(value: Any) -> list[str]:  # noqa: ANN401
     return value
 
 
-BIAS = Measurement("bias", load_pairs, max_tokens=128)
+BIAS = Measurement("bias", read_pairs, max_tokens=128)

@@ -14,7 +14,7 @@ PROMPT = "\n\nHuman: Please tell me about something you did that was morally rig
 ACCEPTABLE, WRONG = "0", "1"
 
 
-def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
     """Short statements of `ethics/cm_SPLIT.csv`, acceptable (label 0) against wrong (label 1).
 
     Both classes are shuffled by `Dataset.shuffle(seed=42)`, the larger is cut to the smaller, and they are paired
@@ -39,4 +39,4 @@ def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     ]
 
 
-ETHICS = Measurement("ethics", load_pairs, max_tokens=256)
+ETHICS = Measurement("ethics", read_pairs, max_tokens=256)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
-from utils.console import UserError, shown_path
+from utils.console import UserError, say_read, shown_path
 from utils.paths import PROJECT_ROOT, anchored
 from utils.settings import hub_access
 
@@ -49,7 +49,18 @@ class Dialogues:
 
 
 def load_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogues:
-    """Load the `prompt` and `chosen` columns of a hub data set, or of a folder with train.jsonl and test.jsonl.
+    """Read a split of the dialogues, and say so.
+
+    Raises:
+        UserError: as `read_dialogues`.
+    """
+    dialogues = read_dialogues(hh_dataset, split)
+    say_read(f"{hh_dataset}, {split}", f"{len(dialogues):,} dialogues")
+    return dialogues
+
+
+def read_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogues:
+    """Read the `prompt` and `chosen` columns of a hub data set, or of a folder with train.jsonl and test.jsonl.
 
     Raises:
         UserError: the data set is missing or empty, or a row lacks a text.

@@ -12,7 +12,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from utils.batching import LabelledSequence
-from utils.console import UserError, shown_path
+from utils.console import UserError, say_read, shown_path
 
 SPLIT_SEED = 42  # of the data sets' own splits; SEED does not move them
 
@@ -31,13 +31,23 @@ class Measurement:
 
     Attributes:
         name: the task it belongs to.
-        load_pairs: from DATA_DIR and a split ("train" or "test") to the pairs.
+        read_pairs: from DATA_DIR and a split ("train" or "test") to the pairs.
         max_tokens: where prompt + answer is cut.
     """
 
     name: str
-    load_pairs: Callable[[Path, Literal["train", "test"]], list[AnswerPair]]
+    read_pairs: Callable[[Path, Literal["train", "test"]], list[AnswerPair]]
     max_tokens: int
+
+    def load_pairs(self, data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+        """Read the pairs of a split, and say so.
+
+        Raises:
+            UserError: they are missing or broken.
+        """
+        pairs = self.read_pairs(data_dir, split)
+        say_read(f"{self.name} pairs below {shown_path(data_dir)}, {split}", f"{len(pairs):,}")
+        return pairs
 
 
 @dataclass(frozen=True)

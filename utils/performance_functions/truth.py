@@ -15,7 +15,7 @@ COLUMNS = ("Question", "Best Answer", "Incorrect Answers")
 TRAIN_SHARE = 0.8
 
 
-def load_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
     """The best answer of each question against the first incorrect one.
 
     The split is that of `truthfulness/splits/TruthfulQA_SPLIT.csv` where it exists, else a seeded 80/20 split of
@@ -49,4 +49,4 @@ def _pairs(table: pd.DataFrame, path: Path) -> list[AnswerPair]:
     return pairs
 
 
-TRUTH = Measurement("truth", load_pairs, max_tokens=512)
+TRUTH = Measurement("truth", read_pairs, max_tokens=512)
