@@ -6,15 +6,17 @@ stand-ins under the names of hub ids, which are local folders there. A command t
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import DEMO, load_script, read_rows, run_script, write_rows
-from test_prepare import PREPARE, FakeHub
+from test_prepare import ETHICS_ROWS, PREPARE, TRUTH_ROWS, FakeHub, csv_bytes, dialogues
 
 from utils import paths
 from utils.official import sources
@@ -59,7 +61,7 @@ def repository(tiny_models, small_data, tmp_path_factory) -> Path:
     shutil.copytree(small_data, root / "data" / "demo")
     shutil.copytree(DEMO / "tokenizer", root / "data" / "demo" / "tokenizer")
     rows = read_rows(DEMO / "hh" / "train.jsonl")
-    for folder, count in (("my/dialogues", 80), ("Dahoas/static-hh", 240), ("path/to/hh", 80)):
+    for folder, count in (("my/dialogues", 80), ("small/hh", 240), ("path/to/hh", 80)):
         write_rows(root / folder / "train.jsonl", rows[:count])
         write_rows(root / folder / "test.jsonl", read_rows(small_data / "hh" / "test.jsonl"))
     for folder, family in (
@@ -69,28 +71,59 @@ def repository(tiny_models, small_data, tmp_path_factory) -> Path:
         ("EleutherAI/pythia-1.4b", "pythia"),
     ):
         shutil.copytree(tiny_models[family], root / folder)
+    for part in ("bias", "ethics", "truthfulness"):
+        shutil.copytree(small_data / part, root / "small" / part)
     for place in ("path/to", "path/to/data"):
         shutil.copytree(small_data, root / place, dirs_exist_ok=True)
-    shutil.copy(small_data / "bias" / "templates.json", root / "path" / "to")
-    shutil.copy(small_data / "truthfulness" / "TruthfulQA.csv", root / "path" / "to")
     shutil.copytree(DEMO / "tokenizer", root / "path" / "to" / "pythia-tokenizer")
+    write_official_copies(root / "path" / "to")
     return root
+
+
+def write_official_copies(folder: Path) -> None:
+    """Local copies of as many rows as the official ones have."""
+    questions = pd.read_csv(DEMO / "truthfulness" / "TruthfulQA.csv", encoding="utf-8-sig")
+    questions.sample(817, replace=True, random_state=0).to_csv(folder / "TruthfulQA.csv", index=False)
+    statements = {
+        kind: [f"[target_group] are {kind} {n}." for n in range(3)] for kind in ("stereotype", "antistereotype")
+    }
+    templates = {
+        "prompt": "About the [target_group]:",
+        "target_groups": [f"Group {n}" for n in range(24)],
+        "topics": {f"topic {n}": statements for n in range(16)},
+    }
+    (folder / "templates.json").write_text(json.dumps(templates), encoding="utf-8")
+
+
+def official_hub(folder: Path) -> FakeHub:
+    """A hub whose data sets have as many rows as the official ones."""
+    hub = FakeHub(folder)
+    for split, count in (("train", 96_256), ("test", 5_103)):
+        hub.data_sets["Dahoas/static-hh", None, split] = dialogues(count)
+    questions = [{**TRUTH_ROWS[0], "question": f"Is it so, {number}?"} for number in range(817)]
+    hub.data_sets["truthfulqa/truthful_qa", "generation", "validation"] = questions
+    for split, count in (("train", 13_910), ("test", 3_885)):
+        rows = (ETHICS_ROWS * count)[:count]
+        hub.files[f"data/commonsense/{split}.csv"] = csv_bytes(rows)
+    return hub
 
 
 @pytest.fixture
 def run(repository, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
-    hub = FakeHub(tmp_path / "hub")
+    hub = official_hub(tmp_path / "hub")
     for name in ("load_dataset", "hf_hub_download"):
         monkeypatch.setattr(sources, name, getattr(hub, name))
 
     def run_command(command: str) -> None:
         program, script, *words = shlex.split(command)
         assert program == "python"
-        if script == PREPARE:
-            words += ["--CHECK_COUNTS", "False", "--OVERWRITE", "True"]  # the stand-ins are no 96,256 rows
         run_script(script, *words)
+        if script == PREPARE:  # what was brought has been counted; the steps go on with less
+            for part in (repository / "small").iterdir():
+                if (repository / "data" / part.name).exists():
+                    shutil.copytree(part, repository / "data" / part.name, dirs_exist_ok=True)
 
     return run_command
 
@@ -112,8 +145,6 @@ def test_commands_run_word_for_word(document, run, repository):
         if is_run(command) and command not in done:
             run(command)
             done.add(command)
-            if command.startswith(f"python {PREPARE} --ONLY hh"):
-                shutil.copytree(repository / "Dahoas" / "static-hh", repository / "data" / "hh", dirs_exist_ok=True)
     if document.name == "README.md":
         use_the_repaired_model(document, repository)
 
