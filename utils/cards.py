@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from utils.paths import anchored
+from utils.paths import may_be_hub_id
 
 TAGS = ["tracing-llm-trust"]
 LOWER_IS_BETTER = (
@@ -19,8 +18,7 @@ LOWER_IS_BETTER = (
 
 def _hub_id(name: str) -> str | None:
     """The name, if it is a hub id: a card on the hub links to those, and has no use for somebody's folders."""
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not anchored(name).exists()
-    return name if is_id else None
+    return name if may_be_hub_id(name) else None
 
 
 def _front_matter(base_model: str, dataset: str, tags: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.batching import Batch
 from utils.console import UserError, say_read, shows_bars
-from utils.paths import PROJECT_ROOT, STEP_5, anchored
+from utils.paths import STEP_5, anchored, may_be_hub_id
 from utils.settings import hub_access
 
 # The keyword for the precision of the weights was renamed in transformers 5.
@@ -68,8 +67,7 @@ def locate(model: str, marker: str = "config.json") -> str:
         )
     if folder.exists():
         raise UserError(f"{model}: the folder has no {marker}; it must be one that save_pretrained made")
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or (PROJECT_ROOT / model).parent.is_dir()
-    if looks_local or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if model.startswith(".") or not may_be_hub_id(model):
         hint = "run data/make_sft_model.py first, or give" if model.startswith("data/") else "give"
         raise UserError(f"no model at {model}: {hint} a folder made by save_pretrained or a hub id like owner/name")
     return model

@@ -6,6 +6,7 @@ with `:g`, so that 10.0 is `10`.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
@@ -19,6 +20,11 @@ STEP_3, STEP_4, STEP_5 = "dpp/greedy_dpp.py", "make_gradients.py", "gradient_asc
 def anchored(path: str | Path) -> Path:
     """A path of the user's: relative ones start at the repository, whatever the working directory is."""
     return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form owner/name, and the owner is no folder in the repository."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (PROJECT_ROOT / name).parent.is_dir()
 
 
 def model_short_name(model: str | Path) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from utils.console import UserError, is_disk_full
-from utils.paths import PROJECT_ROOT, anchored
+from utils.paths import anchored, may_be_hub_id
 from utils.settings import HubAccess, Settings, hub_access
 
 
@@ -55,7 +55,7 @@ def find_source(part: str, settings: Settings, local_form: str, may_be_file: boo
         raise UserError(f"{source} is a file; give {local_form}")
     if source.path.exists():
         return source
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", value) or (PROJECT_ROOT / value).parent.is_dir():
+    if not may_be_hub_id(value):
         raise UserError(f"{source}: no such file or folder; give {local_form}, or a hub id")
     return source._replace(path=None)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
-from utils.paths import PROJECT_ROOT, anchored
+from utils.paths import anchored, may_be_hub_id
 from utils.settings import hub_access
 
 MAX_DIALOGUE_TOKENS = 1_024
@@ -101,7 +100,7 @@ def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
 
 
 def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hh_dataset) or (PROJECT_ROOT / hh_dataset).parent.is_dir():
+    if not may_be_hub_id(hh_dataset):
         raise UserError(
             f"{source}: no such folder; give one with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
         )
