@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import DEMO, load_script, read_rows, run_script, write_rows
+from conftest import DEMO, read_rows, run_script, write_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from utils import tracker
 from utils.artifacts import read_json
+from utils.fine_tuning import DialogueDataset, Progress
 from utils.models import load_model, load_tokenizer
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues
@@ -22,10 +23,9 @@ SCRIPT = "data/make_sft_model.py"
 
 
 def test_labels_are_the_completion_and_the_final_eos(tiny_models):
-    sft = load_script(SCRIPT)
     tokenizer = load_tokenizer(str(tiny_models["pythia"]))
     examples = tokenize_dialogues(Dialogues(["\n\nHuman: Hi\n\nAssistant:"], [" Hello there."]), tokenizer)
-    row = sft.DialogueDataset(examples)[0]
+    row = DialogueDataset(examples)[0]
     labels = [label for label in row["labels"] if label != -100]
     assert tokenizer.decode(labels) == " Hello there.<|endoftext|>"
     assert len(row["labels"]) == len(row["input_ids"])
@@ -55,10 +55,9 @@ def test_a_base_model_is_fine_tuned_further(tiny_models, small_data, tmp_path):
 
 
 def test_a_killed_training_goes_on_and_ends_as_well(small_data, tmp_path, monkeypatch, capsys):
-    script = load_script(SCRIPT)
     common = ["--HH_DATASET", str(small_data / "hh"), "--NUM_EPOCHS", "3", "--BATCH_SIZE", "10", "--SAVE_EVERY", "4"]
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "whole"))
-    bar, steps = script.Progress, []
+    bar, steps = Progress, []
     original = bar.on_step_end
 
     def stop_in_the_middle(self, *arguments, **keywords):
