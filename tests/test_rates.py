@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from conftest import load_script
 
 from utils.artifacts import read_json
 from utils.console import UserError
 from utils.performance_functions.evaluation import MeasurableModel
 from utils.performance_functions.hh import load_dialogues
-from utils.rates import PRECISION, Probe, largest_gain_within, search_learning_rate
+from utils.performance_functions.losses import SequenceNLL
+from utils.rates import PRECISION, Probe, largest_gain_within, perplexity_change, search_learning_rate
 from utils.repair import Repair
 from utils.selection import rows_apart
 from utils.settings import load_settings
@@ -26,7 +28,7 @@ def curves(cost, gain):
 
     def measure(rate):
         asked.append(rate)
-        return Probe(rate, cost(rate), gain(rate))
+        return Probe(rate, cost(rate), 0.0, gain(rate))
 
     return measure, asked
 
@@ -74,6 +76,49 @@ def test_numbers_that_are_none_count_as_too_dear():
     assert largest_gain_within(BUDGET, measure).learning_rate == pytest.approx(0.03, rel=0.011)
 
 
+def change_and_jackknife_error(before, after):
+    """The change of perplexity, and its standard error from leaving each dialogue out in turn."""
+
+    def change(kept):
+        tokens = before.num_tokens[kept].sum()
+        return math.exp((after.total[kept].sum() - before.total[kept].sum()) / tokens) - 1
+
+    everything = torch.ones(len(before.total), dtype=torch.bool)
+    without = torch.tensor([change(everything & (torch.arange(len(everything)) != i)) for i in range(len(everything))])
+    n = len(without)
+    return change(everything), float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
+
+
+def test_the_standard_error_of_a_change_is_the_jackknifes():
+    generator = torch.Generator().manual_seed(0)
+    num_tokens = torch.randint(1, 60, (400,), generator=generator)
+    noise = torch.randn(400, generator=generator, dtype=torch.float64)
+    before = SequenceNLL(3.0 * num_tokens, num_tokens)
+    after = SequenceNLL(before.total + 0.01 * num_tokens + 0.2 * num_tokens.sqrt() * noise, num_tokens)
+    change, error = perplexity_change(before, after)
+    plain_change, plain_error = change_and_jackknife_error(before, after)
+    assert change == pytest.approx(plain_change)
+    assert error == pytest.approx(plain_error, rel=0.02)
+    assert perplexity_change(before, before) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan, 1e9])
+def test_a_loss_that_is_no_number_costs_infinitely_much(broken):
+    before = SequenceNLL(torch.tensor([3.0, 4.0]), torch.tensor([1, 2]))
+    after = before._replace(total=torch.tensor([3.0, broken]))
+    assert perplexity_change(before, after) == (math.inf, 0.0)
+
+
+def test_a_cost_that_is_not_known_well_leaves_room():
+    """Of two repairs with the same measured cost, the one with the larger standard error takes the smaller step."""
+
+    def rate_with(standard_error):
+        return largest_gain_within(BUDGET, lambda rate: Probe(rate, rate**2, standard_error(rate), rate)).learning_rate
+
+    assert rate_with(lambda rate: 0.0) == pytest.approx(0.1, rel=0.011)
+    assert rate_with(lambda rate: rate**2 / 4) == pytest.approx(math.sqrt(0.01 / 1.25), rel=0.011)
+
+
 @pytest.mark.parametrize("task", ["bias", "combined"])
 def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspace, task):
     workspace = make_workspace("pythia")
@@ -84,7 +129,8 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
     repair = Repair(settings, task)
     found = search_learning_rate(repair)
     chosen = next(probe for probe in found["probes"] if probe["learning_rate"] == found["learning_rate"])
-    assert 0 < chosen["perplexity_change"] <= BUDGET
+    assert 0 < chosen["perplexity_change"] + chosen["standard_error"] <= BUDGET
+    assert chosen["standard_error"] > 0
 
     # The same rule, straight from its definition, on a whole model at each rate.
     dialogues = load_dialogues(settings.HH_DATASET, "train")
@@ -96,14 +142,14 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
         measurable = repair.model_at(rate)
         whole = MeasurableModel(measurable.model, measurable.tokenizer)
         of_pairs = {name: whole.measure(name, "train", some)["loss"] for name, some in pairs.items()}
-        return whole.measure("anthropic", "v", dialogues.at(rows))["loss"], of_pairs
+        return whole.dialogue_nll("v", dialogues.at(rows)), of_pairs
 
-    loss_before, before = losses(0.0)
+    nll_before, before = losses(0.0)
     best = 0.0
     for step in range(1, 31):
-        loss, after = losses(1.5 * found["learning_rate"] * step / 30)
+        nll, after = losses(1.5 * found["learning_rate"] * step / 30)
         gain = sum(100 * (before[name] - after[name]) / abs(before[name]) for name in tasks) / len(tasks)
-        if math.exp(loss - loss_before) - 1 <= BUDGET:
+        if sum(change_and_jackknife_error(nll_before, nll)) <= BUDGET:
             best = max(best, gain)
     assert best > 0
     assert chosen["gain"] >= 0.95 * best
@@ -121,13 +167,13 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
     common = ("--TASK_NAME", "bias", "--BOTTOM_K", 5, "--PRESERVE_PERPLEXITY", "True")
     workspace.run(STEP_4, *common, "--NUM_RETAIN_EXAMPLES", 12)
     looked = []
-    original = MeasurableModel.measure
+    original = MeasurableModel._input
 
-    def spy(self, metric, split, data, quiet=False):
+    def spy(self, metric, split, data, quiet):
         looked.append((metric, split))
         return original(self, metric, split, data, quiet)
 
-    monkeypatch.setattr(MeasurableModel, "measure", spy)
+    monkeypatch.setattr(MeasurableModel, "_input", spy)
     workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
     searched = [split for _, split in looked]
     assert set(searched[: searched.index("test")]) == {"validation", "train"}

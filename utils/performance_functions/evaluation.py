@@ -51,7 +51,7 @@ def evaluate_dialogues(model: PreTrainedModel, loader: BatchLoader) -> dict[str,
         loss (nats per token), perplexity, tokens, and released_loss, the released code's batch-dependent mean.
     """
     nll = measured_nll(model, loader)
-    loss = float(nll.total.sum() / nll.num_tokens.sum())
+    loss = nll.per_token
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < LARGEST_LOSS else math.inf,
@@ -93,12 +93,26 @@ class MeasurableModel:
         self, metric: Metric, split: str, data: Dialogues | list[AnswerPair], quiet: bool = False
     ) -> dict[str, Any]:
         """The numbers of one measurement on one split; `quiet` shows no bar."""
+        loader, pairs = self._input(metric, split, data, quiet)
+        model = self._evaluated
+        return evaluate_dialogues(model, loader) if pairs is None else evaluate_pairs(model, loader, pairs)
+
+    def dialogue_nll(self, split: str, dialogues: Dialogues) -> SequenceNLL:
+        """NLL of each dialogue, in their order; shows no bar."""
+        loader, _ = self._input("anthropic", split, dialogues, quiet=True)
+        return measured_nll(self._evaluated, loader)
+
+    @property
+    def _evaluated(self) -> PreTrainedModel:
+        return self.trunk.tail if self.trunk else self.model
+
+    def _input(
+        self, metric: Metric, split: str, data: Dialogues | list[AnswerPair], quiet: bool
+    ) -> tuple[BatchLoader, TokenizedPairs | None]:
         if (metric, split) not in self._inputs:
             self._inputs[metric, split] = self._prepare(metric, data)
         loader, pairs = self._inputs[metric, split]
-        loader = loader.described("") if quiet else loader
-        model = self.trunk.tail if self.trunk else self.model
-        return evaluate_dialogues(model, loader) if pairs is None else evaluate_pairs(model, loader, pairs)
+        return (loader.described("") if quiet else loader), pairs
 
     def _prepare(self, metric: Metric, data: Dialogues | list[AnswerPair]) -> tuple[BatchLoader, TokenizedPairs | None]:
         pairs, description = None, "HH dialogues"

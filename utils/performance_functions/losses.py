@@ -38,6 +38,11 @@ class SequenceNLL(NamedTuple):
         """(B,) nats per label token; 0 for a sequence without labels (a prompt that fills the whole context)."""
         return self.total / self.num_tokens.clamp(min=1)
 
+    @property
+    def per_token(self) -> float:
+        """Nats per label token over all sequences together; its exp is the perplexity."""
+        return float(self.total.sum() / self.num_tokens.sum())
+
 
 class _LabelNLL(torch.autograd.Function):
     """NLL of labels straight from hidden states; the gradient is formed beside the loss, chunk by chunk.
