@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from utils.paths import may_be_hub_id
+from utils.reporting import markdown_table, shown_number
 
 TAGS = ["tracing-llm-trust"]
 LOWER_IS_BETTER = (
@@ -51,14 +52,14 @@ def _step_in_words(report: dict[str, Any]) -> str:
 
 
 def _measured_table(measurements: dict[str, dict[str, float]]) -> list[str]:
-    lines = ["| measurement (test split) | before | after | change |", "|---|---|---|---|"]
+    rows = []
     for metric, row in measurements.items():
         if metric == "perplexity":
             change = f"{row['change_percent']:+.2f} %"
         else:
             change = f"{row['improvement_percent']:+.1f} % better"
-        lines.append(f"| {metric} | {row['before']:.4f} | {row['after']:.4f} | {change} |")
-    return [*lines, "", LOWER_IS_BETTER, ""]
+        rows.append([metric, shown_number(row["before"]), shown_number(row["after"]), change])
+    return [markdown_table(["measurement (test split)", "before", "after", "change"], rows), "", LOWER_IS_BETTER, ""]
 
 
 def repair_card(report: dict[str, Any]) -> str:
