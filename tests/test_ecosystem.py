@@ -55,7 +55,7 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
     report = read_json(checkpoint(repaired) / "repair.json")
     assert card.data.pipeline_tag == "text-generation"
     assert {"model-repair", "influence-functions"} <= set(card.data.tags)
-    perplexity, truth = report["measurements"]["perplexity"], report["measurements"]["truth"]
+    perplexity = report["measurements"]["perplexity"]
     for told in (
         "repaired for truth",
         "5 training dialogues, chosen by `pure_ekfac`, at learning rate 0.05",
@@ -64,9 +64,16 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
         "Intended use and limits",
     ):
         assert told in card.text
-    (told,) = (line.strip("|").split("|") for line in card.text.splitlines() if line.startswith("| truth"))
-    gain = f"{truth['improvement_percent']:+.1f} % better"
-    assert [cell.strip() for cell in told] == ["truth", f"{truth['before']:.4f}", f"{truth['after']:.4f}", gain]
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:5]]
+        for line in card.text.splitlines()
+        if line.startswith("|")
+    }
+    for task in ("bias", "ethics", "truth"):
+        row = report["measurements"][task]
+        word = "better" if row["after"] <= row["before"] else "worse"
+        change = f"{abs(row['improvement_percent']):.1f} % {word}"
+        assert cells[task] == [f"{row['before']:.4f}", f"{row['after']:.4f}", change]
     assert report["settings"]["NUM_BLOCKS"] == 1
 
 

@@ -57,7 +57,8 @@ def _measured_table(measurements: dict[str, dict[str, float]]) -> list[str]:
         if metric == "perplexity":
             change = f"{row['change_percent']:+.2f} %"
         else:
-            change = f"{row['improvement_percent']:+.1f} % better"
+            gain = row["improvement_percent"]
+            change = f"{abs(gain):.1f} % {'better' if gain >= 0 else 'worse'}"
         rows.append([metric, shown_number(row["before"]), shown_number(row["after"]), change])
     return [markdown_table(["measurement (test split)", "before", "after", "change"], rows), "", LOWER_IS_BETTER, ""]
 

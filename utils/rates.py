@@ -109,7 +109,9 @@ def largest_gain_within(budget: float, measure: Callable[[float], Probe]) -> Sea
         return ended(best.learning_rate, "improvement on the training pairs peaks before the budget is spent")
     if outside is None:
         return ended(best.learning_rate, "no step that was tried exceeds the budget")
-    return ended(best.learning_rate, f"a step {PRECISION:.0%} larger exceeds the perplexity budget")
+    return ended(
+        best.learning_rate, f"a step {PRECISION:.0%} larger exceeds the perplexity budget, a standard error included"
+    )
 
 
 def _next_rate(budget: float, inside: Probe | None, outside: Probe | None, bisect: bool) -> float:
