@@ -167,14 +167,12 @@ def perplexity_change(before: SequenceNLL, after: SequenceNLL) -> tuple[float, f
     Returns:
         (after - before) / before and its standard error, 0 for one dialogue; infinite and 0 where a loss is no number.
     """
-    rises = after.total - before.total
-    num_tokens = before.num_tokens.sum()
-    rise = float(rises.sum() / num_tokens)  # of the log-perplexity
+    rise = after.per_token - before.per_token  # of the log-perplexity
     if not rise < LARGEST_RISE:
         return math.inf, 0.0
-    n = len(rises)
-    residuals = rises - rise * before.num_tokens
-    error = float((n / max(n - 1, 1) * residuals.square().sum()).sqrt() / num_tokens)
+    residuals = after.total - before.total - rise * before.num_tokens
+    n = len(residuals)
+    error = float((n / max(n - 1, 1) * residuals.square().sum()).sqrt() / before.num_tokens.sum())
     return math.expm1(rise), math.exp(rise) * error
 
 
