@@ -3,9 +3,11 @@
     python compute_factors_and_scores.py
     python compute_factors_and_scores.py --TASK_NAME ethics --NUM_BLOCKS 2
 
-Reads the model, the training split of HH_DATASET and the training pairs in DATA_DIR. Writes the factors once for
-each model, and `all_modules` (1, N_train) for each task. Sign: a positive score means that training on the dialogue
-lowers the measurement (helps); the most negative ones are the most harmful.
+    s_i = grad f_task^T (F + damping I)^-1 grad L(z_i)
+
+Reads the model, the training split of HH_DATASET and the training pairs in DATA_DIR. Writes the factors of F, shared by
+all tasks, and `all_modules` (1, N_train) for each task. Sign: a positive score means that training on the dialogue
+lowers the measurement (helps); the most negative scores are the most harmful.
 """
 
 from __future__ import annotations
@@ -18,130 +20,118 @@ from typing import Literal
 
 import torch
 
+from steps import next_command, run_step
 from tasks import TRUST_TASKS
-from tasks.base import TrustTask
-from utils import paths
+from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact, fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
-from utils.influence import (
-    SCORES_NAME,
-    Scores,
-    factor_shapes,
-    fit_factors,
-    mean_measurement_gradient,
-    precondition,
-    score_training_examples,
-    trace,
-)
+from utils.influence.factors import factor_shapes, fit_factors
+from utils.influence.scores import Scores, mean_measurement_gradient, precondition, score_training_examples
+from utils.influence.traced_model import TracedModel, load_traced_model
 from utils.models import resolve_device
-from utils.paths import STEP_2
+from utils.paths import STEP_2, resolve_path
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
-from utils.pipeline import Pipeline, tasks_of
-from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, run_step
-from utils.steps import next_command
-from utils.tracing import Traceable, load_traceable
+from utils.registry import SCORES_TENSOR, ModelArtifacts
+from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, tasks_of
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
 SEED: Seed = 42  # of the factor subset and of the labels sampled for the Fisher
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-TASK_NAME: TraceTask = "all"  # which measurement to trace; "all" scores the three in one pass
+TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)
 NUM_BLOCKS: PositiveInt = 1  # last transformer blocks whose Linears are traced
-FACTOR_STRATEGY: Strategy = "ekfac"  # approximation of the curvature
+FACTOR_STRATEGY: Strategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity"
 NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the factors are fitted on, at most
 DAMPING_FACTOR: NonNegativeFloat | None = None  # added to the eigenvalues; None = 0.1 x their mean
-USE_HALF_PRECISION: bool = False  # bfloat16 forward and backward passes (GPU only); sums stay float32
+USE_HALF_PRECISION: bool = False  # True: bfloat16 forward and backward passes (GPU only); sums stay float32
 FISHER_POSITIONS: Literal["completion", "all"] = "completion"  # where labels are sampled; "all" as released
-COMPUTE_PER_TOKEN_SCORES: bool = False  # also write a score for every token
-TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch
+COMPUTE_PER_TOKEN_SCORES: bool = False  # True also writes a score for every token
+TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
 # -----------------------------------------------------------------------------------------------------------
 
 
-def fit_and_publish_factors(
-    factors: Artifact, settings: Settings, subject: Traceable, task: TrustTask, examples: list[LabelledSequence]
+def fit(
+    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], to: Artifact
 ) -> None:
-    """Fit the factors on a seeded subset of the training dialogues."""
+    """Fit the factors of F on a seeded subset of the training dialogues."""
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
     pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
-    loader = subject.loader(examples, keep=True, indices=indices, pad_to=pad_to)
-    with factors.growing_folder() as folder:
-        fit_factors(subject.model, task, loader, subject.curvature, folder)
-        factors.publish_folder(started, factor_shapes(folder), modules=subject.tracked_modules, examples=count)
+    loader = traced.loader(examples, keep=True, indices=indices, pad_to=pad_to)
+    with to.growing_folder() as folder:
+        fit_factors(traced, task, loader, folder)
+        to.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
 
 
-def score_tasks(
-    subject: Traceable, queries: dict[TrustTask, TokenizedPairs], train: BatchLoader, factors: Path, per_token: bool
+def score(
+    traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], train: BatchLoader, factors: Path, per_token: bool
 ) -> Scores:
     """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
-    model, curvature = subject.model, subject.curvature
     gradients = []
     for task, pairs in queries.items():
-        loader = subject.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
-        gradients.append(mean_measurement_gradient(model, task, loader, curvature))
+        loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
+        gradients.append(mean_measurement_gradient(traced, task, loader))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    preconditioned = precondition(model, stacked, curvature, factors)
-    return score_training_examples(model, next(iter(queries)), train, preconditioned, curvature, per_token)
+    preconditioned = precondition(stacked, traced.curvature, factors)
+    return score_training_examples(traced, next(iter(queries)), train, preconditioned, per_token)
 
 
-def trace_model(settings: Settings, model_name: str) -> None:
-    """Factors and scores of one model; what is finished is not computed again."""
-    banner("step 1: factors and scores", model_name)
-    started = time.monotonic()
+def trace_model(settings: Settings, model: str) -> None:
+    """Factors and scores of one model; finished artefacts are not computed again."""
+    banner("step 1: factors and scores", model)
     device = resolve_device(settings.DEVICE)
-    pipeline = Pipeline.of(settings, model_name)
-    data_dir, names = paths.anchored(settings.DATA_DIR), tasks_of(settings.TASK_NAME)
+    artifacts = ModelArtifacts(settings, model)
+    data_dir, names = resolve_path(settings.DATA_DIR), tasks_of(settings.TASK_NAME)
     pairs = {name: TRUST_TASKS[name].measurement.load_pairs(data_dir, "train") for name in names}
-    fingerprints = {name: fingerprint_of(pairs[name]) for name in names}
-    factors = pipeline.factors()
     is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
-    outputs = {name: [pipeline.scores(name, pairs=fingerprints[name])] for name in names}
-    if settings.COMPUTE_PER_TOKEN_SCORES:
-        for name in names:
-            outputs[name].append(pipeline.token_scores(name, pairs=fingerprints[name]))
+    factors, outputs = artifacts.factors(), {}
+    for name in names:
+        fingerprint = fingerprint_of(pairs[name])
+        outputs[name] = [artifacts.scores(name, pairs=fingerprint)]
+        if settings.COMPUTE_PER_TOKEN_SCORES:
+            outputs[name].append(artifacts.token_scores(name, pairs=fingerprint))
     unfinished = [name for name in names if not all(is_finished(output) for output in outputs[name])]
     has_factors = is_finished(factors)
     if has_factors and not unfinished:
         return
 
-    subject = load_traceable(settings, model_name, device)
-    examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
-    linears, tokens = len(subject.tracked_modules), subject.tokens_per_batch
-    say(f"   {len(examples)} dialogues, {linears} Linears, {tokens} tokens per batch")
+    traced = load_traced_model(settings, model, device)
+    examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
+    say(f"   {len(examples)} dialogues, {len(traced.linears)} Linears, {traced.tokens_per_batch} tokens per batch")
     tasks = [
-        TRUST_TASKS[name](subject.tracked_modules, settings.SEED, settings.FISHER_POSITIONS)
+        TRUST_TASKS[name](list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
         for name in unfinished or names
     ]
-    queries = {task: tokenize_pairs(pairs[task.name], subject.tokenizer, task.measurement.max_tokens) for task in tasks}
-    trace(subject.whole, tasks[0])
+    queries = {task: tokenize_pairs(pairs[task.name], traced.tokenizer, task.measurement.max_tokens) for task in tasks}
     if not has_factors:
-        fit_and_publish_factors(factors, settings, subject, tasks[0], examples)
+        fit(settings, traced, tasks[0], examples, factors)
     if not unfinished:
         return
-    train = subject.loader(examples, keep=True, description="training dialogues")
-    scores = score_tasks(subject, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
+    started = time.monotonic()
+    train = traced.loader(examples, keep=True, description="training dialogues")
+    scores = score(traced, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
-        if settings.COMPUTE_PER_TOKEN_SCORES:
-            tokens = {"scores": scores.tokens[query], "offsets": scores.token_offsets}
-            outputs[name][1].save_tensors(tokens, started)
-        sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
-        if not is_finished(outputs[name][0]):
-            outputs[name][0].save_tensors({SCORES_NAME: scores.examples[query : query + 1]}, started, sign=sign)
+        of_dialogues, *of_tokens = outputs[name]
+        for output in of_tokens:
+            output.save_tensors({"scores": scores.tokens[query], "offsets": scores.token_offsets}, started)
+        if not is_finished(of_dialogues):
+            sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
+            of_dialogues.save_tensors({SCORES_TENSOR: scores.examples[query : query + 1]}, started, sign=sign)
 
 
 def main(settings: Settings) -> None:
     """Trace every model."""
-    for model_name in settings.MODEL_NAMES:
-        trace_model(settings, model_name)
+    for model in settings.MODEL_NAMES:
+        trace_model(settings, model)
 
 
 if __name__ == "__main__":

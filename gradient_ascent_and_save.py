@@ -6,24 +6,34 @@
 
     theta <- theta + LEARNING_RATE * G
 
-Reads the model and the repair gradient of step 4. Writes a complete Hugging Face checkpoint with repair.json and a
+Reads the model and the repair gradient G of step 4. Writes a complete Hugging Face checkpoint with repair.json and a
 model card, and the test-split measurements before and after to results/. A list of learning rates is a sweep: table
-and picture in results/. "auto" finds the rate that improves most within PPL_BUDGET, on held-out training dialogues.
+and figure in results/. "auto" finds the rate that improves most within PPL_BUDGET, on held-out training dialogues.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import time
+from collections import Counter
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal
 
-from utils.artifacts import Artifact
-from utils.console import banner, say
+import torch
+from torch import nn
+
+from steps import next_command, run_step
+from utils import paths
+from utils.artifacts import Artifact, fingerprint_of, read_json, require_finite
+from utils.console import UserError, banner, say
+from utils.evaluation import EvaluationModel, Evaluator, Metric
 from utils.hub import push_folder, require_hub_access
-from utils.models import require_supported
-from utils.performance_functions.evaluation import Evaluator
-from utils.pipeline import tasks_of
-from utils.rates import search_learning_rate
-from utils.repair import Repair
+from utils.learning_rate_search import search_learning_rate
+from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
+from utils.registry import ModelArtifacts
+from utils.repair_record import RepairRecord
+from utils.reporting.sweeps import earlier_rates, sweep_row, write_sweep
 from utils.settings import (
+    TASK_NAMES,
     Family,
     NonNegativeFloat,
     NonNegativeInt,
@@ -34,39 +44,171 @@ from utils.settings import (
     Seed,
     Settings,
     TrackerName,
-    run_step,
+    task_weights,
+    tasks_of,
 )
-from utils.steps import next_command
-from utils.sweeps import sweep_row, write_sweep
 from utils.tracker import Tracker, tracking
+from utils.trunk import Trunk
+
+if TYPE_CHECKING:
+    from utils.influence.traced_model import Gradients
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
 SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it; of the validation dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-TASK_NAME: RepairTask = "all"  # as in step 4
-SCORES_TYPE: ScoresType = "pure_ekfac"  # as in step 4
+TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
+SCORES_TYPE: ScoresType = "pure_ekfac"  # "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
 BOTTOM_K: PositiveInt = 20  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
 PRESERVE_PERPLEXITY: bool = False  # as in step 4
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # as in step 4
-LEARNING_RATE: Literal["auto"] | NonNegativeFloat | list[NonNegativeFloat] = 0.05  # step size; a list sweeps
+LEARNING_RATE: Literal["auto"] | NonNegativeFloat | list[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
 PPL_BUDGET: PositiveFloat = 0.01  # for "auto": perplexity that a repair may cost, as a fraction
 NUM_VALIDATION_EXAMPLES: PositiveInt = 500  # for "auto": training dialogues that the cost is measured on, at most
 SAVE_TO_DISK: bool = True  # write the repaired checkpoint
-PUSH_TO_HUB: bool = False  # upload it; needs SAVE_TO_DISK, HUB_USERNAME and HUB_TOKEN in .env
+PUSH_TO_HUB: bool = False  # True uploads it; needs SAVE_TO_DISK, HUB_USERNAME and HUB_TOKEN in .env
 HUB_USERNAME: str | None = None  # owner of the hub repository
 COMPUTE_ANTHROPIC_EVAL: bool = True  # measure HH perplexity before and after
 COMPUTE_TASK_EVAL: bool = True  # measure bias, ethics and truth before and after
 NUM_COMPLETIONS: NonNegativeInt = 0  # prompts of the repaired tasks whose greedy completions are kept in results/
-TRACKER: TrackerName | None = None  # also send the numbers to this experiment tracker, if it is installed
+TRACKER: TrackerName | None = None  # also send the results to an experiment tracker: "trackio", "wandb"
 # -----------------------------------------------------------------------------------------------------------
+
+
+# -- theta + lr G ------------------------------------------------------------------------------------------------------
+
+
+def ascend(model: nn.Module, gradients: Gradients, learning_rate: float, originals: Gradients) -> None:
+    """theta <- theta + learning_rate * G, in place, from the original weights.
+
+    One gradient step that approximates the proximal Bregman response function (Bae et al. 2022), as in the paper.
+
+    Args:
+        gradients: (1, out, in), or (1, out, in + 1) with the bias last, by dotted module name.
+        originals: theta before any update, from `original_weights`.
+    """
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            module = model.get_submodule(name)
+            step = gradient.squeeze(0).to(module.weight.device)  # (out, in) or (out, in + 1)
+            weight_step = step[:, : module.in_features]
+            module.weight.copy_(torch.add(originals[f"{name}.weight"], weight_step, alpha=learning_rate))
+            if module.bias is not None:
+                module.bias.copy_(torch.add(originals[f"{name}.bias"], step[:, -1], alpha=learning_rate))
+
+
+def original_weights(model: nn.Module, gradients: Gradients) -> Gradients:
+    """Copies of the weights and biases that the gradients belong to.
+
+    Raises:
+        UserError: a gradient names a module that the model lacks, or has another shape.
+    """
+    originals = {}
+    modules = dict(model.named_modules())
+    for name, gradient in gradients.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear):
+            raise UserError(
+                f"the gradient has a tensor for {name}, and the model has no such Linear; run make_gradients.py again"
+            )
+        expected = (1, module.out_features, module.in_features + (module.bias is not None))
+        if tuple(gradient.shape) != expected:
+            raise UserError(f"the gradient of {name} has shape {tuple(gradient.shape)}, and the model needs {expected}")
+        for parameter_name, parameter in module.named_parameters():
+            originals[f"{name}.{parameter_name}"] = parameter.detach().clone()
+    return originals
+
+
+class SteppableModel:
+    """The POST-SFT model, loaded on first use, at any step along any repair's gradient.
+
+    Args:
+        num_blocks: last blocks that any of the steps changes; everything below them runs once for each data set.
+    """
+
+    def __init__(self, settings: Settings, num_blocks: int) -> None:
+        self.settings, self.num_blocks = settings, num_blocks
+        self._gradients: Gradients = {}
+        self._originals: Gradients = {}
+
+    @cached_property
+    def loaded(self) -> EvaluationModel:
+        """The model, ready to be measured."""
+        name = self.settings.MODEL_NAME
+        model = load_model(name, resolve_device(self.settings.DEVICE))
+        trunk = Trunk(model, self.settings.MODEL_FAMILY, self.num_blocks)
+        return EvaluationModel(model, load_tokenizer(name), trunk)
+
+    def at(self, repair: RepairRecord, learning_rate: float) -> EvaluationModel:
+        """The model updated at a learning rate; 0 gives the POST-SFT model."""
+        model = self.loaded.model
+        if repair.gradients is not self._gradients:
+            ascend(model, self._gradients, 0.0, self._originals)  # undoes the last repair
+            self._gradients, self._originals = repair.gradients, original_weights(model, repair.gradients)
+        ascend(model, self._gradients, learning_rate, self._originals)
+        return self.loaded
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel) -> None:
+    """Write the repaired checkpoint, unless it is finished."""
+    checkpoint = repair.checkpoint(learning_rate)
+    if checkpoint.is_finished(model.settings.OVERWRITE):
+        return
+    started = time.monotonic()
+    repaired = model.at(repair, learning_rate).model
+    require_finite(dict(repaired.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
+    with checkpoint.growing_folder() as folder:
+        repaired.save_pretrained(folder)
+        copy_tokenizer(model.settings.MODEL_NAME, folder)
+        shapes = {name: list(gradient.shape) for name, gradient in repair.gradients.items()}
+        checkpoint.publish_folder(started, shapes, weights=weights_fingerprint(folder))
+
+
+def write_completions(repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator) -> None:
+    """Greedy completions of the repaired tasks' test prompts, before and after, unless as many are stored."""
+    checkpoint = repair.checkpoint(learning_rate)
+    pairs = {task: evaluator.data(task) for task in task_weights(model.settings, repair.task)}
+    prompts = {
+        task: list(dict.fromkeys(pair.prompt for pair in of_task))[: model.settings.NUM_COMPLETIONS]
+        for task, of_task in pairs.items()
+    }
+    output = repair.artifacts.completions(checkpoint, evaluator.split, fingerprint_of(pairs))
+    if output.is_finished(model.settings.OVERWRITE):
+        stored = Counter(row["task"] for row in read_json(output.path))
+        if all(stored[task] >= len(of_task) for task, of_task in prompts.items()):
+            return
+    started = time.monotonic()
+    rows = [{"task": task, "prompt": prompt} for task, of_task in prompts.items() for prompt in of_task]
+    for when, rate in (("before", 0.0), ("after", learning_rate)):
+        completions = model.at(repair, rate).greedy_completions([row["prompt"] for row in rows])
+        for row, completion in zip(rows, completions, strict=True):
+            row[when] = completion
+    output.save_json(rows, started)
+
+
+def measure(
+    repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric]
+) -> tuple[dict[Metric, Any], dict[Metric, Any]]:
+    """Results of the POST-SFT and of the repaired model by metric; stored results are read."""
+    checkpoint, before, after = repair.checkpoint(learning_rate), {}, {}
+    for metric in metrics:
+        before[metric] = evaluator.result(
+            metric, repair.artifacts.name, repair.artifacts.fingerprint, lambda: model.at(repair, 0.0)
+        )
+        after[metric] = evaluator.result(
+            metric, checkpoint.path.name, checkpoint.fingerprint, lambda: model.at(repair, learning_rate)
+        )
+    return before, after
 
 
 def say_report(report: dict[str, Any]) -> None:
@@ -77,44 +219,47 @@ def say_report(report: dict[str, Any]) -> None:
         say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {word} {percent:+.2f} %")
 
 
-def repair_task(settings: Settings, task: str, evaluator: Evaluator, tracker: Tracker) -> list[Artifact]:
+def repair_task(
+    repair: RepairRecord, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric], tracker: Tracker
+) -> list[Artifact]:
     """Repair for one task at every learning rate; gives the repaired checkpoints."""
-    repair = Repair(settings, task)
-    for metric in repair.metrics:
-        evaluator.data(metric)  # a missing file is found before the repair, not after it
-    rates, search = settings.LEARNING_RATE, None
+    settings, task, rates, search = model.settings, repair.task, model.settings.LEARNING_RATE, None
+    sweep = (settings.OUTPUT_DIR, repair.artifacts.name, task, repair.artifacts.repair_name, repair.inputs)
+    swept = earlier_rates(*sweep, settings.OVERWRITE) if isinstance(rates, list) else {}
     if rates == "auto":
         banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")
-        search = search_learning_rate(repair)
+        search = search_learning_rate(repair.artifacts, task, partial(model.at, repair))
         rates = search["learning_rate"]
-    reports, checkpoints = [], []
-    for learning_rate in rates if isinstance(rates, list) else [rates]:
-        subject = f"{task}, {settings.SCORES_TYPE}, learning rate {learning_rate:g}, {settings.MODEL_NAME}"
-        banner("step 5: repair", subject)
+    reports = []
+    for rate in rates if isinstance(rates, list) else [rates]:
+        banner("step 5: repair", f"{task}, {settings.SCORES_TYPE}, learning rate {rate:g}, {settings.MODEL_NAME}")
         if settings.SAVE_TO_DISK:
-            repair.save(learning_rate)
-        report = repair.report(learning_rate, evaluator, search)
-        reports.append(report)
-        checkpoints.append(repair.checkpoint(learning_rate))
+            save_checkpoint(repair, rate, model)
+        report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
+        repair.write(report)
         say_report(report)
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items()})
-        if settings.SAVE_TO_DISK:
-            repair.describe(learning_rate, report)
         if settings.NUM_COMPLETIONS:
-            repair.complete(learning_rate, evaluator)
+            write_completions(repair, rate, model, evaluator)
+        reports.append(report)
     if isinstance(rates, list):
-        write_sweep(repair, reports, 100 * settings.PPL_BUDGET)
-    return checkpoints
+        write_sweep(*sweep, swept, reports, 100 * settings.PPL_BUDGET)
+    return [repair.checkpoint(report["learning_rate"]) for report in reports]
 
 
 def main(settings: Settings) -> None:
-    """Repair for every task, and upload what was asked to be."""
-    require_supported(settings.MODEL_NAME, settings.MODEL_FAMILY)
+    """Repair for every task, and upload the checkpoints if asked to."""
     access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
+    artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
+    repairs = [RepairRecord(artifacts, task) for task in tasks_of(settings.TASK_NAME)]
+    model = SteppableModel(settings, max(repair.num_blocks for repair in repairs))
     evaluator = Evaluator(settings, "test")
+    metrics: list[Metric] = [*["anthropic"] * settings.COMPUTE_ANTHROPIC_EVAL, *TASK_NAMES * settings.COMPUTE_TASK_EVAL]
+    for metric in metrics:
+        evaluator.data(metric)  # a missing file is found before the repair, not after it
     with tracking(settings.TRACKER, settings.MODEL_NAME, vars(settings)) as tracker:
-        for task in tasks_of(settings.TASK_NAME):
-            checkpoints = repair_task(settings, task, evaluator, tracker)
+        for repair in repairs:
+            checkpoints = repair_task(repair, model, evaluator, metrics, tracker)
             if access:
                 for checkpoint in checkpoints:
                     push_folder(checkpoint.path, settings.HUB_USERNAME, access)
@@ -123,7 +268,7 @@ def main(settings: Settings) -> None:
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE")
-    return next_command("evaluation_scripts/paper_tables.py", Settings(**settings.pick(*names)))
+    return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)))
 
 
 if __name__ == "__main__":

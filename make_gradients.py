@@ -5,32 +5,52 @@
 
     G = (F + damping I)^-1 mean_{i in S} grad Lbar(z_i),   Lbar = mean token loss
 
-Reads the factors of step 1, and what SCORES_TYPE chooses the subset S by: "pure_ekfac", "identity": scores of step 1,
-with and without curvature; "representation": representations of step 2; "dpp": indices of step 3. "direct" has no
-subset: its gradient is minus that of the measurement itself. With PRESERVE_PERPLEXITY, G loses the part that moves the
-loss of retained dialogues. Writes one tensor for each traced Linear, (1, out, in) or (1, out, in + 1) with the bias
-last.
+Reads the factors of step 1, and what SCORES_TYPE chooses the subset S by:
+
+    pure_ekfac      the smallest influence scores (step 1)
+    dpp             the diverse subset of step 3
+    random          a seeded uniform sample
+    identity        the smallest scores without curvature: plain gradient dot products (step 1)
+    representation  the dialogues most similar to the task's untrustworthy answers (representations of step 2)
+    direct          no subset: the gradient is minus that of the measurement itself, on the training pairs
+
+With PRESERVE_PERPLEXITY, G loses the part that moves the loss of retained dialogues. Writes one tensor for each traced
+Linear, (1, out, in) or (1, out, in + 1) with the bias last.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from steps import next_command, run_step
 from tasks import BackwardTask
 from utils.artifacts import fingerprint_of
-from utils.console import banner
-from utils.influence import precondition, trace
+from utils.batching import LabelledSequence
+from utils.console import UserError, banner, shown_path
+from utils.influence.scores import mean_measurement_gradient, precondition
+from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.models import resolve_device
-from utils.paths import STEP_5, anchored
-from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.paths import STEP_3, STEP_5, resolve_path
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import tokenize_dialogues
-from utils.pipeline import Pipeline, task_weights, tasks_of
-from utils.repair_gradient import direct_gradient, preserving_direction, retained_gradient, subset_gradient
-from utils.selection import rows_apart
+from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
+from utils.registry import ModelArtifacts
+from utils.selection import (
+    dissimilarity,
+    held_out_rows,
+    influence_scores,
+    most_harmful,
+    random_subset,
+    ranking_scores,
+    require_enough,
+)
 from utils.settings import (
     Family,
     NonNegativeFloat,
@@ -40,83 +60,226 @@ from utils.settings import (
     Seed,
     Settings,
     Strategy,
-    run_step,
+    task_weights,
+    tasks_of,
 )
-from utils.steps import next_command
-from utils.subsets import choose_subset
-from utils.tracing import load_traceable
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
-DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
+DATA_DIR: str = "data/demo"  # for "direct": folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: Seed = 42  # of the random subset and of what is retained; as in step 1, whose factors are read
+SEED: Seed = 42  # of the random subset and the retained dialogues; as in step 1, whose factors are read
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-TASK_NAME: RepairTask = "all"  # whose scores; "combined" is the weighted sum, "all" does the three in turn
+TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn; the paper's tables use 100
-SCORES_TYPE: ScoresType = "pure_ekfac"  # how they are chosen
+SCORES_TYPE: ScoresType = "pure_ekfac"  # "pure_ekfac", "dpp", "random", "identity", "representation", "direct": above
 IF_WEIGHT: NonNegativeFloat = 10.0  # for "dpp": weight of the influence term, as in step 3
-PRESERVE_PERPLEXITY: bool = False  # beyond the paper: leave the loss of retained dialogues as it is, to first order
-NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY: dialogues whose loss is to stay, at most
-GRADIENT_REDUCTION_TYPE: Literal["mean", "sum"] = "mean"  # "sum" is the sum over the subset divided by 100
+PRESERVE_PERPLEXITY: bool = False  # True (beyond the paper): retained dialogues keep their loss, to first order
+NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY: retained dialogues, at most
+GRADIENT_REDUCTION_TYPE: Literal["mean", "sum"] = "mean"  # over the subset: "mean", "sum" (divided by 100)
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
 
-NUM_BLOCKS: PositiveInt = 1  # as in step 1
-FACTOR_STRATEGY: Strategy = "ekfac"  # as in step 1
-NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # as in step 1
-DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1
-USE_HALF_PRECISION: bool = False  # as in step 1
-FISHER_POSITIONS: Literal["completion", "all"] = "completion"  # as in step 1
-TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch
+FACTOR_STRATEGY: Strategy = "ekfac"  # which factors of step 1: "ekfac", "kfac", "diagonal", "identity"
+USE_HALF_PRECISION: bool = False  # which factors of step 1
+DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1: added to the eigenvalues; None = 0.1 x their mean
+TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
 # -----------------------------------------------------------------------------------------------------------
+
+SUM_DIVISOR = 100  # makes the "sum" over the paper's 100 dialogues their mean
+
+
+# -- which dialogues ---------------------------------------------------------------------------------------------------
+
+
+def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
+    """Rows of the training dialogues to unlearn, by SCORES_TYPE; none for "direct".
+
+    Raises:
+        UserError: the scores or indices that SCORES_TYPE needs are missing or broken.
+    """
+    settings, total = artifacts.settings, len(artifacts.dialogues)
+    if settings.SCORES_TYPE == "direct":
+        return []
+    require_enough(settings.BOTTOM_K, total)
+    if settings.SCORES_TYPE == "random":
+        return random_subset(total, settings.BOTTOM_K, settings.SEED)
+    if settings.SCORES_TYPE == "dpp":
+        return diverse_subset(artifacts, task)
+    scores_of = {
+        "pure_ekfac": partial(influence_scores, artifacts),
+        "identity": partial(influence_scores, artifacts, strategy="identity"),
+        "representation": partial(dissimilarity, artifacts),
+    }[settings.SCORES_TYPE]
+    scores, _ = ranking_scores(artifacts, task, scores_of)
+    return most_harmful(scores, settings.BOTTOM_K)
+
+
+def diverse_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
+    """The indices that step 3 picked, after checking that they were picked by the scores that are there."""
+    total, bottom_k = len(artifacts.dialogues), artifacts.settings.BOTTOM_K
+    _, fingerprints = ranking_scores(artifacts, task)
+    artifact = artifacts.dpp(task, **fingerprints)
+    content = artifact.load_json()
+    indices = content.get("indices") if isinstance(content, dict) else None
+    are_indices = isinstance(indices, list) and all(index in range(total) for index in indices)
+    if not are_indices or len(set(indices)) != bottom_k:
+        raise UserError(
+            f"{shown_path(artifact.path)} does not hold {bottom_k} indices below {total}; "
+            f"delete it and run {STEP_3} again"
+        )
+    return indices
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a repair gradient is taken of.
+
+    Attributes:
+        weights: of the measurements that the model is repaired for.
+        indices: rows of the training dialogues to unlearn.
+        retained: rows of the training dialogues whose loss is to stay, for PRESERVE_PERPLEXITY.
+        pairs: training pairs by measurement, for "direct".
+    """
+
+    weights: dict[str, float]
+    indices: list[int]
+    retained: list[int]
+    pairs: dict[str, list[AnswerPair]]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of all but the weights."""
+        retained = {"retained": fingerprint_of(self.retained)} if self.retained else {}
+        subset = {"pairs": fingerprint_of(self.pairs)} if self.pairs else {"subset": fingerprint_of(self.indices)}
+        return {**subset, **retained}
+
+
+def choose_sources(artifacts: ModelArtifacts, task: str) -> Sources:
+    """The dialogues, and for "direct" the answer pairs, that the gradient is taken of."""
+    settings, total, pairs, retained = artifacts.settings, len(artifacts.dialogues), {}, []
+    weights, indices = task_weights(settings, task), choose_subset(artifacts, task)
+    if settings.SCORES_TYPE == "direct":
+        data_dir = resolve_path(settings.DATA_DIR)
+        pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
+    if settings.PRESERVE_PERPLEXITY:
+        retained = held_out_rows("retain", indices, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
+    return Sources(weights, indices, retained, pairs)
+
+
+# -- their gradient ----------------------------------------------------------------------------------------------------
+
+
+def subset_gradient(
+    traced: TracedModel, task: BackwardTask, examples: list[LabelledSequence], indices: list[int], reduction: str
+) -> Gradients:
+    """mean_{i in S} grad Lbar(z_i), or the sum over S divided by 100; (1, out, in) for each Linear."""
+    loader = traced.loader(examples, indices=indices, description="subset")
+    factor = 1.0 if reduction == "mean" else len(indices) / SUM_DIVISOR
+    return {name: mean * factor for name, mean in mean_measurement_gradient(traced, task, loader).items()}
+
+
+def retained_gradient(
+    traced: TracedModel, task: BackwardTask, examples: list[LabelledSequence], rows: list[int]
+) -> Gradients:
+    """R: gradient of the mean NLL of the retained dialogues' label tokens, whose exp is their perplexity."""
+    num_labels = np.array([sequence.num_labels for sequence in examples], dtype=float)
+    weights = num_labels / max(1.0, num_labels[rows].sum())
+    loader = traced.loader(examples, indices=rows, weights=weights, description="retained")
+    return mean_measurement_gradient(traced, task, loader)
+
+
+def direct_gradient(
+    traced: TracedModel, task: BackwardTask, pairs: dict[str, list[AnswerPair]], weights: dict[str, float]
+) -> Gradients:
+    """-grad sum_t weight_t f_t over the training pairs, so that a step up it is a step down the measurements."""
+    total: Gradients = {}
+    for name, weight in weights.items():
+        tokenized = tokenize_pairs(pairs[name], traced.tokenizer, MEASUREMENTS[name].max_tokens)
+        loader = traced.loader(tokenized.sequences, weights=tokenized.weights, description=f"{name} pairs")
+        gradients = mean_measurement_gradient(traced, task, loader)
+        total = {module: total.get(module, 0) - weight * gradient for module, gradient in gradients.items()}
+    return total
+
+
+def inner_product(a: Gradients, b: Gradients) -> float:
+    """<a, b> over all modules, summed in float64."""
+    return float(sum((a[name].double() * b[name].double()).sum() for name in a))
+
+
+def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tuple[Gradients, float]:
+    """The subset's natural gradient without the part that moves the loss of the retained dialogues.
+
+    D = P (G - alpha R), alpha = <R, P G> / <R, P R>, so that <R, D> = 0: to first order the retained loss stays.
+    Beyond the paper. If <R, P R> is 0, nothing is subtracted.
+
+    Args:
+        gradients: (2, out, in) for each module: G of the subset, R of the retained dialogues.
+        preconditioned: P applied to both.
+
+    Returns:
+        D, (1, out, in) for each module, and alpha.
+    """
+    retained = {name: pair[1:] for name, pair in gradients.items()}
+    subset_step = {name: pair[:1] for name, pair in preconditioned.items()}
+    retained_step = {name: pair[1:] for name, pair in preconditioned.items()}
+    curvature = inner_product(retained, retained_step)
+    alpha = inner_product(retained, subset_step) / curvature if curvature else 0.0
+    return {name: step - alpha * retained_step[name] for name, step in subset_step.items()}, alpha
+
+
+def repair_gradient(
+    settings: Settings, traced: TracedModel, examples: list[LabelledSequence], sources: Sources, factors: Path
+) -> tuple[Gradients, dict[str, Any]]:
+    """G = P grad, the preconditioned gradient of the sources; with retained dialogues the preserving direction.
+
+    Returns:
+        G, (1, out, in) for each Linear, and facts for the manifest.
+    """
+    task = BackwardTask(list(traced.linears))
+    facts: dict[str, Any] = {"indices": sources.indices, "retained": sources.retained}
+    if settings.SCORES_TYPE == "direct":
+        gradient = direct_gradient(traced, task, sources.pairs, sources.weights)
+    else:
+        gradient = subset_gradient(traced, task, examples, sources.indices, settings.GRADIENT_REDUCTION_TYPE)
+    if not sources.retained:
+        return precondition(gradient, traced.curvature, factors), facts
+    retained = retained_gradient(traced, task, examples, sources.retained)
+    both = {name: torch.cat([gradient[name], retained[name]]) for name in gradient}  # (2, out, in)
+    direction, facts["alpha"] = preserving_direction(both, precondition(both, traced.curvature, factors))
+    return direction, facts
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+def make_model_gradients(settings: Settings, model: str) -> None:
+    """The repair gradients of one model, which is loaded when the first of them is to be computed."""
+    device, artifacts = resolve_device(settings.DEVICE), ModelArtifacts(settings, model)
+    factors = artifacts.factors()
+    artifacts = artifacts.with_constants(factors.require()["settings"])  # NUM_BLOCKS and what else they were made with
+    traced: TracedModel | None = None
+    for task_name in tasks_of(settings.TASK_NAME):
+        banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model}")
+        sources = choose_sources(artifacts, task_name)
+        output = artifacts.gradients(task_name, **sources.fingerprints, dataset=artifacts.dialogues.fingerprint)
+        if output.is_finished(settings.OVERWRITE):
+            continue
+        if traced is None:
+            traced = load_traced_model(artifacts.settings, model, device)
+            examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
+        started = time.monotonic()
+        gradient, facts = repair_gradient(settings, traced, examples, sources, factors.path)
+        output.save_tensors(gradient, started, **facts)
 
 
 def main(settings: Settings) -> None:
-    """Make the repair gradient of every model and task."""
-    device = resolve_device(settings.DEVICE)
-    for model_name in settings.MODEL_NAMES:
-        pipeline = Pipeline.of(settings, model_name)
-        subject = None
-        for task_name in tasks_of(settings.TASK_NAME):
-            banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model_name}")
-            started = time.monotonic()
-            factors = pipeline.factors()
-            factors.require()
-            weights = task_weights(settings, task_name)
-            indices, rows, pairs = choose_subset(pipeline, task_name), [], {}
-            sources = {"subset": fingerprint_of(indices)}
-            if settings.SCORES_TYPE == "direct":
-                data_dir = anchored(settings.DATA_DIR)
-                pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
-                sources = {"pairs": fingerprint_of(pairs)}
-            if settings.PRESERVE_PERPLEXITY:
-                total = len(pipeline.dialogues)
-                rows = rows_apart("retain", indices, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
-                sources["retained"] = fingerprint_of(rows)
-            output = pipeline.gradients(task_name, **sources)
-            if output.is_finished(settings.OVERWRITE):
-                continue
-            if subject is None:
-                subject = load_traceable(settings, model_name, device)
-                task = BackwardTask(subject.tracked_modules)
-                trace(subject.whole, task)
-                examples = tokenize_dialogues(pipeline.dialogues, subject.tokenizer)
-            if pairs:
-                gradient = direct_gradient(subject, task, pairs, weights)
-            else:
-                gradient = subset_gradient(subject, task, examples, indices, settings.GRADIENT_REDUCTION_TYPE)
-            details: dict[str, Any] = {"indices": indices, "retained": rows}
-            if rows:
-                retained = retained_gradient(subject, task, examples, rows)
-                gradient = {name: torch.cat([gradient[name], retained[name]]) for name in retained}  # (2, out, in)
-            repair_gradient = precondition(subject.model, gradient, subject.curvature, factors.path)
-            if rows:
-                repair_gradient, details["alpha"] = preserving_direction(gradient, repair_gradient)
-            output.save_tensors(repair_gradient, started, **details)
+    """Make the repair gradients of every model."""
+    for model in settings.MODEL_NAMES:
+        make_model_gradients(settings, model)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Every step against the released recipe, on the same machine in the same run: `make bench`.
+"""Every step compared with the released recipe, on the same machine in the same run: `make bench`.
 
     python benchmarks/bench.py
     python benchmarks/bench.py --STEPS step2_representations step6_evaluation
 
-Each side of each comparison runs in a process of its own. Writes benchmarks/results.json, results.md and results.png;
-what is not in STEPS keeps its earlier numbers.
+Each side of each comparison runs in its own process. Writes benchmarks/results.json, results.md and results.png;
+steps that are not in STEPS keep their earlier numbers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import functools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from benchmarks.floor import copy_rate, floors, matrix_rate
-from benchmarks.measure import SIDES
 from benchmarks.workload import (
     PYTHIA_70M_HIDDEN,
     Workload,
@@ -33,37 +31,38 @@ from benchmarks.workload import (
     make_workload,
     save_tokenized,
 )
+from steps import run_step
 from utils.artifacts import read_json, software_versions, to_json, write_atomically
 from utils.console import banner, say
-from utils.paths import PROJECT_ROOT, anchored
-from utils.reporting import markdown_table
-from utils.settings import PositiveInt, Settings, run_step
+from utils.paths import PROJECT_ROOT, resolve_path
+from utils.reporting.tables import markdown_table
+from utils.settings import PositiveInt, Settings
+
+Step = Literal[
+    "step1_three_tasks",
+    "step2_representations",
+    "step3_dpp_rff",
+    "step3_dpp_rbf",
+    "step4_gradients",
+    "step5_sweep",
+    "step6_evaluation",
+]
 
 # ------------------------------------------------------------------------------------------------ constants
-STEPS: list[
-    Literal[
-        "step1_three_tasks",
-        "step2_representations",
-        "step3_dpp_rff",
-        "step3_dpp_rbf",
-        "step4_gradients",
-        "step5_sweep",
-        "step6_evaluation",
-    ]
-] = [step for step in SIDES if step != "step1_one_task"]  # what is measured
-BERGSON_PYTHON: str | None = None  # interpreter of another environment that has bergson, to compare step 1 with it
-OUTPUT_DIR: str = "runs/bench"  # the model, the data and the outputs
-TRAIN_DIALOGUES: PositiveInt = 176  # of them 10,000 / 96,256 for the factors, as in the paper
+STEPS: list[Step] = list(get_args(Step))  # steps to measure; all seven by default
+BERGSON_PYTHON: str | None = None  # Python of an environment that has bergson, to compare step 1 with it; None skips it
+OUTPUT_DIR: str = "runs/bench"  # folder for the model, the data and the outputs
+TRAIN_DIALOGUES: PositiveInt = 176  # 10,000 / 96,256 of them are used for the factors, as in the paper
 REPRESENTED_DIALOGUES: PositiveInt = 256  # for step 2, which is short
 TEST_DIALOGUES: PositiveInt = 64  # for steps 5 and 6
 GREEDY_EXAMPLES: PositiveInt = 96_256  # for step 3, as in the paper
-REPETITIONS: PositiveInt = 3  # after a warm-up; the median counts
-LONG_REPETITIONS: PositiveInt = 1  # of the released steps 1, 4 and 5, which take minutes; without a warm-up
+REPETITIONS: PositiveInt = 3  # after a warm-up if there are several; the median counts
+LONG_REPETITIONS: PositiveInt = 1  # of the released steps 1, 4 and 5, which take minutes
 # -----------------------------------------------------------------------------------------------------------
 
-PAIRS = {"bias": 18, "ethics": 4, "truth": 8}  # of both splits together, at least one in each
+PAIRS = {"bias": 18, "ethics": 4, "truth": 8}  # over both splits, at least one in each
 LONG = {("step1_three_tasks", "released"), ("step4_gradients", "released"), ("step5_sweep", "released")}
-# What a reader should expect of each ratio; from the design of the benchmark, not from its results.
+# The least that each ratio should be; from the design of the benchmark, not from its results.
 BARS = {
     "step1_three_tasks": 60,
     "step2_representations": 3.5,
@@ -79,10 +78,10 @@ RESULTS = PROJECT_ROOT / "benchmarks" / "results.json"
 
 
 def _run(command: list[str]) -> dict[str, Any]:
-    """Run a command and read the JSON of its last line.
+    """Run a command and parse the last line that it prints as JSON.
 
     Raises:
-        RuntimeError: it failed; carries its last lines.
+        RuntimeError: the command failed; quotes the end of its output.
     """
     finished = subprocess.run(command, capture_output=True, text=True)
     if finished.returncode:
@@ -91,34 +90,38 @@ def _run(command: list[str]) -> dict[str, Any]:
 
 
 def run_measure(side: str, step: str, work: Workload, repetitions: int) -> dict[str, Any]:
-    """One side of one step in its own process."""
+    """Measure one side of one step in its own process."""
     script = str(PROJECT_ROOT / "benchmarks" / "measure.py")
     return _run([sys.executable, script, side, step, str(work.folder), str(repetitions)])
 
 
 def compare_with_bergson(python: str, work: Workload, repetitions: int) -> dict[str, Any]:
-    """Step 1 for one task, factors on all training dialogues: ours, and bergson's."""
+    """Step 1 for one task with factors on all training dialogues: ours and bergson's."""
     save_tokenized(work)
     script = str(PROJECT_ROOT / "benchmarks" / "bergson_side.py")
     sides = {
         "ours": run_measure("ours", "step1_one_task", work, repetitions),
         "bergson": _run([python, script, str(work.folder), str(repetitions)]),
     }
-    for name, side in sides.items():
-        side["median_seconds"] = statistics.median(side["seconds"])
-        say(f"   {name}: {side['median_seconds']:.2f} s, {side['peak_bytes'] / 1e9:.2f} GB")
+    for side, measured in sides.items():
+        say_measured(side, measured)
     return {**sides, "ratio": sides["bergson"]["median_seconds"] / sides["ours"]["median_seconds"]}
 
 
+def say_measured(side: str, measured: dict[str, Any]) -> None:
+    """Print the time and memory of one side."""
+    say(f"   {side}: {measured['median_seconds']:.2f} s, {measured['peak_bytes'] / 1e9:.2f} GB")
+
+
 def processor_name() -> str:
-    """The CPU's name, where the system tells it."""
+    """The CPU's name, if the system provides it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def conditions(settings: Settings, work: Workload, many: Workload, source: Path) -> dict[str, Any]:
-    """What the numbers were measured on and with."""
+    """Hardware, versions and sizes behind the numbers."""
     rate, bytes_rate = matrix_rate(), copy_rate()
     floor_seconds = floors(work, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN, rate, bytes_rate)
     floor_seconds[REPRESENTATIONS] = floors(many, 1, PYTHIA_70M_HIDDEN, rate, bytes_rate)[REPRESENTATIONS]
@@ -141,23 +144,25 @@ def conditions(settings: Settings, work: Workload, many: Workload, source: Path)
 
 
 @functools.cache
-def run_baseline_of_step_3(work: Workload, repetitions: int) -> dict[str, Any]:
-    """Both kernels are compared with the same baseline, measured once."""
+def run_released_step_3(work: Workload, repetitions: int) -> dict[str, Any]:
+    """The baseline of both kernels, measured once."""
     return run_measure("released", "step3_dpp_rff", work, repetitions)
 
 
 def compare(step: str, settings: Settings, work: Workload) -> dict[str, dict[str, Any]]:
-    """Measure both sides of one step."""
+    """Measure both sides of one step.
+
+    Raises:
+        RuntimeError: the two greedy algorithms picked different examples.
+    """
     sides = {}
     for side in ("ours", "released"):
         repetitions = settings.LONG_REPETITIONS if (step, side) in LONG else settings.REPETITIONS
         if side == "released" and step.startswith("step3"):
-            measured = dict(run_baseline_of_step_3(work, repetitions))
+            sides[side] = dict(run_released_step_3(work, repetitions))
         else:
-            measured = run_measure(side, step, work, repetitions)
-        median = statistics.median(measured["seconds"])
-        sides[side] = {**measured, "median_seconds": median}
-        say(f"   {side}: {median:.2f} s, {measured['peak_bytes'] / 1e9:.2f} GB")
+            sides[side] = run_measure(side, step, work, repetitions)
+        say_measured(side, sides[side])
     if step == "step3_dpp_rff" and sides["ours"]["result"] != sides["released"]["result"]:
         raise RuntimeError("the two greedy algorithms picked different examples")
     for side in sides.values():
@@ -166,7 +171,7 @@ def compare(step: str, settings: Settings, work: Workload) -> dict[str, dict[str
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """A line for each ratio."""
+    """A row for each ratio."""
     rows = []
     for key, ratio in results["ratios"].items():
         step = "step1_three_tasks" if key == "step1_peak_memory" else key
@@ -205,9 +210,9 @@ def results_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Measure, then write numbers, table and picture."""
+    """Measure, then write numbers, table and figure."""
     source = find_source()
-    folder = anchored(settings.OUTPUT_DIR)
+    folder = resolve_path(settings.OUTPUT_DIR)
     work = make_workload(folder, settings.TRAIN_DIALOGUES, settings.TEST_DIALOGUES, PAIRS, source)
     make_greedy_inputs(folder, settings.GREEDY_EXAMPLES, PYTHIA_70M_HIDDEN)
     many = make_workload(folder / "many", settings.REPRESENTED_DIALOGUES, 1, PAIRS, source)

@@ -3,18 +3,14 @@
     ANOTHER_ENVIRONMENT/bin/python benchmarks/bergson_side.py runs/bench 3
 
 A comparison, never a dependency: it runs in an environment of its own that has bergson, on texts that bench.py has
-tokenized. Its query is the mean loss of the truth task's chosen answers, since it has no difference of mean losses:
-half of our query, which is a small part of the work. Prints the same JSON line as measure.py.
+tokenized. Its query is the mean loss of the truth task's chosen answers, since bergson has no difference of mean
+losses: half of our query, which is a small part of the work. Prints the same JSON line as measure.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import shutil
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -28,12 +24,13 @@ from bergson.config.config import (
     ScoreConfig,
 )
 from bergson.hessians.pipeline import hessian_pipeline
+from timing import timed  # Python puts the folder of the script itself on the import path
 
 TOKENS_PER_BATCH = 2_048
 
 
 def run(work: Path, output: Path) -> None:
-    """EKFAC factors of the last block on all training rows, and the scores of all of them."""
+    """EKFAC factors of the last block on all training rows, and the scores of all rows."""
     blocks = json.loads((work / "model" / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     index = IndexConfig(
         run_path=str(output),
@@ -55,16 +52,6 @@ def run(work: Path, output: Path) -> None:
 
 if __name__ == "__main__":
     folder, repetitions = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    seconds = []
-    for number in range(repetitions + 1):
-        shutil.rmtree(folder / "output_bergson", ignore_errors=True)
-        started = time.perf_counter()
-        with contextlib.redirect_stdout(sys.stderr):
-            run(folder, folder / "output_bergson")
-        if number:
-            seconds.append(time.perf_counter() - started)
-    shutil.rmtree(folder / "output_bergson")
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    peak = 1_024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    output = folder / "output_bergson"
     versions = {name: metadata.version(name) for name in ("bergson", "torch", "transformers")}
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak, "versions": versions}))
+    print(json.dumps({**timed(lambda: run(folder, output), output, repetitions), "versions": versions}))

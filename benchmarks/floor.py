@@ -1,12 +1,13 @@
-"""The least time each of our steps could take here: operations over the rate of a large matrix product.
+"""The least time that each of our steps could take here: operations over the rate of a large matrix product.
 
-Counted are the matrix products that a step cannot do without: Linear layers at every token, logits at every label,
+Counted are the matrix products that a step cannot avoid: Linear layers at every token, logits at every label,
 their backward passes, and the sums behind factors and scores. Not counted: attention, softmax, reading and writing.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,25 +18,25 @@ from benchmarks.workload import Workload
 from utils.batching import LabelledSequence
 from utils.models import load_config, load_tokenizer
 from utils.paths import DEFAULT_SEED
-from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.pairs import tokenize_pairs
 from utils.selection import random_subset
 
 
 def matrix_rate(size: int = 4_096, repetitions: int = 5) -> float:
-    """Operations a second of a float32 product of two large square matrices; the best of a few."""
+    """Operations per second of a float32 product of two large square matrices; the best of a few."""
     a, b, out = (torch.randn(size, size) for _ in range(3))
     return 2 * size**3 / min(_seconds(lambda: torch.mm(a, b, out=out)) for _ in range(repetitions))
 
 
 def copy_rate(num_bytes: int = 1 << 29, repetitions: int = 5) -> float:
-    """Bytes a second, read and written, of a large copy; the best of a few."""
+    """Bytes per second, read and written, of a large copy; the best of a few."""
     source, target = torch.ones(num_bytes // 4), torch.ones(num_bytes // 4)
     return 2 * num_bytes / min(_seconds(lambda: target.copy_(source)) for _ in range(repetitions))
 
 
-def _seconds(work: object) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -43,14 +44,14 @@ def _seconds(work: object) -> float:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sizes of a set of sequences: all tokens, and those that are labels."""
+    """Size of a set of sequences: all tokens, and those that are labels."""
 
     all: int
     labels: int
 
     @classmethod
     def of(cls, sequences: list[LabelledSequence]) -> Tokens:
-        """Count them."""
+        """Count the tokens of some sequences."""
         return cls(sum(len(s.input_ids) for s in sequences), sum(s.num_labels for s in sequences))
 
     def __add__(self, other: Tokens) -> Tokens:
@@ -62,7 +63,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations (two for each multiplication with addition) of a GPT-NeoX model's passes."""
+    """Operations (two per multiply-add) of a GPT-NeoX model's passes."""
 
     hidden: int
     intermediate: int
@@ -71,7 +72,7 @@ class Operations:
 
     @property
     def linears(self) -> list[tuple[int, int, bool]]:
-        """(out, in, whether its gradient is zero at tokens that predict no label) of the last block's Linears."""
+        """(out, in, whether its gradient is zero at tokens that predict no label) of each Linear in the last block."""
         h, i = self.hidden, self.intermediate
         return [(3 * h, h, False), (h, h, True), (i, h, True), (h, i, True)]
 
@@ -85,12 +86,12 @@ class Operations:
         return tokens.all * self.block * (self.num_blocks - 1)
 
     def tail(self, tokens: Tokens, backward: bool = False) -> int:
-        """The last block and the logits; backward: the gradients of activations alone."""
+        """The last block and the logits; `backward` adds the gradients of the activations."""
         logits = 2 * self.hidden * self.vocabulary * tokens.labels
         return (tokens.all * self.block + logits) * (2 if backward else 1)
 
     def per_linear(self, tokens: Tokens, inputs: bool, outputs: bool, product: float) -> int:
-        """Sums over tokens with a gradient: in^2, out^2 and out x in, each times two."""
+        """Sums over tokens with a gradient: in^2 if `inputs`, out^2 if `outputs`, `product` times out x in."""
         total = 0
         for out, inside, is_idle_at_prompt in self.linears:
             rows = tokens.labels if is_idle_at_prompt else tokens.all
@@ -103,7 +104,13 @@ class Operations:
 
 
 def floors(work: Workload, num_greedy: int, hidden: int, rate: float, bytes_rate: float) -> dict[str, float]:
-    """Seconds for each key of the benchmark; for step 3, the features, or one look at the representations."""
+    """Seconds for each step of the benchmark; for step 3, computing the features or reading the representations once.
+
+    Args:
+        num_greedy, hidden: size of step 3's representations.
+        rate: operations per second.
+        bytes_rate: bytes per second.
+    """
     config, tokenizer = load_config(work.model), load_tokenizer(work.model)
     model = Operations(config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size)
     train = tokenize_dialogues(load_dialogues(work.hh_dataset, "train"), tokenizer)
@@ -151,7 +158,7 @@ def floors(work: Workload, num_greedy: int, hidden: int, rate: float, bytes_rate
 
 
 def _eigendecomposition_seconds(size: int) -> float:
-    """Measured, since no rate describes it."""
+    """Measured: the rate of a matrix product says nothing about it."""
     rows = torch.randn(size, size, dtype=torch.float64)
     matrix = rows @ rows.T
     return _seconds(lambda: torch.linalg.eigh(matrix))

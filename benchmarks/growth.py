@@ -1,8 +1,8 @@
-"""How our cost grows with the work, and what that means for the paper's models: `make bench` runs it after bench.py.
+"""How our cost grows with the size of the work, and what that means for the paper's models; `make bench` runs it last.
 
     python benchmarks/growth.py
 
-Times and peak memory of steps 1 to 3 for four numbers of dialogues and four widths, each in a process of its own.
+Time and peak memory of steps 1 to 3 for four numbers of dialogues and four widths, each in its own process.
 Writes benchmarks/growth.json, growth.md and growth.png.
 """
 
@@ -30,28 +30,29 @@ from benchmarks.workload import (
     make_greedy_inputs,
     make_workload,
 )
+from steps import run_step
 from utils.artifacts import to_json, write_atomically
 from utils.console import banner, say
 from utils.models import load_tokenizer
-from utils.paths import PROJECT_ROOT, anchored
+from utils.paths import PROJECT_ROOT, resolve_path
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
-from utils.reporting import markdown_table
-from utils.settings import PositiveInt, Settings, run_step
+from utils.reporting.tables import markdown_table
+from utils.settings import PositiveInt, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
-OUTPUT_DIR: str = "runs/bench/growth"  # the models, the data and the outputs
+OUTPUT_DIR: str = "runs/bench/growth"  # folder for the models, the data and the outputs
 DIALOGUES: list[PositiveInt] = [40, 80, 160, 320]  # at hidden 512
 WIDTHS: list[PositiveInt] = [128, 256, 512, 1_024]  # hidden sizes, at the second number of dialogues
-GREEDY_EXAMPLES: list[PositiveInt] = [12_032, 24_064, 48_128, 96_256]  # of step 3, in place of DIALOGUES
-REPETITIONS: PositiveInt = 1  # without a warm-up where it is 1
+GREEDY_EXAMPLES: list[PositiveInt] = [12_032, 24_064, 48_128, 96_256]  # for step 3, in place of DIALOGUES
+REPETITIONS: PositiveInt = 1  # after a warm-up if there are several; the median counts
 # -----------------------------------------------------------------------------------------------------------
 
 STEPS = ("step1_three_tasks", "step2_representations", "step3_dpp_rbf")
 PAPER_MODELS = {"Pythia 1.4b": (2_048, 24), "Pythia 2.8b": (2_560, 32), "Pythia 6.9b": (4_096, 32)}  # hidden, blocks
-# An H200's published dense rates, and the shares of them that the projection takes for granted.
+# An H200's published dense rates in operations per second, and the shares of them that the projection assumes.
 BFLOAT16_RATE, FLOAT32_RATE, FLOAT64_RATE = 989e12, 67e12, 67e12
 SHARE_OF_RATE = 0.4
-EIGENDECOMPOSITION_OPERATIONS, SHARE_OF_FLOAT64 = 9, 0.05  # times n^3; a GPU is poor at it
+EIGENDECOMPOSITION_OPERATIONS, SHARE_OF_FLOAT64 = 9, 0.05  # times n^3; GPUs are slow at eigendecompositions
 RESULTS = PROJECT_ROOT / "benchmarks" / "growth.json"
 
 
@@ -63,51 +64,62 @@ def measure_sizes(settings: Settings, axis: str) -> list[dict[str, Any]]:
         dialogues = size if axis == "dialogues" else settings.DIALOGUES[1]
         hidden = size if axis == "width" else PYTHIA_70M_HIDDEN
         examples = settings.GREEDY_EXAMPLES[number if axis == "dialogues" else 1]
-        folder = anchored(settings.OUTPUT_DIR) / f"{dialogues}_{hidden}"
+        folder = resolve_path(settings.OUTPUT_DIR) / f"{dialogues}_{hidden}"
         work = make_workload(folder, dialogues, 1, PAIRS, find_source(), hidden)
         make_greedy_inputs(folder, examples, hidden)
-        train = tokenize_dialogues(load_dialogues(work.hh_dataset, "train"), load_tokenizer(work.model))
-        tokens = {"tokens": sum(len(s.input_ids) for s in train), "labels": sum(s.num_labels for s in train)}
-        point: dict[str, Any] = {"dialogues": dialogues, "hidden": hidden, "greedy_examples": examples, **tokens}
+        train = Tokens.of(tokenize_dialogues(load_dialogues(work.hh_dataset, "train"), load_tokenizer(work.model)))
+        point: dict[str, Any] = {
+            "dialogues": dialogues,
+            "hidden": hidden,
+            "greedy_examples": examples,
+            "tokens": train.all,
+            "labels": train.labels,
+        }
         for step in STEPS:
             measured = run_measure("ours", step, work, settings.REPETITIONS)
-            point[step] = {"seconds": float(np.median(measured["seconds"])), "peak_bytes": measured["peak_bytes"]}
+            point[step] = {"seconds": measured["median_seconds"], "peak_bytes": measured["peak_bytes"]}
         shutil.rmtree(folder)
         say(f"   {axis} {size}: " + ", ".join(f"{step} {point[step]['seconds']:.2f} s" for step in STEPS))
         points.append(point)
     return points
 
 
-def fit(points: list[dict[str, Any]], axis: str) -> dict[str, dict[str, float]]:
-    """For each step: seconds = fixed + per_unit * size along the dialogues; the exponent of size along the width.
+def size_along(axis: str, step: str, point: dict[str, Any]) -> int:
+    """The size that the cost of a step grows with along an axis."""
+    if axis == "width":
+        return point["hidden"]
+    return point["greedy_examples" if step.startswith("step3") else "dialogues"]
 
-    The exponent is that of the last doubling, where the fixed cost weighs least.
+
+def fit(points: list[dict[str, Any]], axis: str) -> dict[str, dict[str, float]]:
+    """For each step: seconds = fixed + per_unit * size along the dialogues; the exponent of the size along the width.
+
+    The exponent is taken from the last doubling, where the fixed cost matters least.
     """
     fits = {}
     for step in STEPS:
-        seconds = np.array([point[step]["seconds"] for point in points])
+        seconds = [point[step]["seconds"] for point in points]
         if axis == "dialogues":
-            size = "greedy_examples" if step.startswith("step3") else "dialogues"
-            slope, fixed = np.polyfit([point[size] for point in points], seconds, 1)
+            slope, fixed = np.polyfit([size_along(axis, step, point) for point in points], seconds, 1)
             fits[step] = {"seconds_fixed": float(fixed), "seconds_per_unit": float(slope)}
         else:
             fits[step] = {"exponent_of_last_doubling": math.log2(seconds[-1] / seconds[-2])}
     return fits
 
 
-def project(tokens_of_a_dialogue: float, labels_of_a_dialogue: float) -> list[dict[str, Any]]:
-    """Step 1 for three tasks, and step 2, on all 96,256 dialogues on one H200: operations over rates.
+def project(tokens_per_dialogue: float, labels_per_dialogue: float) -> list[dict[str, Any]]:
+    """Seconds of step 1 for three tasks, and of step 2, on all 96,256 dialogues on one H200: operations over rates.
 
-    Also `evaluation`, the perplexity of the test split, which each repaired model costs at most (a sweep's trunk runs
-    once). Passes in bfloat16, sums behind factors and scores in float32, eigendecompositions in float64. Queries are
-    left out (below 2 % of the tokens). Memory: float32 weights, one bfloat16 copy of the largest Linears, the factors
-    and three query gradients of one block in float32.
+    `evaluation` is the perplexity of the test split: at most this much for each repaired model, since the trunk runs
+    once for a whole sweep. Passes in bfloat16, sums behind factors and scores in float32, eigendecompositions in
+    float64. Queries are left out (below 2 % of the tokens). Memory: float32 weights, one bfloat16 copy of the largest
+    Linears, the factors and three query gradients of one block in float32.
     """
     projections = []
     for name, (hidden, blocks) in PAPER_MODELS.items():
         model = Operations(hidden, 4 * hidden, blocks, VOCABULARY)
         train, factors, test = (
-            Tokens(round(count * tokens_of_a_dialogue), round(count * labels_of_a_dialogue))
+            Tokens(round(count * tokens_per_dialogue), round(count * labels_per_dialogue))
             for count in (PAPER_TRAIN, PAPER_FACTORS, PAPER_TEST)
         )
         passes = (
@@ -136,7 +148,7 @@ def project(tokens_of_a_dialogue: float, labels_of_a_dialogue: float) -> list[di
 
 
 def tables(results: dict[str, Any]) -> str:
-    """What was measured, the fits, and the projection, in Markdown."""
+    """The measurements, the fits and the projection, in Markdown."""
     rows = [
         [
             f"{point['dialogues']}",
@@ -185,21 +197,17 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
     picture = Figure(figsize=(9, 6.4), layout="constrained")
     panels = picture.subplots(2, 2)
-    for column, (axis, size) in enumerate((("dialogues", "dialogues"), ("width", "hidden"))):
+    for column, axis in enumerate(("dialogues", "width")):
         for step, colour in zip(STEPS, ("#264653", "#2a9d8f", "#e76f51"), strict=True):
-            of_step = "greedy_examples" if axis == "dialogues" and step.startswith("step3") else size
-            sizes = [point[of_step] / results[axis][0][of_step] for point in results[axis]]
+            sizes = np.array([size_along(axis, step, point) for point in results[axis]])
             seconds = [point[step]["seconds"] for point in results[axis]]
-            panels[0, column].loglog(sizes, seconds, "o", color=colour, label=step)
-            if axis == "dialogues":
-                line = results["fits"][axis][step]
-                first = results[axis][0][of_step]
-                fitted = [line["seconds_fixed"] + line["seconds_per_unit"] * first * factor for factor in sizes]
-                panels[0, column].loglog(sizes, fitted, "-", color=colour, lw=1)
-            else:
-                panels[0, column].loglog(sizes, seconds, "-", color=colour, lw=1)
             peaks = [point[step]["peak_bytes"] / 1e9 for point in results[axis]]
-            panels[1, column].loglog(sizes, peaks, "o-", color=colour, lw=1)
+            line = results["fits"][axis][step]
+            curve = line["seconds_fixed"] + line["seconds_per_unit"] * sizes if axis == "dialogues" else seconds
+            multiples = sizes / sizes[0]
+            panels[0, column].loglog(multiples, seconds, "o", color=colour, label=step)
+            panels[0, column].loglog(multiples, curve, "-", color=colour, lw=1)
+            panels[1, column].loglog(multiples, peaks, "o-", color=colour, lw=1)
         panels[0, column].set_title(f"{axis}, in multiples of the smallest")
     panels[0, 0].set_ylabel("seconds")
     panels[1, 0].set_ylabel("peak memory, GB")
@@ -210,7 +218,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 
 def main(settings: Settings) -> None:
-    """Measure along both axes, fit, project, draw."""
+    """Measure along both axes, fit, project to the paper's models, and write numbers, tables and figure."""
     results: dict[str, Any] = {"fits": {}}
     for axis in ("dialogues", "width"):
         banner("growth", axis)

@@ -1,11 +1,11 @@
-"""The baseline: the recipe of the released code, written for this benchmark on kronfluence's and transformers' public
-interfaces.
+"""The baseline: the recipe of the released code, rewritten for this benchmark with kronfluence and transformers.
 
 Every dialogue is padded to 1,024 tokens and every answer to 128, 256 or 512; logits are computed at every position;
-batches of 2 (factors 8, representations 16 padded to the longest, evaluation 8). Factors are fitted and the training
-data walked once for each task, Fisher labels are sampled at every position, the gradients of the subset are taken one
-dialogue at a time, every learning rate evaluates the whole model, and the greedy is a lazy one in a heap, on random
-Fourier features. Float32 as ours, in place of the released mixture of precisions: bfloat16 is far slower on a CPU.
+batches hold 2 examples (factors 8, evaluation 8, representations 16 padded to the longest). Every task fits its own
+factors and makes its own pass over the training data, Fisher labels are sampled at every position, the gradients of the
+subset are taken one dialogue at a time, every learning rate evaluates the whole model, and the greedy is a lazy one
+with a heap, on random Fourier features. Everything is float32 like ours, in place of the released mixture of
+precisions: bfloat16 is far slower on a CPU.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.models import DTYPE_KEYWORD, tracked_linear_names
-from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, load_dialogues
-from utils.performance_functions.pairs import AnswerPair
 
 FACTOR_BATCH, SCORE_BATCH, REPRESENTATION_BATCH, EVALUATION_BATCH = 8, 2, 16, 8
 DAMPING_OF_MEAN = 0.1
@@ -52,47 +51,26 @@ def _padded(prompt: str, answer: str, tokenizer: PreTrainedTokenizerBase, length
     return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
 
 
-class DialogueRows(Dataset):
+def dialogue_rows(hh_dataset: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensors]:
     """Dialogues, each padded to 1,024 tokens."""
-
-    def __init__(self, hh_dataset: str, split: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        dialogues = load_dialogues(hh_dataset, split)
-        self.rows = [
-            _padded(prompt, answer + tokenizer.eos_token, tokenizer, MAX_DIALOGUE_TOKENS)
-            for prompt, answer in zip(dialogues.prompts, dialogues.completions, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Tensors:
-        return self.rows[position]
+    dialogues = load_dialogues(hh_dataset, split)
+    return [
+        _padded(prompt, answer + tokenizer.eos_token, tokenizer, MAX_DIALOGUE_TOKENS)
+        for prompt, answer in zip(dialogues.prompts, dialogues.completions, strict=True)
+    ]
 
 
-class PairRows(Dataset):
-    """Answer pairs, each answer padded to the measurement's length."""
-
-    def __init__(self, pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBase, length: int) -> None:
-        self.rows = [
-            {
-                f"{branch}_{name}": tensor
-                for branch in BRANCHES
-                for name, tensor in _padded(pair.prompt, getattr(pair, branch), tokenizer, length).items()
-            }
-            for pair in pairs
-        ]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Tensors:
-        return self.rows[position]
-
-
-def pair_rows(data_dir: str, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> PairRows:
-    """The pairs of one measurement."""
+def pair_rows(data_dir: str, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> list[Tensors]:
+    """The answer pairs of one measurement, each answer padded to the measurement's length."""
     measurement = MEASUREMENTS[task]
-    return PairRows(measurement.load_pairs(Path(data_dir), split), tokenizer, measurement.max_tokens)
+    return [
+        {
+            f"{branch}_{name}": tensor
+            for branch in BRANCHES
+            for name, tensor in _padded(pair.prompt, getattr(pair, branch), tokenizer, measurement.max_tokens).items()
+        }
+        for pair in measurement.load_pairs(Path(data_dir), split)
+    ]
 
 
 def _token_losses(model: PreTrainedModel, batch: Tensors, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,16 +115,16 @@ class ReleasedTask(Task):
         return self.tracked
 
     def get_attention_mask(self, batch: Tensors) -> torch.Tensor | None:
-        """Of the dialogues; a pair has two, and none that kronfluence could use."""
+        """The mask of the dialogues; a pair has two masks, and kronfluence can use neither."""
         return batch.get("attention_mask")
 
 
 def step_1(model: str, hh_dataset: str, data_dir: str, output: Path, factor_examples: int) -> Tensors:
-    """Factors and scores, for one task after the other."""
+    """Factors and scores, one task after the other."""
     scores = {}
     for task_name in MEASUREMENTS:
         loaded, tokenizer = load(model)
-        train = DialogueRows(hh_dataset, "train", tokenizer)
+        train = dialogue_rows(hh_dataset, "train", tokenizer)
         queries = pair_rows(data_dir, task_name, "train", tokenizer)
         task = ReleasedTask(tracked_linear_names(loaded, "auto", 1))
         analyzer = Analyzer(
@@ -154,7 +132,7 @@ def step_1(model: str, hh_dataset: str, data_dir: str, output: Path, factor_exam
         )
         analyzer.fit_all_factors(
             "ekfac",
-            torch.utils.data.Subset(train, range(factor_examples)),
+            Subset(train, range(factor_examples)),
             per_device_batch_size=FACTOR_BATCH,
             factor_args=FactorArguments(strategy="ekfac"),
         )
@@ -173,7 +151,7 @@ def step_1(model: str, hh_dataset: str, data_dir: str, output: Path, factor_exam
 
 @torch.no_grad()
 def step_2(model: str, hh_dataset: str) -> torch.Tensor:
-    """Mean last hidden state of every dialogue, (N, hidden), by the causal language model with all hidden states."""
+    """Mean last hidden state of every dialogue, (N, hidden), from the causal language model with all hidden states."""
     loaded, tokenizer = load(model)
     dialogues = load_dialogues(hh_dataset, "train")
     texts = [f"{prompt} {answer}" for prompt, answer in zip(dialogues.prompts, dialogues.completions, strict=True)]
@@ -195,7 +173,7 @@ def step_2(model: str, hh_dataset: str) -> torch.Tensor:
 
 
 def step_3(features: torch.Tensor, quality: torch.Tensor, bottom_k: int, if_weight: float) -> list[int]:
-    """Lazy greedy in a heap of stale gains on random Fourier features (N, D), a candidate at a time."""
+    """Lazy greedy with a heap of stale gains on random Fourier features (N, D), one candidate at a time."""
     quality_list = quality.tolist()
     norms = features.double().square().sum(dim=1).tolist()
     heap = [
@@ -227,7 +205,7 @@ def step_3(features: torch.Tensor, quality: torch.Tensor, bottom_k: int, if_weig
 def step_4(model: str, hh_dataset: str, indices: Sequence[int], factors: Path) -> Tensors:
     """The preconditioned mean gradient of the subset, taken one padded dialogue at a time."""
     loaded, tokenizer = load(model)
-    train = DialogueRows(hh_dataset, "train", tokenizer)
+    train = dialogue_rows(hh_dataset, "train", tokenizer)
     tracked = tracked_linear_names(loaded, "auto", 1)
     loaded.requires_grad_(False)
     for name in tracked:
@@ -252,16 +230,19 @@ def step_4(model: str, hh_dataset: str, indices: Sequence[int], factors: Path) -
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, dialogues: DialogueRows, pairs: dict[str, PairRows]) -> dict[str, float]:
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hh_dataset: str, data_dir: str
+) -> dict[str, float]:
     """HH loss as the mean over batches of 8 of each batch's mean, and the three log-odds losses."""
+    dialogues = dialogue_rows(hh_dataset, "test", tokenizer)
     losses = []
     for batch in DataLoader(dialogues, batch_size=EVALUATION_BATCH):
         token_losses = _token_losses(model, batch, batch["labels"])
         losses.append(float(token_losses.sum() / (batch["labels"][:, 1:] != -100).sum()))
     results = {"anthropic": sum(losses) / len(losses)}
-    for name, rows in pairs.items():
-        differences = [_log_odds(model, batch) for batch in DataLoader(rows, batch_size=EVALUATION_BATCH)]
-        results[name] = float(torch.cat(differences).mean())
+    for task in MEASUREMENTS:
+        pairs = DataLoader(pair_rows(data_dir, task, "test", tokenizer), batch_size=EVALUATION_BATCH)
+        results[task] = float(torch.cat([_log_odds(model, batch) for batch in pairs]).mean())
     return results
 
 
@@ -277,17 +258,10 @@ def step_5(
                 module = loaded.get_submodule(name)
                 module.weight.add_(gradient[0, :, :-1], alpha=learning_rate)
                 module.bias.add_(gradient[0, :, -1], alpha=learning_rate)
-        results.append(_evaluate_files(loaded, tokenizer, hh_dataset, data_dir))
+        results.append(evaluate(loaded, tokenizer, hh_dataset, data_dir))
     return results
 
 
 def step_6(model: str, hh_dataset: str, data_dir: str) -> dict[str, float]:
     """The four measurements of one model."""
-    return _evaluate_files(*load(model), hh_dataset, data_dir)
-
-
-def _evaluate_files(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, hh_dataset: str, data_dir: str
-) -> dict[str, float]:
-    dialogues = DialogueRows(hh_dataset, "test", tokenizer)
-    return evaluate(model, dialogues, {name: pair_rows(data_dir, name, "test", tokenizer) for name in MEASUREMENTS})
+    return evaluate(*load(model), hh_dataset, data_dir)

@@ -1,4 +1,4 @@
-"""The benchmark's work: a Pythia-70m architecture with random weights, real dialogues and pairs, cut down."""
+"""The benchmark's workload: a Pythia-70m architecture with random weights, on part of the real dialogues and pairs."""
 
 from __future__ import annotations
 
@@ -8,32 +8,28 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from datasets import Dataset
 from safetensors.torch import save_file
 from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from dpp.greedy_dpp import center
 from utils.batching import IGNORED_LABEL
 from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.pairs import tokenize_pairs
 from utils.performance_functions.truth import TRUTH
-from utils.selection import centred, min_max_normalise
+from utils.selection import min_max_normalise
 
 PAPER_TRAIN, PAPER_TEST, PAPER_FACTORS = 96_256, 5_103, 10_000
 TRAIN_SHARE_OF_ETHICS = 0.72  # of the short pairs, in the official split
-BIAS_PAIRS_PER_TOPIC = 9  # of one group: 3 stereotypes x 3 counter-statements
+BIAS_PAIRS_PER_TOPIC = 9  # per group: 3 stereotypes x 3 counter-statements
 PYTHIA_70M_HIDDEN, PYTHIA_70M_BLOCKS, VOCABULARY = 512, 6, 50_304
 SOURCES = (PROJECT_ROOT.parent / "shared" / "data", PROJECT_ROOT / "data", PROJECT_ROOT / "data" / "demo")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Where the model and the data lie, and how much of them there is.
-
-    Attributes:
-        folder: holds model/ and the data in the official layout.
-    """
+    """A folder with the model and the data in the official layout."""
 
     folder: Path
 
@@ -59,16 +55,16 @@ class Workload:
 
     @property
     def num_factor_examples(self) -> int:
-        """As many as the paper's share of the training dialogues."""
+        """The paper's share of the training dialogues."""
         return max(1, round(self.num_train * PAPER_FACTORS / PAPER_TRAIN))
 
 
 def find_source() -> Path:
-    """The first folder that has real data in the official layout; the embedded default comes last."""
+    """The first folder with data in the official layout; the embedded data come last."""
     return next(folder for folder in SOURCES if (folder / "hh" / "train.jsonl").is_file())
 
 
-def make_model(folder: Path, source: Path, hidden: int, seed: int = 0) -> None:
+def make_model(folder: Path, source: Path, hidden: int) -> None:
     """A Pythia architecture of 6 blocks with random weights and the real tokenizer, saved as a checkpoint."""
     if (folder / "config.json").is_file() and AutoConfig.from_pretrained(folder).hidden_size == hidden:
         return
@@ -80,7 +76,7 @@ def make_model(folder: Path, source: Path, hidden: int, seed: int = 0) -> None:
         eos_token=end,
         unk_token=end,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -90,23 +86,24 @@ def make_model(folder: Path, source: Path, hidden: int, seed: int = 0) -> None:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = GPTNeoXForCausalLM(config)
-    model.save_pretrained(folder)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def make_greedy_inputs(folder: Path, num_examples: int, hidden: int, seed: int = 0) -> None:
-    """Representations in 300 Gaussian clusters, centred, and normally distributed scores, min-max normalised."""
-    generator = torch.Generator().manual_seed(seed)
+def make_greedy_inputs(folder: Path, num_examples: int, hidden: int) -> None:
+    """Write centred representations in 300 Gaussian clusters, and min-max normalised Gaussian scores."""
+    generator = torch.Generator().manual_seed(0)
     centres = torch.randn(300, hidden, generator=generator)
     cluster = torch.randint(300, (num_examples,), generator=generator)
     representations = centres[cluster] + torch.randn(num_examples, hidden, generator=generator)
     quality = min_max_normalise(torch.randn(num_examples, generator=generator, dtype=torch.float64))
-    save_file({"representations": centred(representations), "quality": quality}, folder / "greedy.safetensors")
+    save_file({"representations": center(representations), "quality": quality}, folder / "greedy.safetensors")
 
 
 def save_tokenized(work: Workload) -> None:
-    """The training dialogues and the truth task's chosen answers as token ids with labels, for bergson_side.py."""
+    """Write the training dialogues and the truth task's chosen answers as token ids and labels, for bergson_side.py."""
+    from datasets import Dataset
+
     tokenizer = load_tokenizer(work.model)
     pairs = tokenize_pairs(TRUTH.load_pairs(Path(work.data_dir), "train"), tokenizer, TRUTH.max_tokens)
     texts = {
@@ -114,23 +111,23 @@ def save_tokenized(work: Workload) -> None:
         "queries": [pairs.sequences[position] for position in pairs.chosen],
     }
     for name, sequences in texts.items():
-        columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
+        rows = []
         for sequence in sequences:
             labels = [IGNORED_LABEL] * len(sequence.input_ids)
             counted = slice(sequence.label_start, sequence.label_end)
             labels[counted] = sequence.input_ids[counted].tolist()
-            for column, value in zip(columns, (sequence.input_ids.tolist(), labels, len(labels)), strict=True):
-                columns[column].append(value)
-        Dataset.from_dict(columns).save_to_disk(work.folder / f"tokenized_{name}")
+            rows.append({"input_ids": sequence.input_ids.tolist(), "labels": labels, "length": len(labels)})
+        Dataset.from_list(rows).save_to_disk(work.folder / f"tokenized_{name}")
 
 
 def make_workload(
     folder: Path, train: int, test: int, pairs: dict[str, int], source: Path, hidden: int = PYTHIA_70M_HIDDEN
 ) -> Workload:
-    """Cut the data down to the first rows.
+    """Make the model, and cut the data down to the first rows.
 
     Args:
-        pairs: how many pairs of each measurement, of both splits together, at least.
+        train, test: dialogues of each split.
+        pairs: least number of pairs of each measurement, over both splits.
     """
     make_model(folder / "model", source, hidden)
     for split, count in (("train", train), ("test", test)):

@@ -1,24 +1,24 @@
-"""Before step 1: bring the official data into place.
+"""Before step 1: fetch the official data.
 
     python data/prepare.py --BIAS_SOURCE path/to/templates.json
     python data/prepare.py --ONLY hh truth ethics
     python data/prepare.py --ONLY truth --TRUTH_SOURCE path/to/TruthfulQA.csv
 
-Brings the dialogues (hh), TruthfulQA (truth), ETHICS commonsense (ethics) and the stereotype templates (bias) into
+Puts the dialogues (hh), TruthfulQA (truth), ETHICS commonsense (ethics) and the stereotype templates (bias) into
 DATA_DIR, from the hub or from local copies, in the formats that the steps read. Each file is written under a
-temporary name and loaded with the project's own loader; only then it gets its name, and last its manifest. So a
-manifest means "complete": a finished file is not fetched again, a killed run goes on, and a file that was truncated
-or edited since is noticed.
+temporary name and loaded with the project's own loader; only then does it get its final name, and last of all its
+manifest. So a manifest means that the file is complete: a finished file is not fetched again, a killed run resumes,
+and a file that was truncated or edited since is noticed.
 
 The hub has the stereotypes of bias but not the counter-statements, so BIAS_SOURCE is a local file: a templates.json
-as in data/demo/bias, or the authors' Python file. That one is parsed, never imported or run. Of its assignments of a
-literal to a name, at any depth, these are recognised, in capitals or not, and everything else is ignored:
+as in data/demo/bias, or the authors' Python file. The Python file is parsed, never imported or run. Of its assignments
+of a literal to a name, at any depth, these are recognised, in upper or lower case, and all others are ignored:
 
     topics         {topic: {"stereotype": [...], "antistereotype": [...]}} under any name; or two dictionaries
-                   {topic: [...]} with the same topics: the name of one contains "anti" or "counter", that of the
-                   other only "stereotype"
+                   {topic: [...]} with the same topics: one whose name contains "anti" or "counter", and another
+                   whose name contains "stereotype"
     target groups  a list of texts whose name contains "group"
-    prompt         a text that contains [target_group] or whose name contains "prompt"; first one that does both
+    prompt         a text that contains [target_group] or whose name contains "prompt"; preferably both
 """
 
 from __future__ import annotations
@@ -27,78 +27,79 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
-
-from huggingface_hub.utils import logging as hub_logging
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.official.files import PreparedFile
+from data.official.parts import FILES, PARTS, OfficialFile, PartName
+from data.official.sources import Source, find_source
+from steps import run_step
 from utils.artifacts import fingerprint_of_files
 from utils.console import UserError, banner, is_disk_full, say, shown_path
-from utils.official.files import PreparedFile
-from utils.official.parts import FILES, PARTS, OfficialFile
-from utils.official.sources import Source, find_source
-from utils.paths import anchored
-from utils.reporting import markdown_table
-from utils.settings import Settings, run_step
+from utils.paths import resolve_path
+from utils.reporting.tables import markdown_table
+from utils.settings import Settings
 
 # ------------------------------------------------------------------------------------------------ constants
-DATA_DIR: str = "data"  # where the files go: below hh/, truthfulness/, ethics/ and bias/
-ONLY: list[Literal["hh", "truth", "ethics", "bias"]] = ["hh", "truth", "ethics", "bias"]  # parts to bring
+DATA_DIR: str = "data"  # folder to put the files into, as hh/, truthfulness/, ethics/ and bias/
+ONLY: list[PartName] = ["hh", "truth", "ethics", "bias"]  # parts to fetch, of these four
 HH_SOURCE: str = "Dahoas/static-hh"  # hub id, or a local folder with train.jsonl and test.jsonl
 TRUTH_SOURCE: str = "truthfulqa/truthful_qa"  # hub id, or the original TruthfulQA.csv
 ETHICS_SOURCE: str = "hendrycks/ethics"  # hub id, or a local folder with cm_train.csv and cm_test.csv
-BIAS_SOURCE: str = "AI-Secure/DecodingTrust"  # a local templates.json or Python file; the hub lacks a part, see above
-CHECK_COUNTS: bool = True  # refuse other row counts than the official ones
-OVERWRITE: bool = False  # replace files that came from elsewhere or were changed since
+BIAS_SOURCE: str = "AI-Secure/DecodingTrust"  # a local templates.json or Python file; the hub's data are not enough
+CHECK_COUNTS: bool = True  # refuse row counts that differ from the official ones
+OVERWRITE: bool = False  # replace files that come from another source or have changed since
 # -----------------------------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
-    """Bring the parts that were asked for; stop at the first that fails, and say what is finished."""
+    """Fetch the parts in ONLY; stop at the first that fails, and say what is finished."""
     banner("official data", settings.DATA_DIR)
-    hub_logging.set_verbosity_error()  # without a network the client would warn at each of its retries
-    data_dir = anchored(settings.DATA_DIR)
+    data_dir = resolve_path(settings.DATA_DIR)
     existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):  # found out before the downloads, not after them
-        raise UserError(f"DATA_DIR = {settings.DATA_DIR!r}: {existing} is no folder that can be written to")
+    if not existing.is_dir() or not os.access(existing, os.W_OK):  # before the downloads, not after them
+        raise UserError(f"DATA_DIR = {settings.DATA_DIR!r}: {existing} is not a writable folder")
     sources = {
         part: find_source(part, settings, PARTS[part].local_form, PARTS[part].may_be_file) for part in settings.ONLY
     }
     manifests: dict[str, dict[str, Any]] = {}
-    for file in FILES:
-        if file.part in sources:
-            try:
-                manifests[file.name] = prepare(file, sources[file.part], data_dir, settings)
-            except (UserError, OSError, UnicodeEncodeError) as error:
-                told = str(error)
-                if not isinstance(error, UserError):
-                    reason = "the disk is full" if is_disk_full(error) else "it cannot be read or written"
-                    told = f"{sources[file.part]}, {file.name}: {reason}; give another source or DATA_DIR ({error})"
-                finished = f"; finished and kept: {', '.join(manifests)}" if manifests else ""
-                raise UserError(f"{told}{finished}") from error
+    for file in (file for file in FILES if file.part in sources):
+        source = sources[file.part]
+        try:
+            manifests[file.name] = prepare(file, source, data_dir, settings)
+        except (UserError, OSError, UnicodeEncodeError) as error:
+            message = str(error)
+            if not isinstance(error, UserError):
+                reason = "the disk is full" if is_disk_full(error) else "it cannot be read or written"
+                message = f"{source}, {file.name}: {reason}; give another source or DATA_DIR ({error})"
+            finished = f"; finished and kept: {', '.join(manifests)}" if manifests else ""
+            raise UserError(f"{message}{finished}") from error
     say_summary(manifests, data_dir)
     say_next(data_dir, settings.DATA_DIR)
 
 
 def prepare(file: OfficialFile, source: Source, data_dir: Path, settings: Settings) -> dict[str, Any]:
-    """Bring one file into place, unless it is there; gives its manifest.
+    """Put one file into DATA_DIR, unless it is there.
+
+    Returns:
+        Its manifest.
 
     Raises:
-        UserError: the source lacks it, or it is not what it should be.
+        UserError: the source lacks the file, or its content is not what the steps need.
         OSError, UnicodeEncodeError: it cannot be read or written.
     """
     started = time.monotonic()
-    inputs = {} if source.path is None else {"source": fingerprint_of_files([source.file(file.places)])}
+    inputs = {} if source.path is None else {"source": fingerprint_of_files([source.file(file.candidates)])}
     output = PreparedFile(data_dir / file.name, "data/prepare.py", {source.setting: source.value}, inputs)
     if source.path is not None and output.path.is_relative_to(source.path):
-        raise UserError(f"{source} is where {shown_path(output.path)} goes; give a source outside it")
+        raise UserError(f"{source} is where {shown_path(output.path)} is written; give a source outside it")
     if output.is_finished(settings.OVERWRITE):
         if settings.CHECK_COUNTS:
             file.check_count(source, output.require()["rows"])
         return output.require()
     say(f"   fetching {file.name} from {source.value}")
-    content = PARTS[file.part].content(source, file.split, file.places)
+    content = PARTS[file.part].content(source, file.split, file.candidates)
     if content.num_rows == 0:
         raise UserError(f"{source} gives no rows for {file.name}; it needs at least one")
     with output.staged(content.text) as staging_dir:
@@ -111,7 +112,7 @@ def prepare(file: OfficialFile, source: Source, data_dir: Path, settings: Settin
 
 
 def say_summary(manifests: dict[str, dict[str, Any]], data_dir: Path) -> None:
-    """A table of what is where."""
+    """Print a table of the files."""
     rows = []
     for file in (file for file in FILES if file.name in manifests):
         manifest = manifests[file.name]
@@ -122,7 +123,7 @@ def say_summary(manifests: dict[str, dict[str, Any]], data_dir: Path) -> None:
 
 
 def say_next(data_dir: Path, shown: str) -> None:
-    """What to run now: this script again for what is missing, else the first step."""
+    """Print the next command: this script again for missing parts, otherwise the first step."""
     missing = dict.fromkeys(file.part for file in FILES if not (data_dir / file.name).exists())
     if missing:
         bias_source = " --BIAS_SOURCE path/to/templates.json" if "bias" in missing else ""
@@ -131,7 +132,7 @@ def say_next(data_dir: Path, shown: str) -> None:
     say(
         f"next: python data/make_sft_model.py --BASE_MODEL EleutherAI/pythia-160m --HH_DATASET {shown}/hh "
         "--SFT_MODEL_DIR models/pythia-160m-hh-sft --LEARNING_RATE 1e-5 --NUM_EPOCHS 1\n"
-        "   or, with a POST-SFT model of the hub: python compute_factors_and_scores.py --MODEL_NAMES "
+        "   or, with a POST-SFT model from the hub: python compute_factors_and_scores.py --MODEL_NAMES "
         f"lomahony/pythia-1.4b-helpful-sft --HH_DATASET {shown}/hh --DATA_DIR {shown}"
     )
 

@@ -3,36 +3,32 @@
     python dpp/greedy_dpp.py
     python dpp/greedy_dpp.py --TASK_NAME combined --BOTTOM_K 50 --KERNEL rff
 
-Reads the scores of step 1 and the representations of step 2. Maximises, greedily,
+    F(S) = log det(I + K_S) + IF_WEIGHT * log(1 + sum_{i in S} q_i),   q = -score, min-max normalised to [0, 1]
 
-    log det(I + K_S) + IF_WEIGHT * log(1 + sum_{i in S} q_i),   q = -score, min-max normalised to [0, 1]
-
-and writes the indices in pick order with each pick's gain in both terms.
+Reads the scores of step 1 and the representations of step 2. Maximises F greedily, with K a kernel on the
+representations, and writes the indices in pick order with each pick's gain in both terms.
 """
 
 from __future__ import annotations
 
+import math
+import random
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.console import banner
+from steps import next_command, run_step
+from utils.console import UserError, banner, progress_bar
 from utils.paths import STEP_4
-from utils.pipeline import Pipeline, tasks_of
-from utils.selection import (
-    FourierKernel,
-    Kernel,
-    RBFKernel,
-    centred,
-    greedy_dpp,
-    median_heuristic_gamma,
-    min_max_normalise,
-    require_enough,
-)
+from utils.registry import ModelArtifacts
+from utils.selection import min_max_normalise, ranking_scores, require_enough
 from utils.settings import (
     Family,
     NonNegativeFloat,
@@ -42,63 +38,217 @@ from utils.settings import (
     Seed,
     Settings,
     Strategy,
-    run_step,
+    tasks_of,
 )
-from utils.steps import next_command
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
-DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
 SEED: Seed = 42  # of the random features and of the sample behind GAMMA
-DEVICE: str = "auto"  # unused here: the greedy runs on the CPU
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-TASK_NAME: RepairTask = "all"  # whose scores; "combined" is the weighted sum, "all" does the three in turn
+TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to pick; the paper's tables use 100
 IF_WEIGHT: NonNegativeFloat = 10.0  # weight of the influence term against diversity
-KERNEL: Literal["rbf", "rff"] = "rbf"  # exact kernel, or random Fourier features as in the paper
+KERNEL: Literal["rbf", "rff"] = "rbf"  # "rbf" (exact), "rff" (random Fourier features, as in the paper)
 NUM_FEATURES: PositiveInt = 2_048  # random Fourier features, for "rff"
 GAMMA: PositiveFloat | None = None  # kernel width; None = 1 / median(pairwise distance)^2
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
-FACTOR_STRATEGY: Strategy = "ekfac"  # the scores of which strategy, as in step 1
-USE_HALF_PRECISION: bool = False  # the scores of which precision, as in step 1
+FACTOR_STRATEGY: Strategy = "ekfac"  # of the scores, as in step 1: "ekfac", "kfac", "diagonal", "identity"
+USE_HALF_PRECISION: bool = False  # of the scores, as in step 1
 # -----------------------------------------------------------------------------------------------------------
+
+FEATURES_AT_ONCE = 1_024  # examples whose random features are computed together
+CANDIDATES_AT_ONCE = 512  # whose gains the greedy updates together
+MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
+
+
+def center(representations: torch.Tensor) -> torch.Tensor:
+    """Representations minus their mean, float32: distances stay, and lose fewer digits. (N, hidden)"""
+    return (representations.double() - representations.double().mean(dim=0)).float()
+
+
+def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
+    """gamma = 1 / median(pairwise distance)^2 over a seeded sample of 1,000 examples.
+
+    Args:
+        representations: (N, hidden).
+
+    Raises:
+        UserError: the median distance is zero.
+    """
+    total = len(representations)
+    sample = sorted(random.Random(seed).sample(range(total), min(MEDIAN_SAMPLE, total)))
+    distances = torch.pdist(representations[sample].double())
+    median = float(distances.median()) if len(distances) else 0.0
+    if median == 0:
+        raise UserError(
+            "GAMMA = None: half of the representations are the same, so no width follows; set GAMMA to a number"
+        )
+    return 1 / median**2
+
+
+class Kernel(Protocol):
+    """A positive semi-definite kernel over the N training examples, evaluated a block at a time."""
+
+    diagonal: torch.Tensor  # k(x_i, x_i) for all i, (N,) float64
+
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """k(x_i, x_j) for i in rows and j in columns, (rows, columns) float64."""
+
+
+class RBFKernel:
+    """k(x, y) = exp(-gamma |x - y|^2), evaluated exactly.
+
+    Args:
+        representations: (N, hidden), centred.
+    """
+
+    def __init__(self, representations: torch.Tensor, gamma: float) -> None:
+        self.representations, self.gamma = representations, gamma
+        self.squared_norms = torch.linalg.vector_norm(representations, dim=1).square()  # (N,)
+        self.diagonal = torch.ones(len(representations), dtype=torch.float64)
+
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """k(x_i, x_j) for i in rows and j in columns, (rows, columns) float64."""
+        dot_products = self.representations.index_select(0, rows) @ self.representations.index_select(0, columns).T
+        squared_distances = self.squared_norms[rows, None] + self.squared_norms[columns] - 2 * dot_products
+        return torch.exp(-self.gamma * squared_distances.clamp_(min=0).double())
+
+
+class FourierKernel:
+    """The RBF kernel approximated by random Fourier features (Rahimi and Recht 2007).
+
+    z(x) = sqrt(2 / D) cos(W x + b), W ~ N(0, 2 gamma), b ~ U(0, 2 pi); k(x, y) = z(x) . z(y)
+
+    Args:
+        representations: (N, hidden).
+        num_features: D.
+    """
+
+    def __init__(self, representations: torch.Tensor, gamma: float, num_features: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        hidden = representations.shape[1]
+        frequencies = torch.randn(hidden, num_features, generator=generator) * math.sqrt(2 * gamma)
+        phases = torch.rand(num_features, generator=generator) * 2 * math.pi
+        self.scale = 2 / num_features
+        self.cosines = torch.empty(len(representations), num_features)  # (N, D): z without its factor
+        all_norms = torch.empty(len(representations))
+        # A chunk at a time, so that each pass over its cosines finds them in the cache.
+        for some, cosines, norms in zip(
+            *(tensor.split(FEATURES_AT_ONCE) for tensor in (representations, self.cosines, all_norms)), strict=True
+        ):
+            torch.addmm(phases, some, frequencies, out=cosines).cos_()
+            torch.linalg.vector_norm(cosines, dim=1, out=norms)
+        self.diagonal = self.scale * all_norms.double().square()
+
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """z(x_i) . z(x_j) for i in rows and j in columns, (rows, columns) float64."""
+        cosines = self.cosines.index_select(0, rows) @ self.cosines.index_select(0, columns).T
+        return self.scale * cosines.double()
+
+
+@dataclass(frozen=True)
+class GreedySubset:
+    """The greedy's picks in order and each pick's gain in the objective, split into its two terms."""
+
+    indices: list[int]
+    diversity_gains: list[float]
+    influence_gains: list[float]
+
+    @property
+    def objective(self) -> float:
+        """Value of the objective at the whole subset."""
+        return math.fsum(self.diversity_gains) + math.fsum(self.influence_gains)
+
+
+def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: float) -> GreedySubset:
+    """Greedy maximisation of the paper's objective, within 1 - 1/e of the best subset (Nemhauser et al. 1978).
+
+    F(S) = log det(I + K_S) + if_weight * log(1 + sum_{i in S} q_i)
+
+    The gain of i is log d_i^2 + if_weight * log((1 + Q + q_i) / (1 + Q)), where Q is the quality picked so far and
+    d_i^2 the Schur complement of i in I + K, kept by an incremental Cholesky factor (Chen, Zhang and Zhou 2018).
+    Gains only fall, so an outdated one is an upper bound (Minoux 1978): those above the best exact gain are updated, a
+    block at a time, until an exact one leads.
+
+    Args:
+        kernel: K over the N candidates.
+        quality: (N,) in [0, 1].
+        bottom_k: size of the subset.
+        if_weight: weight of the influence term; 0 is diversity alone.
+    """
+    quality = quality.double()
+    diversity = torch.log1p(kernel.diagonal)  # (N,) log d_i^2 after the first num_seen[i] picks
+    num_seen = torch.zeros(len(quality), dtype=torch.int64)
+    rows = torch.zeros(
+        len(quality), bottom_k, dtype=torch.float64
+    )  # row i: c_i = L^-1 k_{S,i} for the picks that i has seen
+    factor = torch.zeros(bottom_k, bottom_k, dtype=torch.float64)  # L, with L L^T = I + K_S
+    picks = torch.zeros(bottom_k, dtype=torch.int64)
+    picked_quality = 0.0
+    subset = GreedySubset([], [], [])
+
+    def update(stale: torch.Tensor, k: int) -> None:
+        """Forward substitution of the candidates' kernel values with the picks that they have not seen."""
+        seen = int(num_seen[stale].min())
+        new = kernel.block(stale, picks[seen:k]) - rows[stale, :seen] @ factor[seen:k, :seen].T
+        upper = factor[seen:k, seen:k].T
+        rows[stale, seen:k] = torch.linalg.solve_triangular(upper, new, upper=True, left=False)
+        # I + K has no eigenvalue below 1, so neither has a Schur complement; the clamp undoes rounding.
+        diversity[stale] = torch.log1p((kernel.diagonal[stale] - rows[stale, :k].square().sum(dim=1)).clamp_(min=0))
+        num_seen[stale] = k
+
+    with progress_bar(bottom_k, "greedy", "picks") as bar:
+        for k in range(bottom_k):
+            influence = if_weight * torch.log1p(quality / (1 + picked_quality))
+            influence[picks[:k]] = -torch.inf  # no dialogue is picked twice
+            gains = diversity + influence
+            best_exact = -torch.inf
+            while num_seen[j := int(gains.argmax())] < k:
+                if best_exact == -torch.inf:
+                    leaders = gains.topk(min(CANDIDATES_AT_ONCE, len(gains)), sorted=False).indices
+                else:
+                    leaders = (gains >= best_exact).nonzero()[:, 0]
+                stale = leaders[(num_seen[leaders] < k) & (leaders != j)][: CANDIDATES_AT_ONCE - 1]
+                stale = torch.cat([torch.tensor([j]), stale])
+                update(stale, k)
+                gains[stale] = diversity[stale] + influence[stale]
+                best_exact = max(best_exact, float(gains[stale].max()))
+            subset.indices.append(j)
+            subset.diversity_gains.append(float(diversity[j]))
+            subset.influence_gains.append(float(influence[j]))
+            factor[k, :k], factor[k, k] = rows[j, :k], torch.exp(diversity[j] / 2)
+            picks[k] = j
+            picked_quality += float(quality[j])
+            bar.update()
+    return subset
 
 
 def main(settings: Settings) -> None:
     """Pick a subset for every task."""
-    started = time.monotonic()
-    pipeline = Pipeline.of(settings, settings.MODEL_NAME)
-    require_enough(settings.BOTTOM_K, len(pipeline.dialogues))
+    artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
+    require_enough(settings.BOTTOM_K, len(artifacts.dialogues))
     kernel: Kernel | None = None
     for task in tasks_of(settings.TASK_NAME):
         banner("step 3: diverse subset", f"{task}, {settings.MODEL_NAME}")
-        scores, fingerprints = pipeline.ranking_scores(task)
-        representations_fingerprint = pipeline.representations().require()["fingerprint"]
-        output = pipeline.dpp(task, **fingerprints, representations=representations_fingerprint)
+        scores, fingerprints = ranking_scores(artifacts, task)
+        source = artifacts.representations()
+        output = artifacts.dpp(task, **fingerprints, representations=source.require()["fingerprint"])
         if output.is_finished(settings.OVERWRITE):
             continue
-        if kernel is None:
-            representations = centred(pipeline.representations().load_tensors()["representations"])
+        if kernel is None:  # shared by the tasks
+            representations = center(source.load_tensors()["representations"])
             gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
             if settings.KERNEL == "rbf":
                 kernel = RBFKernel(representations, gamma)
             else:
                 kernel = FourierKernel(representations, gamma, settings.NUM_FEATURES, settings.SEED)
+        started = time.monotonic()
         subset = greedy_dpp(kernel, min_max_normalise(-scores), settings.BOTTOM_K, settings.IF_WEIGHT)
-        output.save_json(
-            {
-                "indices": subset.indices,
-                "diversity_gains": subset.diversity_gains,
-                "influence_gains": subset.influence_gains,
-                "objective": subset.objective,
-                "gamma": gamma,
-            },
-            started,
-        )
+        output.save_json({**vars(subset), "objective": subset.objective, "gamma": gamma}, started)
 
 
 if __name__ == "__main__":

@@ -14,22 +14,20 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steps import run_step
 from utils.console import banner, say
-from utils.performance_functions.evaluation import evaluate_models
-from utils.reporting import results_table
-from utils.settings import Family, Seed, Settings, run_step
+from utils.evaluation import evaluate_models
+from utils.reporting.tables import results_table
+from utils.settings import Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # models to measure: hub ids or local folders
-MODEL_FAMILY: Family = "auto"  # unused here: any causal language model can be measured
-HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: Seed = 42  # unused here: nothing in this step is random
+OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace results that were made from other data or weights
+OVERWRITE: bool = False  # True replaces results that were made from other data or weights
 
-SPLIT: Literal["train", "test"] = "test"  # which half of the data
+SPLIT: Literal["train", "test"] = "test"  # "train", "test"
 # -----------------------------------------------------------------------------------------------------------
 
 

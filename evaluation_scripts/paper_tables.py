@@ -11,19 +11,25 @@ results/tables/*.md, .tex and .csv, pictures, and results/report.html, which wor
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steps import run_script, run_step
 from utils import paths
 from utils.artifacts import read_json
 from utils.console import UserError, banner, say, shown_path
-from utils.grid import Cell, grids, measured, repair_row, run_grid
-from utils.performance_functions.evaluation import SCRIPTS
-from utils.report import write_report
-from utils.report_content import report_on
+from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.reporting.figures import ablation_figure
+from utils.reporting.grid_report import report_on
+from utils.reporting.html import write_report
+from utils.reporting.sweeps import draw_overview, sweep_row
+from utils.reporting.tables import Table, ablation_table, main_table
 from utils.settings import (
+    TASK_NAMES,
     Family,
     NonNegativeFloat,
     NonNegativeInt,
@@ -32,30 +38,26 @@ from utils.settings import (
     ScoresType,
     Seed,
     Settings,
-    run_step,
 )
-from utils.steps import run_script
-from utils.sweeps import draw_overview
-from utils.tables import ShownTable, ablation_figure, ablation_table, main_table
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
 PRE_SFT_MODEL_NAMES: list[str] | None = None  # what they were before fine-tuning, for a row each
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; seeds but the first get a folder seed-N in it
 SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # repaired for
-SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "identity", "representation", "direct", "random"]  # methods
-PRESERVE_PERPLEXITY: list[bool] = [False, True]  # the paper's direction; the one that leaves perplexity alone
+TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # any of these
+SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "identity", "representation", "direct", "random"]  # any of these
+PRESERVE_PERPLEXITY: list[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
 BOTTOM_K: list[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
 IF_WEIGHT: list[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
 ABLATED_SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp"]  # methods in the ablation over BOTTOM_K
-LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # of every repair; "auto" is searched within PPL_BUDGET
+LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # a number, or "auto": searched within PPL_BUDGET
 PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a fraction
 SWEPT_RATES: list[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # for the first seed's sweep pictures
 NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions the report shows
@@ -69,33 +71,168 @@ STEP_CONSTANTS = ("MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "DEVICE", "OVERWRITE
 STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION")
 
 
+# -- the grid ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RepairConfig:
+    """One repair of the grid, without the model and the seed."""
+
+    task: str
+    scores_type: str
+    preserve_perplexity: bool
+    bottom_k: int
+    if_weight: float
+
+    @property
+    def name(self) -> str:
+        """The repair's name in paths."""
+        return paths.repair_name(self.scores_type, self.bottom_k, self.if_weight, self.preserve_perplexity)
+
+    @property
+    def method(self) -> str:
+        """The method's name in tables."""
+        return self.scores_type + (" + preserve" if self.preserve_perplexity else "")
+
+    def matches(self, row: dict[str, Any]) -> bool:
+        """Whether a `repair_row` is of this repair."""
+        return all(row[name] == value for name, value in vars(self).items())
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of steps 3 to 5 that make this repair, without TASK_NAME."""
+        return {
+            "SCORES_TYPE": self.scores_type,
+            "PRESERVE_PERPLEXITY": self.preserve_perplexity,
+            "BOTTOM_K": self.bottom_k,
+            "IF_WEIGHT": self.if_weight,
+        }
+
+
+def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
+    """The repairs of the main table, and of each ablation that has more than one value; the first is the main table's."""
+    bottom_k, if_weight, preserve = settings.BOTTOM_K[0], settings.IF_WEIGHT[0], settings.PRESERVE_PERPLEXITY[0]
+    ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
+    grid = {
+        "main": [
+            RepairConfig(task, scores_type, preserves, bottom_k, if_weight)
+            for scores_type in settings.SCORES_TYPES
+            for preserves in settings.PRESERVE_PERPLEXITY
+            for task in settings.TASKS
+        ]
+    }
+    if len(settings.BOTTOM_K) > 1:
+        grid["bottom_k"] = [
+            RepairConfig(task, scores_type, preserve, k, if_weight)
+            for scores_type in settings.ABLATED_SCORES_TYPES
+            for k in settings.BOTTOM_K
+            for task in ablated_tasks
+        ]
+    if len(settings.IF_WEIGHT) > 1:
+        grid["if_weight"] = [
+            RepairConfig(task, "dpp", preserve, bottom_k, weight)
+            for weight in settings.IF_WEIGHT
+            for task in ablated_tasks
+        ]
+    return grid
+
+
+def fewest_task_names(repairs: Sequence[RepairConfig]) -> list[str]:
+    """The fewest values of TASK_NAME that cover these repairs' tasks; each value is a run that loads the model."""
+    tasks = list(dict.fromkeys(repair.task for repair in repairs))
+    if set(TASK_NAMES) <= set(tasks):
+        return ["all", *(task for task in tasks if task not in TASK_NAMES)]
+    return tasks
+
+
+def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_rate: str | float | list[float]) -> None:
+    """Run steps 1 to 5 for every repair; finished steps are not computed again.
+
+    Args:
+        common: constants that all steps share, with MODEL_NAME.
+        learning_rate: LEARNING_RATE of step 5.
+    """
+    scores_types = {repair.scores_type for repair in repairs}
+    run_script(STEP_1, common)
+    if "identity" in scores_types:
+        run_script(STEP_1, common, FACTOR_STRATEGY="identity")
+    if scores_types & {"dpp", "representation"}:
+        run_script(STEP_2, common, ANSWERS_OF="all" if "representation" in scores_types else None)
+    groups: dict[str, list[RepairConfig]] = {}
+    for repair in repairs:
+        groups.setdefault(repair.name, []).append(repair)
+    for group in groups.values():
+        constants = {**common, **group[0].constants}
+        for task_name in fewest_task_names(group):
+            if group[0].scores_type == "dpp":
+                run_script(STEP_3, constants, TASK_NAME=task_name)
+            run_script(STEP_4, constants, TASK_NAME=task_name)
+            run_script(STEP_5, constants, TASK_NAME=task_name, LEARNING_RATE=learning_rate)
+
+
 def common_constants(settings: Settings, model: str, seed: int) -> dict[str, Any]:
-    """What every step is told; each seed but the first has an output folder of its own."""
+    """The constants that all steps share; each seed but the first has an output folder of its own."""
     output_dir = Path(settings.OUTPUT_DIR)
     folder = output_dir if seed == settings.SEEDS[0] else output_dir / f"seed-{seed}"
     shared = settings.pick(*STEP_CONSTANTS)
     return {**shared, "MODEL_NAME": model, "SEED": seed, "OUTPUT_DIR": str(folder), "SAVE_TO_DISK": False}
 
 
-def run_everything(settings: Settings, cells: dict[str, list[Cell]]) -> list[dict[str, Any]]:
-    """Run the grid for every model and seed, and read what each repair did; a row for each repair."""
+# -- its results -------------------------------------------------------------------------------------------------------
+
+
+def repair_row(
+    output_dir: str, model: str, repair: RepairConfig, seed: int, learning_rate: str | float
+) -> dict[str, Any]:
+    """What one repair did, from the report of step 5.
+
+    Args:
+        model: short name.
+        learning_rate: as it was given to step 5; the search's result replaces "auto".
+
+    Returns:
+        The repair, seed, seconds, learning rate, unlearned rows (`indices`), why a search `stopped`, and for perplexity
+        and each task the loss after the repair and its change in percent.
+    """
+    if learning_rate == "auto":
+        learning_rate = read_json(paths.search_file(output_dir, repair.task, model, repair.name))["learning_rate"]
+    checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
+    report = read_json(paths.report_file(output_dir, checkpoint.name))
+    row = sweep_row(report)
+    gains = [row[f"{task}_improvement_percent"] for task in TASK_NAMES if repair.task in (task, "combined")]
+    return {
+        "model": model,
+        "seed": seed,
+        **vars(repair),
+        "method": repair.method,
+        "repair": repair.name,
+        "improvement_percent": sum(gains) / len(gains),
+        **row,
+        "seconds": report["seconds"],
+        "stopped": report["search"]["stopped"] if report["search"] else None,
+        "indices": report["indices"],
+    }
+
+
+def run_everything(settings: Settings, grid: dict[str, list[RepairConfig]]) -> list[dict[str, Any]]:
+    """Run the grid for every model and seed; gives a row for each repair."""
     rows = []
     for model in settings.MODEL_NAMES:
         for seed in settings.SEEDS:
             common = common_constants(settings, model, seed)
-            every = list(dict.fromkeys(cell for some in cells.values() for cell in some))
-            run_grid(common, every, settings.LEARNING_RATE)
+            repairs = list(dict.fromkeys(repair for part in grid.values() for repair in part))
+            run_grid(common, repairs, settings.LEARNING_RATE)
             name = paths.model_short_name(model)
-            rows += [repair_row(common["OUTPUT_DIR"], name, cell, seed, settings.LEARNING_RATE) for cell in every]
+            rows += [repair_row(common["OUTPUT_DIR"], name, repair, seed, settings.LEARNING_RATE) for repair in repairs]
         if settings.SWEPT_RATES:
             first = common_constants(settings, model, settings.SEEDS[0])
-            run_grid({**first, "NUM_COMPLETIONS": 0}, cells["main"], settings.SWEPT_RATES)
+            run_grid({**first, "NUM_COMPLETIONS": 0}, grid["main"], settings.SWEPT_RATES)
     draw_overview(settings.OUTPUT_DIR, [*map(paths.model_short_name, settings.MODEL_NAMES)], 100 * settings.PPL_BUDGET)
     return rows
 
 
 def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
-    """The models before any repair, as the first rows of the main table."""
+    """The models before any repair, as the first rows of the main table: a label, and test results by metric."""
     before = settings.PRE_SFT_MODEL_NAMES or [None] * len(settings.MODEL_NAMES)
     if len(before) != len(settings.MODEL_NAMES):
         raise UserError(
@@ -106,10 +243,11 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
     for names in zip(before, settings.MODEL_NAMES, strict=True):
         for name, stage in zip(names, ("pre-SFT", "POST-SFT"), strict=True):
             if name:
-                for script in SCRIPTS.values():
+                short, results = paths.model_short_name(name), {}
+                for metric, script in STEP_6.items():
                     run_script(script, common_constants(settings, name, settings.SEEDS[0]))
-                short = paths.model_short_name(name)
-                baselines.append((f"{short} ({stage})", measured(settings.OUTPUT_DIR, short)))
+                    results[metric] = read_json(paths.result_file(settings.OUTPUT_DIR, short, metric, "test"))
+                baselines.append((f"{short} ({stage})", results))
     return baselines
 
 
@@ -117,34 +255,34 @@ def read_known_harm(hh_dataset: str) -> dict[str, list[int]] | None:
     """Rows of the training split that are known to be harmful, by task, from planted.json beside the dialogues.
 
     Returns:
-        None where there is no such file.
+        None if there is no such file.
 
     Raises:
-        UserError: it is no such JSON.
+        UserError: the file is not JSON, or does not map tasks to lists.
     """
-    file = paths.anchored(hh_dataset) / "planted.json"
+    file = paths.resolve_path(hh_dataset) / "planted.json"
     if not file.is_file():
         return None
-    rows = read_json(file, "mend it, or remove it where no harm is known")
-    if not isinstance(rows, dict) or not all(isinstance(some, list) for some in rows.values()):
+    rows = read_json(file, "fix it, or remove it if no harm is known")
+    if not isinstance(rows, dict) or not all(isinstance(of_task, list) for of_task in rows.values()):
         raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split")
     return rows
 
 
 def main(settings: Settings) -> None:
-    """Run the grid, then write tables, pictures and the report."""
+    """Run the grid, then write tables, figures and the report."""
     banner("tables", ", ".join(settings.MODEL_NAMES))
     known_harm = read_known_harm(settings.HH_DATASET)
-    baselines, cells = measure_baselines(settings), grids(settings)
-    rows = run_everything(settings, cells)
+    baselines, grid = measure_baselines(settings), plan_grid(settings)
+    rows = run_everything(settings, grid)
     folder = paths.tables_dir(settings.OUTPUT_DIR)
-    tables: list[ShownTable] = []
-    for name, some in cells.items():
-        chosen = [row for row in rows if any(cell.is_of(row) for cell in some)]
-        tables.append(main_table(baselines, chosen, known_harm) if name == "main" else ablation_table(chosen, name))
+    tables: list[Table] = []
+    for name, repairs in grid.items():
+        shown = [row for row in rows if any(repair.matches(row) for repair in repairs)]
+        tables.append(main_table(baselines, shown, known_harm) if name == "main" else ablation_table(shown, name))
         tables[-1].write(folder / name)
         if name != "main":
-            ablation_figure(chosen, name, folder / f"{name}.png")
+            ablation_figure(shown, name, folder / f"{name}.png")
     write_report(report_on(settings, rows, tables, known_harm), paths.results_dir(settings.OUTPUT_DIR) / "report.html")
     say(f"\n{(folder / 'main.md').read_text(encoding='utf-8')}")
     say(f"tables: {shown_path(folder)}")

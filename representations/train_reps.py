@@ -4,7 +4,8 @@
     python representations/train_reps.py --ANSWERS_OF all
 
 Reads the model and the training split of HH_DATASET. Writes `representations` (N_train, hidden), float32. With
-ANSWERS_OF also those of a measurement's untrustworthy answers, which step 4 needs for SCORES_TYPE "representation".
+ANSWERS_OF also the representations of a measurement's untrustworthy answers, which SCORES_TYPE "representation" of
+step 4 needs.
 """
 
 from __future__ import annotations
@@ -13,39 +14,40 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steps import next_command, run_step
 from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
-from utils.paths import STEP_3, anchored
-from utils.performance_functions.evaluation import MEASUREMENTS
+from utils.paths import STEP_3, resolve_path
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPair
-from utils.pipeline import Pipeline, tasks_of
-from utils.settings import Family, PositiveInt, Seed, Settings, TraceTask, run_step
-from utils.steps import next_command
+from utils.registry import ModelArtifacts
+from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
-MODEL_FAMILY: Family = "auto"  # architecture; "auto" finds it from the model's config
+MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
-DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
+DATA_DIR: str = "data/demo"  # for ANSWERS_OF: folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
-SEED: Seed = 42  # unused here: nothing in this step is random
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # replace artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
 
-ANSWERS_OF: TraceTask | None = None  # also represent this measurement's untrustworthy answers, on its training pairs
+ANSWERS_OF: TraceTask | None = None  # also the untrustworthy training answers of: "bias", "ethics", "truth", "all"
 MAX_LENGTH: PositiveInt = 1_024  # tokens after which a dialogue is cut
-TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch
+TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
 # -----------------------------------------------------------------------------------------------------------
 
 
@@ -57,7 +59,7 @@ def represent(
     max_length: int,
     tokens_per_batch: int | Literal["auto"],
 ) -> torch.Tensor:
-    """Mean over the non-padding tokens of the last hidden state after the final norm.
+    """Mean over the non-padding tokens of the last hidden state, after the final norm.
 
     Returns:
         (N, hidden) float32, in the texts' order.
@@ -85,14 +87,15 @@ def untrustworthy_texts(pairs: list[AnswerPair]) -> list[str]:
 
 
 def main(settings: Settings) -> None:
-    """Represent the training dialogues and the answers asked for, unless that is done."""
+    """Represent the training dialogues, and the answers of ANSWERS_OF, unless that is finished."""
     banner("step 2: representations", settings.MODEL_NAME)
     device = resolve_device(settings.DEVICE)
-    pipeline = Pipeline.of(settings, settings.MODEL_NAME)
-    outputs = [(pipeline.representations(), dialogue_texts(pipeline.dialogues))]
+    artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
+    outputs = [(artifacts.representations(), dialogue_texts(artifacts.dialogues))]
     for task in tasks_of(settings.ANSWERS_OF) if settings.ANSWERS_OF else []:
-        pairs = MEASUREMENTS[task].load_pairs(anchored(settings.DATA_DIR), "train")
-        outputs.append((pipeline.answer_representations(task, pairs=fingerprint_of(pairs)), untrustworthy_texts(pairs)))
+        pairs = MEASUREMENTS[task].load_pairs(resolve_path(settings.DATA_DIR), "train")
+        output = artifacts.answer_representations(task, pairs=fingerprint_of(pairs))
+        outputs.append((output, untrustworthy_texts(pairs)))
     unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
         model, tokenizer = load_model(settings.MODEL_NAME, device), load_tokenizer(settings.MODEL_NAME)

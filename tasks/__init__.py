@@ -1,9 +1,9 @@
-"""kronfluence tasks: one for each trust measurement, and `backward` for the repair gradient."""
+"""kronfluence tasks: one for each trust measurement, and `BackwardTask` for the repair gradient."""
 
-from tasks.backward import BackwardTask
-from tasks.bias import BiasTask
-from tasks.ethics import EthicsTask
-from tasks.truth import TruthTask
+from tasks.backward_task import BackwardTask
+from tasks.bias_task import BiasTask
+from tasks.ethics_task import EthicsTask
+from tasks.truth_task import TruthTask
 
 TRUST_TASKS = {task.name: task for task in (BiasTask, EthicsTask, TruthTask)}
 

@@ -17,9 +17,8 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from steps import load_script, run_step
 from utils.paths import PROJECT_ROOT
-from utils.settings import run_step
-from utils.steps import load_script
 
 DEMO = PROJECT_ROOT / "data" / "demo"
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data"

@@ -461,17 +461,17 @@ def test_short_name_of_a_model(model, expected):
 
 def test_relative_paths_start_at_the_repository(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert paths.anchored("data/demo") == paths.PROJECT_ROOT / "data" / "demo"
-    assert paths.anchored(".") == paths.PROJECT_ROOT
-    assert paths.anchored(tmp_path) == tmp_path
+    assert paths.resolve_path("data/demo") == paths.PROJECT_ROOT / "data" / "demo"
+    assert paths.resolve_path(".") == paths.PROJECT_ROOT
+    assert paths.resolve_path(tmp_path) == tmp_path
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert paths.anchored("~/models") == tmp_path / "models"
+    assert paths.resolve_path("~/models") == tmp_path / "models"
 
 
 def test_the_default_output_folder_is_ignored_by_git():
     output_dir = load_script(STEP).OUTPUT_DIR
     ignored = (paths.PROJECT_ROOT / ".gitignore").read_text(encoding="utf-8").split()
-    assert paths.anchored(output_dir) == paths.PROJECT_ROOT
+    assert paths.resolve_path(output_dir) == paths.PROJECT_ROOT
     assert {
         "/ekfac_experiments/",
         "/representations/*.safetensors",

@@ -1,4 +1,4 @@
-"""The benchmark's baseline does the same work as the steps: its numbers are those of ours, on small inputs."""
+"""The benchmark's baseline does the same work as the steps: on small inputs, both give the same numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks import bench, growth, measure, released, workload
 from benchmarks.floor import Operations, Tokens
 from benchmarks.workload import Workload
-from utils.selection import FourierKernel, centred, greedy_dpp, median_heuristic_gamma
+from dpp.greedy_dpp import FourierKernel, center, greedy_dpp, median_heuristic_gamma
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def work(tmp_path, tiny_models, small_data) -> Workload:
 
 
 def test_representations_are_the_same(work):
-    measure.ours_step_2(work, work.folder / "out")
+    measure.step_2("ours", work, work.folder / "out")
     (file,) = (work.folder / "out" / "representations").glob("*.safetensors")
     torch.testing.assert_close(
         released.step_2(work.model, work.hh_dataset), load_file(file)["representations"], rtol=1e-4, atol=1e-4
@@ -51,7 +51,7 @@ def test_a_sweep_measures_the_same(work, monkeypatch):
     monkeypatch.setattr(measure, "BOTTOM_K", 5)
     monkeypatch.setattr(measure, "LEARNING_RATES", [0.01, 0.02])
     measure.prepare(work)
-    measure.ours_step_5(work, work.folder / "out")
+    measure.step_5("ours", work, work.folder / "out")
     (file,) = (work.folder / measure.PREPARED).rglob("aggregated_query_grads.safetensors")
     swept = released.step_5(work.model, work.hh_dataset, work.data_dir, load_file(file), [0.01, 0.02])
     for rate, losses in zip((0.01, 0.02), swept, strict=True):
@@ -65,8 +65,8 @@ def test_a_sweep_measures_the_same(work, monkeypatch):
 
 
 def test_scores_agree_up_to_the_sampled_labels(work, monkeypatch):
-    """The baseline draws other Fisher labels at the same positions, so the scores are close, not equal."""
-    monkeypatch.setattr(released, "MEASUREMENTS", {"truth": released.MEASUREMENTS["truth"]})  # each takes it 20 s
+    """The baseline draws different Fisher labels at the same positions, so the scores are close, not equal."""
+    monkeypatch.setattr(released, "MEASUREMENTS", {"truth": released.MEASUREMENTS["truth"]})  # each takes 20 s
     measure.run_script(measure.STEP_1, work, work.folder / "out", FISHER_POSITIONS="all")
     theirs = released.step_1(work.model, work.hh_dataset, work.data_dir, work.folder / "released", 60)
     for task, scores in theirs.items():
@@ -77,7 +77,7 @@ def test_scores_agree_up_to_the_sampled_labels(work, monkeypatch):
 
 def test_both_greedy_algorithms_pick_the_same():
     generator = torch.Generator().manual_seed(0)
-    representations = centred(torch.randn(400, 8, generator=generator))
+    representations = center(torch.randn(400, 8, generator=generator))
     kernel = FourierKernel(representations, median_heuristic_gamma(representations, 42), 64, 42)
     quality = torch.rand(400, generator=generator, dtype=torch.float64)
     features = kernel.cosines * kernel.scale**0.5
@@ -85,7 +85,7 @@ def test_both_greedy_algorithms_pick_the_same():
 
 
 def test_operations_are_those_of_the_model(tiny_models):
-    """Against the parameters of a real model: a token costs two operations for each weight that it meets."""
+    """Compared with the parameters of a real model: a token costs two operations for each weight it is used with."""
     model = measure.released.load(str(tiny_models["pythia"]))[0]
     config = model.config
     operations = Operations(config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import Workspace
 
+from steps import next_command
 from utils.console import progress_bar, remedy_for, say
 from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
 from utils.settings import Settings
-from utils.steps import next_command
 
 
 def run_as_user(command: str, monkeypatch, capsys) -> str:

@@ -13,9 +13,9 @@ from conftest import DEMO, load_script, read_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils import steps
-from utils.performance_functions.evaluation import MEASUREMENTS
-from utils.reporting import RepairPoint, repairs_figure
+import steps
+from utils.performance_functions import MEASUREMENTS
+from utils.reporting.figures import RepairPoint, repairs_figure
 
 
 def test_texts_are_what_their_script_writes(tmp_path):

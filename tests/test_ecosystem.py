@@ -10,10 +10,10 @@ import pytest
 from accelerate.utils import LoggerType
 from conftest import Workspace, write_rows
 from huggingface_hub import ModelCard
+from utils.cards import repair_card
 
 from utils import tracker
 from utils.artifacts import read_json
-from utils.cards import repair_card
 from utils.console import UserError
 from utils.tracker import tracking
 

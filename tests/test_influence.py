@@ -13,10 +13,10 @@ from kronfluence.analyzer import Analyzer
 from kronfluence.arguments import FactorArguments
 from kronfluence.utils.dataset import DataLoaderKwargs
 from safetensors.torch import load_file
+from tasks.base import InfluenceTask
 from torch.utils.data import Dataset
 
 from tasks import TRUST_TASKS, BackwardTask
-from tasks.base import InfluenceTask
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
 from utils.influence import (

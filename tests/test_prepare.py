@@ -1,6 +1,6 @@
-"""The official data: every source's formats, what a second or a killed run does, and what is refused.
+"""The official data: the formats of every source, repeated and killed runs, and everything that is refused.
 
-No network: the two functions of the hub's clients that utils/official/sources.py calls are replaced by stand-ins.
+No network: the two functions of the hub's clients that data/official/sources.py calls are replaced by fakes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pandas as pd
 import pytest
 from conftest import DEMO, SHARED_DATA, contents, needs_real_samples, read_rows, run_script, write_rows
 from huggingface_hub.errors import EntryNotFoundError
 
-from utils import artifacts, settings
-from utils.official import formats, sources
-from utils.official.parts import FILES
+from data.official import formats
+from data.official.parts import FILES
+from utils import artifacts
 from utils.performance_functions.bias import BIAS
 from utils.performance_functions.ethics import ETHICS
 from utils.performance_functions.hh import load_dialogues
@@ -71,7 +73,7 @@ def csv_bytes(rows: list[dict]) -> bytes:
 
 
 class FakeHub:
-    """Stands for load_dataset and hf_hub_download, and keeps what it was asked for."""
+    """Stands in for load_dataset and hf_hub_download, and records the requests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,16 +87,16 @@ class FakeHub:
             "data/commonsense/test.csv": csv_bytes(ETHICS_ROWS),
         }
         self.failure: Exception | None = None
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.keywords: list[dict] = []
 
     def load_dataset(self, name: str, subset: str | None, *, split: str, **keywords: object) -> list[dict]:
-        self._called(f"{name}/{subset}/{split}", keywords)
+        self._record(f"{name}/{subset}/{split}", keywords)
         return self.data_sets[name, subset, split]
 
     def hf_hub_download(self, name: str, place: str, *, repo_type: str, **keywords: object) -> str:
         assert repo_type == "dataset"
-        self._called(f"{name}/{place}", keywords)
+        self._record(f"{name}/{place}", keywords)
         if place not in self.files:
             raise EntryNotFoundError(f"404: {place}")
         file = self.folder / place
@@ -102,8 +104,8 @@ class FakeHub:
         file.write_bytes(self.files[place])
         return str(file)
 
-    def _called(self, what: str, keywords: dict) -> None:
-        self.asked.append(what)
+    def _record(self, request: str, keywords: dict) -> None:
+        self.requests.append(request)
         self.keywords.append(keywords)
         if self.failure:
             raise self.failure
@@ -112,8 +114,8 @@ class FakeHub:
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> FakeHub:
     fake = FakeHub(tmp_path / "hub")
-    for name in ("load_dataset", "hf_hub_download"):
-        monkeypatch.setattr(sources, name, getattr(fake, name))
+    monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fake.hf_hub_download)
     return fake
 
 
@@ -124,13 +126,13 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def run(data) -> Callable[..., None]:
-    """Runs the script on the data folder of the test."""
+    """Runs the script on the test's data folder."""
     return lambda *arguments: run_script(PREPARE, "--DATA_DIR", data, *arguments)
 
 
 @pytest.fixture
 def refusal(run, data, capsys) -> Callable[..., str]:
-    """Runs the script where it must refuse, and gives its one line; nothing on disk may change."""
+    """Runs the script, which must refuse, and returns its error line; nothing on disk may change."""
 
     def refused(*arguments: object) -> str:
         before = contents(data)
@@ -142,7 +144,7 @@ def refusal(run, data, capsys) -> Callable[..., str]:
 
 
 def failure(run: Callable[..., None], capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """The one line of a run that fails."""
+    """The error line of a run that fails."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
@@ -163,7 +165,7 @@ def manifest_of(file: Path) -> dict:
     return json.loads(file.with_name(f"{file.stem}.manifest.json").read_text(encoding="utf-8"))
 
 
-def assert_nothing_half_written(data: Path) -> None:
+def assert_nothing_incomplete(data: Path) -> None:
     assert [path for path in data.rglob("*") if ".partial" in str(path.relative_to(data))] == []
     for manifest in data.rglob("*.manifest.json"):
         assert manifest.with_name(json.loads(manifest.read_text(encoding="utf-8"))["artifact"]).is_file()
@@ -172,7 +174,7 @@ def assert_nothing_half_written(data: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- the hub
 
 
-def test_dialogues_of_the_hub(run, hub, data, capsys):
+def test_dialogues_from_the_hub(run, hub, data, capsys):
     run("--ONLY", "hh", *ANY_COUNT)
     assert read_lines(data / "hh" / "train.jsonl") == dialogues(6)
     assert len(load_dialogues(str(data / "hh"), "test")) == 3
@@ -182,9 +184,15 @@ def test_dialogues_of_the_hub(run, hub, data, capsys):
     assert manifest["settings"] == {"HH_SOURCE": "Dahoas/static-hh"}
     assert manifest["content"]
     assert "datasets" in manifest["versions"]
-    told = capsys.readouterr().out
-    assert all_in(told, "| 6 rows |", "96,256", "6 train", "next: python data/prepare.py", "--ONLY truth ethics")
-    assert_nothing_half_written(data)
+    assert all_in(
+        capsys.readouterr().out,
+        "| 6 rows |",
+        "96,256",
+        "6 train",
+        "next: python data/prepare.py",
+        "--ONLY truth ethics",
+    )
+    assert_nothing_incomplete(data)
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -192,7 +200,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def test_questions_of_the_hub_get_the_original_headings(run, hub, data):
+def test_questions_from_the_hub_get_the_original_column_names(run, hub, data):
     run("--ONLY", "truth", *ANY_COUNT)
     table = pd.read_csv(data / "truthfulness" / "TruthfulQA.csv", dtype=str)
     assert list(table.columns) == list(formats.TRUTH_COLUMNS)
@@ -202,7 +210,7 @@ def test_questions_of_the_hub_get_the_original_headings(run, hub, data):
     assert sorted(pairs)[3] == ("Is it so, 3?\n\nAnswer:", ' No, "3" isn\u2019t', " Yes")
 
 
-def test_statements_of_the_hub(run, hub, data):
+def test_statements_from_the_hub(run, hub, data):
     run("--ONLY", "ethics", *ANY_COUNT)
     table = pd.read_csv(data / "ethics" / "cm_train.csv", dtype=str)
     assert table.to_dict("records") == [{name: str(value) for name, value in row.items()} for row in ETHICS_ROWS]
@@ -213,7 +221,7 @@ def test_is_short_is_derived_where_a_mirror_lacks_it(run, hub, data, capsys):
     rows = [{"label": row["label"], "input": row["input"]} for row in ETHICS_ROWS]
     hub.files = {f"cm_{split}.csv": csv_bytes(rows) for split in ("train", "test")}
     run("--ONLY", "ethics", *ANY_COUNT)
-    assert hub.asked[:2] == [f"hendrycks/ethics/{place}" for place in ("data/commonsense/train.csv", "cm_train.csv")]
+    assert hub.requests[:2] == [f"hendrycks/ethics/{place}" for place in ("data/commonsense/train.csv", "cm_train.csv")]
     table = pd.read_csv(data / "ethics" / "cm_test.csv", dtype=str, keep_default_na=False)
     assert table["is_short"].tolist() == ["True", "True", "False", "False"]
     assert set(table["edited"]) == {""}
@@ -237,7 +245,7 @@ def statements(file: Path) -> list[dict]:
     return read_csv(file, list(formats.ETHICS_COLUMNS)).to_dict("records")
 
 
-def test_official_counts_of_the_hub_pass(run, hub, data):
+def test_official_counts_are_accepted(run, hub, data):
     official = {file.split: file.official_count for file in FILES if file.part == "ethics"}
     assert official == {"train": 13_910, "test": 3_885}
     for split, count in official.items():
@@ -247,28 +255,28 @@ def test_official_counts_of_the_hub_pass(run, hub, data):
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "fragments"),
     [
         ("hh", ["HH_SOURCE", "6 rows for hh/train.jsonl", "96,256 are expected"]),
         ("truth", ["TRUTH_SOURCE", "10 rows for truthfulness/TruthfulQA.csv", "817 are expected"]),
         ("ethics", ["ETHICS_SOURCE", "4 rows for ethics/cm_train.csv", "13,910 are expected"]),
     ],
 )
-def test_other_counts_than_the_official_ones(refusal, run, hub, data, part, told):
-    assert all_in(refusal("--ONLY", part), *told, "CHECK_COUNTS = False accepts it")
+def test_counts_that_differ_from_the_official_ones(refusal, run, hub, data, part, fragments):
+    assert all_in(refusal("--ONLY", part), *fragments, "set CHECK_COUNTS = False to accept it")
     run("--ONLY", part, *ANY_COUNT)
-    assert all_in(refusal("--ONLY", part), *told)  # also where it is finished
+    assert all_in(refusal("--ONLY", part), *fragments)  # also where it is finished
 
 
-def test_the_hub_is_asked_with_token_and_cache_and_the_token_is_not_told(refusal, hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(settings, "PROJECT_ROOT", tmp_path)
+def test_the_hub_gets_token_and_cache_and_the_token_is_redacted(refusal, hub, monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.hub.PROJECT_ROOT", tmp_path)
     for name in ("HUB_TOKEN", "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\nHUB_CACHE=/some/cache\n", encoding="utf-8")
     hub.failure = ValueError(f"403 with {TOKEN}\nmore lines")
     for part in ("hh", "truth", "ethics"):
         line = refusal("--ONLY", part)
-        assert all_in(line, "_SOURCE = ", "the hub does not give it", "if it has moved", "403 with *** more lines")
+        assert all_in(line, "_SOURCE = ", "the hub does not provide it", "if it has moved", "403 with *** more lines")
     assert hub.keywords == [{"cache_dir": "/some/cache", "token": TOKEN}] * 3
 
 
@@ -281,20 +289,20 @@ def test_no_network(refusal, data, part):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "fragment"),
     [
         (ConnectionError("x"), "no network"),
-        (FileNotFoundError("no such data set"), "the hub does not give it"),
+        (FileNotFoundError("no such data set"), "the hub does not provide it"),
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
     ],
 )
-def test_failures_of_the_hub(refusal, hub, error, told):
+def test_failures_of_the_hub(refusal, hub, error, fragment):
     hub.failure = error
     for part in ("hh", "ethics"):
-        assert all_in(refusal("--ONLY", part), told)
+        assert all_in(refusal("--ONLY", part), fragment)
 
 
-def test_a_disk_that_is_full_behind_another_error(refusal, hub):
+def test_a_full_disk_behind_another_error(refusal, hub):
     hub.failure = RuntimeError("An error occurred while generating the dataset")
     hub.failure.__cause__ = OSError(errno.ENOSPC, "No space left on device")
     assert all_in(refusal("--ONLY", "hh"), "the disk is full", "HUB_CACHE")
@@ -309,7 +317,7 @@ def test_files_that_have_moved(refusal, hub):
 def test_bias_on_the_hub_lacks_the_counter_statements(refusal, hub):
     line = refusal("--ONLY", "bias")
     assert all_in(line, "AI-Secure/DecodingTrust", "not the counter-statements")
-    assert all_in(line, "templates.json or the authors' Python file", "leave bias out with ONLY")
+    assert all_in(line, "templates.json or the authors' Python file", "leave bias out of ONLY")
 
 
 # ----------------------------------------------------------------------------------------------- local copies
@@ -425,7 +433,7 @@ def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "fragments"),
     [
         ("a.py", b"x = 1\n", ["no prompt, target_groups, topics as a literal", "--help", "templates.json"]),
         ("a.py", f"{GROUPS_AND_PROMPT}STEREOTYPES = {STEREOTYPES!r}\n".encode(), ["no topics"]),
@@ -434,23 +442,23 @@ def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
             f"{GROUPS_AND_PROMPT}STEREOTYPES = {STEREOTYPES!r}\nCOUNTER = {{'work': ['x']}}\n".encode(),
             ["no topics"],
         ),
-        ("a.py", b"x = (\n", ["cut off or malformed"]),
-        ("a.py", b"x = '\xff'\n", ["cut off or malformed", "utf-8"]),
-        ("a.py", b"x = " + b"[" * 100_000, ["cut off or malformed"]),
-        ("a.json", b'{"prompt": ', ["cut off or malformed"]),
+        ("a.py", b"x = (\n", ["truncated or malformed"]),
+        ("a.py", b"x = '\xff'\n", ["truncated or malformed", "utf-8"]),
+        ("a.py", b"x = " + b"[" * 100_000, ["truncated or malformed"]),
+        ("a.json", b'{"prompt": ', ["truncated or malformed"]),
         ("a.json", b"[]", ["templates.json", "needs prompt, target_groups (a list), and topics"]),
         ("a.json", json.dumps({"prompt": "x", "target_groups": ["a"]}).encode(), ["lacks 'topics'"]),
         (
             "a.json",
             json.dumps({"topics": {"a": {"stereotype": ["{group} lie"], "antistereotype": []}}}).encode(),
-            ["every statement must name [target_group]", "'{group} lie'"],
+            ["every statement must contain [target_group]", "'{group} lie'"],
         ),
     ],
 )
-def test_broken_templates(refusal, tmp_path, name, content, told):
+def test_broken_templates(refusal, tmp_path, name, content, fragments):
     (tmp_path / name).write_bytes(content)
     line = refusal("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / name, *ANY_COUNT)
-    assert all_in(line, f"BIAS_SOURCE = '{tmp_path / name}'", *told)
+    assert all_in(line, f"BIAS_SOURCE = '{tmp_path / name}'", *fragments)
     assert ".partial" not in line
 
 
@@ -465,7 +473,7 @@ def test_templates_of_another_size(refusal, run, data):
 
 
 @pytest.mark.parametrize(
-    ("part", "value", "told"),
+    ("part", "value", "fragments"),
     [
         ("hh", "nothing", ["no such file or folder", "train.jsonl and test.jsonl", "hub id"]),
         ("ethics", "data/nothing", ["no such file or folder", "cm_train.csv and cm_test.csv"]),
@@ -473,11 +481,11 @@ def test_templates_of_another_size(refusal, run, data):
         ("ethics", "tests", ["the folder has none of ", "cm_train.csv"]),
     ],
 )
-def test_sources_that_are_none(refusal, hub, part, value, told):
-    """Found before anything is fetched."""
+def test_sources_that_do_not_exist(refusal, hub, part, value, fragments):
+    """Refused before anything is fetched."""
     line = refusal(f"--{part.upper()}_SOURCE", value, *ANY_COUNT, *(["--ONLY", part] if value != "nothing" else []))
-    assert all_in(line, f"{part.upper()}_SOURCE = {value!r}", *told)
-    assert hub.asked == []
+    assert all_in(line, f"{part.upper()}_SOURCE = {value!r}", *fragments)
+    assert hub.requests == []
 
 
 def test_a_source_that_is_the_destination(refusal, run, data, hub):
@@ -493,8 +501,8 @@ def test_constants(refusal):
 def test_data_folder_that_is_a_file(run, hub, tmp_path, capsys):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     line = failure(run, capsys, "--DATA_DIR", tmp_path / "file" / "below")
-    assert all_in(line, "DATA_DIR = ", "is no folder that can be written to")
-    assert hub.asked == []
+    assert all_in(line, "DATA_DIR = ", "is not a writable folder")
+    assert hub.requests == []
 
 
 GOOD_DIALOGUE = json.dumps(dialogues(1)[0]).encode() + b"\n"
@@ -503,7 +511,7 @@ TRUTH_HEADER = ",".join(formats.TRUTH_COLUMNS).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
-    ("part", "content", "told"),
+    ("part", "content", "fragments"),
     [
         ("hh", b"", ["gives no rows for hh/train.jsonl", "at least one"]),
         ("hh", GOOD_DIALOGUE + GOOD_DIALOGUE[:-9], ["train.jsonl, line 2 is not a JSON object"]),
@@ -523,18 +531,18 @@ TRUTH_HEADER = ",".join(formats.TRUTH_COLUMNS).encode() + b"\n"
         ("ethics", b"label,text\n0,x\n", ["no column input", "it has label, text"]),
     ],
 )
-def test_broken_local_files(refusal, tmp_path, part, content, told):
+def test_broken_local_files(refusal, tmp_path, part, content, fragments):
     name = {"hh": "train.jsonl", "truth": "TruthfulQA.csv", "ethics": "cm_train.csv"}[part]
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / name).write_bytes(content)
     line = refusal("--ONLY", part, f"--{part.upper()}_SOURCE", tmp_path / "source", *ANY_COUNT)
     assert name in line or f"{part.upper()}_SOURCE = " in line
-    assert all_in(line, *told)
+    assert all_in(line, *fragments)
     assert ".partial" not in line
 
 
 def test_missing_split(run, capsys, data, tmp_path):
-    """What is finished stays, and is named."""
+    """Finished files are kept, and the message names them."""
     (local_hh(tmp_path / "dialogues") / "test.jsonl").unlink()
     line = failure(run, capsys, "--ONLY", "hh", "--HH_SOURCE", tmp_path / "dialogues", *ANY_COUNT)
     assert all_in(line, "the folder has none of test.jsonl", "finished and kept: hh/train.jsonl")
@@ -547,15 +555,15 @@ def test_missing_split(run, capsys, data, tmp_path):
 EVERYTHING = ["--BIAS_SOURCE", DEMO / "bias" / "templates.json", *ANY_COUNT]
 
 
-def test_a_second_run_changes_nothing_and_asks_for_nothing(run, hub, data, capsys):
+def test_a_second_run_changes_nothing_and_fetches_nothing(run, hub, data, capsys):
     run(*EVERYTHING)
-    before, asked = contents(data), list(hub.asked)
+    before, requests = contents(data), list(hub.requests)
     assert len(before) == 2 * len(FILES)
     first = capsys.readouterr().out
     assert all_in(first, "next: python data/make_sft_model.py", f"--HH_DATASET {data}/hh", f"--DATA_DIR {data}")
     run(*EVERYTHING)
     assert contents(data) == before
-    assert hub.asked == asked
+    assert hub.requests == requests
     second = capsys.readouterr().out
     assert second.count("finished before: ") == len(FILES)
     assert second[second.index("| file") :] == first[first.index("| file") :]
@@ -564,14 +572,14 @@ def test_a_second_run_changes_nothing_and_asks_for_nothing(run, hub, data, capsy
 
 
 class Killed(list):
-    """Rows that end in the middle."""
+    """Rows that are interrupted after the second."""
 
     def __iter__(self) -> Iterator[dict]:
         yield from list.__iter__(self[:2])
         raise KeyboardInterrupt
 
 
-def test_a_run_that_was_killed_goes_on(run, hub, data):
+def test_a_killed_run_resumes(run, hub, data):
     whole = hub.data_sets["Dahoas/static-hh", None, "test"]
     hub.data_sets["Dahoas/static-hh", None, "test"] = Killed(whole)
     with pytest.raises(SystemExit) as stop:
@@ -580,16 +588,16 @@ def test_a_run_that_was_killed_goes_on(run, hub, data):
     assert set(contents(data)) == {"hh/train.jsonl", "hh/train.manifest.json"}
     before = contents(data)
     hub.data_sets["Dahoas/static-hh", None, "test"] = whole
-    hub.asked.clear()
+    hub.requests.clear()
     run(*EVERYTHING)
-    assert "Dahoas/static-hh/None/train" not in hub.asked
+    assert "Dahoas/static-hh/None/train" not in hub.requests
     assert read_lines(data / "hh" / "test.jsonl") == whole
-    assert {name: what for name, what in contents(data).items() if name in before} == before
-    assert_nothing_half_written(data)
+    assert {name: content for name, content in contents(data).items() if name in before} == before
+    assert_nothing_incomplete(data)
 
 
-def test_what_a_power_cut_leaves_is_not_taken_for_whole(run, hub, data):
-    """A staging folder with half a file, and a whole file whose manifest was not written any more."""
+def test_files_left_by_a_power_cut_are_not_taken_for_complete(run, hub, data):
+    """A staging folder with half a file, and a complete file without a manifest."""
     run("--ONLY", "hh", *ANY_COUNT)
     expected = {name: content for name, (content, _) in contents(data).items() if name.endswith(".jsonl")}
     (data / "hh" / "train.manifest.json").unlink()
@@ -600,7 +608,7 @@ def test_what_a_power_cut_leaves_is_not_taken_for_whole(run, hub, data):
     run("--ONLY", "hh", *ANY_COUNT)
     assert {name: content for name, (content, _) in contents(data).items() if name.endswith(".jsonl")} == expected
     assert manifest_of(data / "hh" / "train.jsonl")["rows"] == 6
-    assert_nothing_half_written(data)
+    assert_nothing_incomplete(data)
 
 
 @pytest.mark.parametrize("spoil", [lambda content: content[:-5], lambda content: content.replace(b"No", b"Na")])
@@ -610,7 +618,7 @@ def test_a_file_that_was_truncated_or_edited(refusal, run, hub, data, spoil):
     whole = file.read_bytes()
     file.write_bytes(spoil(whole))
     line = refusal("--ONLY", "hh", *ANY_COUNT)
-    assert all_in(line, file, "was truncated or edited", manifest_of(file)["content"], "OVERWRITE = True")
+    assert all_in(line, file, "has been truncated or edited", manifest_of(file)["content"], "OVERWRITE = True")
     run("--ONLY", "hh", *ANY_COUNT, "--OVERWRITE", True)
     assert file.read_bytes() == whole
 
@@ -648,10 +656,10 @@ def test_a_file_of_the_users_own_is_not_replaced(refusal, run, hub, data):
     assert manifest_of(file)["rows"] == 10
 
 
-# --------------------------------------------------------------------------------------------- no room, no right
+# -------------------------------------------------------------------------------------------- failing writes
 
 
-def test_a_disk_that_is_full(run, hub, make_disk, capsys):
+def test_a_full_disk(run, hub, make_disk, capsys):
     small_disk = make_disk("64k")
     hub.data_sets["Dahoas/static-hh", None, "test"] = dialogues(3_000)
     line = failure(run, capsys, "--DATA_DIR", small_disk, "--ONLY", "hh", *ANY_COUNT)
@@ -662,10 +670,10 @@ def test_a_disk_that_is_full(run, hub, make_disk, capsys):
     hub.data_sets["Dahoas/static-hh", None, "test"] = dialogues(30)
     run("--DATA_DIR", small_disk, "--ONLY", "hh", *ANY_COUNT)
     assert len(read_lines(small_disk / "hh" / "test.jsonl")) == 30
-    assert_nothing_half_written(small_disk)
+    assert_nothing_incomplete(small_disk)
 
 
-def test_a_disk_that_is_full_when_the_manifest_is_written(run, hub, data, capsys, monkeypatch):
+def test_a_full_disk_when_the_manifest_is_written(run, hub, data, capsys, monkeypatch):
     def fail(path: Path, _: str) -> None:
         path.with_name(f"{path.name}.partial").write_text("{", encoding="utf-8")
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 from conftest import load_script
+from utils.performance_functions.evaluation import MeasurableModel
+from utils.rates import PRECISION, Probe, largest_gain_within, perplexity_change, search_learning_rate
+from utils.repair import Repair
 
 from utils.artifacts import read_json
 from utils.console import UserError
-from utils.performance_functions.evaluation import MeasurableModel
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.losses import SequenceNLL
-from utils.rates import PRECISION, Probe, largest_gain_within, perplexity_change, search_learning_rate
-from utils.repair import Repair
 from utils.selection import rows_apart
 from utils.settings import load_settings
 

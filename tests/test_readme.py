@@ -18,8 +18,8 @@ import pytest
 from conftest import DEMO, load_script, read_rows, run_script, write_rows
 from test_prepare import ETHICS_ROWS, PREPARE, TRUTH_ROWS, FakeHub, csv_bytes, dialogues
 
+from data.official import sources
 from utils import paths
-from utils.official import sources
 from utils.paths import PROJECT_ROOT
 
 DOCUMENTS = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]

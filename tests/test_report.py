@@ -22,9 +22,9 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from utils import report as report_module
 from utils.console import UserError
-from utils.report import (
+from utils.reporting import html
+from utils.reporting.html import (
     CUT_MARK,
     LARGEST_BYTES,
     TEMPLATE,
@@ -33,13 +33,11 @@ from utils.report import (
     Picture,
     Report,
     Subset,
-    Table,
     cut,
-    is_number_column,
-    leading_number,
     render,
     write_report,
 )
+from utils.reporting.tables import Table, is_number_column, leading_number
 
 TASKS = ("bias", "ethics", "truth")
 METHODS = ("pure_ekfac", "dpp", "random")
@@ -382,7 +380,7 @@ def test_a_report_below_the_limit_is_left_whole(tmp_path):
 
 def test_a_report_that_cannot_fit_is_refused_and_nothing_written(tmp_path, monkeypatch):
     report = make_report(tmp_path)
-    monkeypatch.setattr(report_module, "LARGEST_BYTES", report.pictures[0].png.stat().st_size)
+    monkeypatch.setattr(html, "LARGEST_BYTES", report.pictures[0].png.stat().st_size)
     with pytest.raises(UserError, match="fewer or smaller pictures"):
         write_report(report, tmp_path / "results" / "report.html")
     assert not (tmp_path / "results").exists()

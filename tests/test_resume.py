@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tasks.base
 import torch
 from conftest import Workspace, contents, load_script
 from transformers import PreTrainedModel
 
-import tasks.base
 from utils import influence, models
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions import evaluation

@@ -11,8 +11,9 @@ from conftest import load_script, run_script
 
 from utils import settings as settings_module
 from utils.console import UserError
+from utils.hub import HubAccess, hub_access
 from utils.paths import PROJECT_ROOT
-from utils.settings import HubAccess, hub_access, load_settings
+from utils.settings import load_settings
 
 STEPS = {
     1: "compute_factors_and_scores.py",

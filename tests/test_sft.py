@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import accelerate.tracking
 import pytest
 import torch
 import transformers
@@ -12,9 +13,8 @@ from conftest import DEMO, read_rows, run_script, write_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from utils import tracker
 from utils.artifacts import read_json
-from utils.fine_tuning import DialogueDataset, Progress
+from utils.fine_tuning import Progress, collate
 from utils.models import load_model, load_tokenizer
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues
@@ -25,10 +25,10 @@ SCRIPT = "data/make_sft_model.py"
 def test_labels_are_the_completion_and_the_final_eos(tiny_models):
     tokenizer = load_tokenizer(str(tiny_models["pythia"]))
     examples = tokenize_dialogues(Dialogues(["\n\nHuman: Hi\n\nAssistant:"], [" Hello there."]), tokenizer)
-    row = DialogueDataset(examples)[0]
-    labels = [label for label in row["labels"] if label != -100]
-    assert tokenizer.decode(labels) == " Hello there.<|endoftext|>"
-    assert len(row["labels"]) == len(row["input_ids"])
+    batch = collate(examples, tokenizer.pad_token_id)
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != -100]) == " Hello there.<|endoftext|>"
+    assert batch["labels"].shape == batch["input_ids"].shape
 
 
 def test_fine_tuning_learns_and_repeats(small_data, tmp_path):
@@ -54,7 +54,7 @@ def test_a_base_model_is_fine_tuned_further(tiny_models, small_data, tmp_path):
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
-def test_a_killed_training_goes_on_and_ends_as_well(small_data, tmp_path, monkeypatch, capsys):
+def test_a_killed_training_resumes_and_ends_as_well(small_data, tmp_path, monkeypatch, capsys):
     common = ["--HH_DATASET", str(small_data / "hh"), "--NUM_EPOCHS", "3", "--BATCH_SIZE", "10", "--SAVE_EVERY", "4"]
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "whole"))
     bar, steps = Progress, []
@@ -73,7 +73,7 @@ def test_a_killed_training_goes_on_and_ends_as_well(small_data, tmp_path, monkey
     assert not (tmp_path / "killed").exists()
     monkeypatch.setattr(bar, "on_step_end", original)
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "killed"))
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     whole, killed = (read_json(tmp_path / name / "manifest.json")["perplexity"] for name in ("whole", "killed"))
     assert killed["before"] == whole["before"]
     assert killed["after"] == pytest.approx(whole["after"], rel=0.02)
@@ -115,7 +115,7 @@ def test_accumulated_gradients_give_the_same_model(sixty_four, tmp_path):
     assert_same_model(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_two_processes_give_the_same_model_and_speak_with_one_voice(sixty_four, tmp_path):
+def test_two_processes_give_the_same_model_and_print_each_line_once(sixty_four, tmp_path):
     run_script(SCRIPT, *common_arguments(sixty_four, tmp_path / "one"))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     finished = subprocess.run(
@@ -140,13 +140,13 @@ def test_the_recipe_lies_beside_the_model(tiny_models, sixty_four, tmp_path):
     assert card.data.library_name == "transformers"
     assert card.data.base_model is None, "somebody's folder is no hub id"
     perplexity = read_json(folder / "manifest.json")["perplexity"]
-    for told in (
+    for fragment in (
         "64 dialogues",
         "`LEARNING_RATE`: 0.0001",
         "`SEED`: 42",
-        *(f"{perplexity[w]:.3f}" for w in perplexity),
+        *(f"{p:.3f}" for p in perplexity.values()),
     ):
-        assert told in card.text
+        assert fragment in card.text
 
 
 # --------------------------------------------------------------------------------------------- wrong inputs
@@ -154,7 +154,7 @@ def test_the_recipe_lies_beside_the_model(tiny_models, sixty_four, tmp_path):
 
 @pytest.fixture
 def refusal(data_copy, tmp_path, capsys):
-    """Runs the script where it must refuse, and gives its one line; no model may be there."""
+    """Runs the script, which must refuse, and returns its error line; no model may be written."""
 
     def refused(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -176,50 +176,50 @@ def refusal(data_copy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         (transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64), "is the weight of a Conv1D"),
         (transformers.T5Config(d_model=32, num_layers=2, num_heads=2, vocab_size=64), "not a causal language model"),
     ],
 )
-def test_a_base_that_could_not_be_repaired_is_refused(refusal, tmp_path, config, told):
+def test_a_base_that_could_not_be_repaired_is_refused(refusal, tmp_path, config, message):
     (tmp_path / "base").mkdir()
     config.save_pretrained(tmp_path / "base")
     line = refusal("--BASE_MODEL", tmp_path / "base")
     assert line.startswith(f"error: {tmp_path / 'base'}: ")
-    assert told in line
+    assert message in line
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--BASE_MODEL", "somebody/not-here"], "error: somebody/not-here: cannot load the configuration"),
         (["--BASE_MODEL", "no/such/folder"], "error: no model at no/such/folder"),
-        (["--TOKENIZER", "None"], "error: TOKENIZER = None: the bare architecture pythia-demo needs a tokenizer"),
+        (["--TOKENIZER", "None"], "error: TOKENIZER = None: the bare architecture pythia-demo needs one"),
         (["--BATCH_SIZE", 24], "error: BATCH_SIZE = 24: must be a multiple of 16"),
-        (["--TRACKER", "trackio"], "error: TRACKER = 'trackio': its package is not here"),
+        (["--TRACKER", "trackio"], "error: TRACKER = 'trackio': the package trackio is not installed"),
         (["--TRACKER", "paper"], "error: TRACKER = paper: allowed is 'trackio', 'wandb' or None"),
         (["--HH_DATASET", "somebody/not-here"], "error: HH_DATASET = 'somebody/not-here', split train: "),
     ],
 )
-def test_wrong_constants_are_refused(refusal, monkeypatch, arguments, told):
-    monkeypatch.setattr(tracker, "get_available_trackers", list)
-    assert refusal(*arguments).startswith(told)
+def test_wrong_constants_are_refused(refusal, monkeypatch, arguments, message):
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", list)
+    assert refusal(*arguments).startswith(message)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b'{"question": "a", "answer": "b"}\n', "'prompt'"),
         (b"", "is empty; it needs at least one dialogue"),
         (b'{"prompt": "caf\xe9", "chosen": " b"}\n', "UTF-8"),
     ],
 )
-def test_wrong_dialogues_are_refused(refusal, data_copy, content, told):
+def test_wrong_dialogues_are_refused(refusal, data_copy, content, message):
     (data_copy / "hh" / "train.jsonl").write_bytes(content)
     line = refusal()
     assert "train.jsonl" in line or "split train" in line
-    assert told in line
+    assert message in line
 
 
 def test_somebody_elses_folder_is_not_replaced(small_data, tmp_path, capsys):
@@ -228,18 +228,18 @@ def test_somebody_elses_folder_is_not_replaced(small_data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(SCRIPT, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", tmp_path / "precious")
     assert stop.value.code == 1
-    assert "has no manifest that says it was made here; give a new folder" in capsys.readouterr().err
+    assert "has no manifest, so this script did not make it; give a new folder" in capsys.readouterr().err
     assert (tmp_path / "precious" / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_a_full_disk_is_one_line_and_the_training_goes_on(small_data, make_disk, capsys):
+def test_a_full_disk_is_one_line_and_the_training_resumes(small_data, make_disk, capsys):
     folder = make_disk("3m") / "sft"  # weights of 2 MB fit, not their optimizer's moments
     arguments = ["--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", folder, "--NUM_EPOCHS", 1, "--SAVE_EVERY", 2]
     with pytest.raises(SystemExit) as stop:
         run_script(SCRIPT, *arguments)
     assert stop.value.code == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: the disk is full; free some space and run the same command to go on (")
+    assert line.startswith("error: the disk is full; free some space and run the same command to continue (")
     assert not folder.exists()
     subprocess.run(["mount", "-o", "remount,size=64m", str(folder.parent)], check=True)
     run_script(SCRIPT, *arguments)

@@ -9,11 +9,11 @@ import torch
 from conftest import load_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from utils.repair_report import change_percent, improvement_percent
 
 from utils.artifacts import read_json
 from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
-from utils.repair_report import change_percent, improvement_percent
 
 CPU = torch.device("cpu")
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+import typing
+from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import Workspace, contents, load_script, run_script
-
-from utils import grid
-from utils.artifacts import read_json
+import torch
+from conftest import Workspace, contents, load_script, run_script, write_rows
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 from utils.grid import Cell, task_names
 from utils.repair_report import change_percent, improvement_percent
-from utils.tables import ablation_table, latex_table, main_table, spread
+
+from utils import grid, paths
+from utils.artifacts import read_json, write_atomically
+from utils.console import UserError
+from utils.reporting import grid_report
+from utils.reporting.figures import FIGURE_STYLES, ablation_figure
+from utils.reporting.sweeps import earlier_rates, write_sweep
+from utils.reporting.tables import Table, ablation_table, main_table, mean_std
+from utils.settings import ScoresType, Settings
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
 TABLES = "evaluation_scripts/paper_tables.py"
@@ -60,6 +70,50 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
     assert [row["learning_rate"] for row in read_json(file)["rates"]] == [0.2, 0.3], "another gradient, another sweep"
 
 
+def sweep_report(learning_rate):
+    perplexity, bias = {"after": 5.0, "change_percent": 0.5}, {"after": -1.0, "improvement_percent": 30.0}
+    return {"learning_rate": learning_rate, "measurements": {"perplexity": perplexity, "bias": bias}}
+
+
+def test_a_sweep_from_other_inputs_is_refused_unless_it_is_to_be_replaced(tmp_path):
+    where = (str(tmp_path), "m", "bias", "dpp_ifweight10_bottom5")
+    old, new = {"model": "a", "gradient": "b"}, {"model": "a", "gradient": "c"}
+    assert earlier_rates(*where, old, overwrite=False) == {}
+    write_sweep(*where, old, {}, [sweep_report(0.1), sweep_report(0.01)], 1.0)
+    rates = earlier_rates(*where, old, overwrite=True)
+    assert list(rates) == [0.01, 0.1]
+    assert earlier_rates(*where, old, overwrite=False) == rates
+    write_sweep(*where, old, rates, [sweep_report(0.05)], 1.0)
+    assert list(earlier_rates(*where, old, overwrite=False)) == [0.01, 0.05, 0.1]
+
+    with pytest.raises(UserError) as refused:
+        earlier_rates(*where, new, overwrite=False)
+    message = str(refused.value)
+    file = "bias_m_dpp_ifweight10_bottom5_sweep.json"
+    for told in (file, "gradient = 'b' there, 'c' now", "OVERWRITE = True", "another OUTPUT_DIR"):
+        assert told in message
+    assert "model = " not in message
+    assert "\n" not in message
+    assert earlier_rates(*where, new, overwrite=True) == {}
+
+
+def test_a_run_killed_while_drawing_leaves_no_truncated_figure(tmp_path, monkeypatch):
+    def stop_half_way(self, path, **_):
+        Path(path).write_bytes(b"\x89PNG")
+        raise KeyboardInterrupt
+
+    sweep = (str(tmp_path), "m", "bias", "random_bottom5", {"model": "a"}, {}, [sweep_report(0.1)], 1.0)
+    figure = tmp_path / "results" / "bias_m_sweep.png"
+    monkeypatch.setattr(Figure, "savefig", stop_half_way)
+    with pytest.raises(KeyboardInterrupt):
+        write_sweep(*sweep)
+    assert not figure.exists()
+    monkeypatch.undo()
+    write_sweep(*sweep)
+    assert figure.read_bytes().endswith(b"IEND\xaeB`\x82")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 # ------------------------------------------------------------------------------------------------------ tables
 
 
@@ -71,10 +125,10 @@ def make_row(seed=42, task="bias", method="dpp", gain=30.0, **more):
     return {**row, "seconds": 2.0, "stopped": None, "indices": [1, 2, 3], **more}
 
 
-def test_spread():
-    assert spread([], "+.1f", " %") == "–"
-    assert spread([3.0], "+.1f", " %") == "+3.0 %"
-    assert spread([1.0, 3.0], "+.1f", " %") == "+2.0 ± 1.4 %"
+def test_mean_std():
+    assert mean_std([], "+.1f", " %") == "–"
+    assert mean_std([3.0], "+.1f", " %") == "+3.0 %"
+    assert mean_std([1.0, 3.0], "+.1f", " %") == "+2.0 ± 1.4 %"
 
 
 def test_main_table_has_a_line_for_each_model_and_repair():
@@ -96,13 +150,54 @@ def test_tables_are_written_in_three_formats(tmp_path):
     assert "| bias " in (tmp_path / "t.md").read_text()
     assert pd.read_csv(tmp_path / "t.csv")["improvement_percent"].tolist() == [20, 5]
     assert r"+5.0 \%" in (tmp_path / "t.tex").read_text()
+    Table("caption", ["name", "value"], [["x", "1.0"]]).write(tmp_path / "plain")
+    assert (tmp_path / "plain.csv").read_text() == "name,value\nx,1.0\n"
 
 
 def test_latex_escapes_and_aligns():
-    text = latex_table("50 % of a_b", ["name", "value"], [["x_1 & y", "1.0 ± 0.2"], ["z", "–"]])
+    text = Table("50 % of a_b", ["name", "value"], [["x_1 & y", "1.0 ± 0.2"], ["z", "–"]]).latex()
     assert r"\begin{tabular}{lr}" in text
     assert r"x\_1 \& y & 1.0 $\pm$ 0.2 \\" in text
     assert not re.search(r"(?<!\\)[%_#]", text)
+
+
+def test_every_way_of_choosing_can_be_drawn_and_explained(tmp_path):
+    scores_types = set(typing.get_args(ScoresType))
+    assert set(FIGURE_STYLES) == scores_types
+    assert set(grid_report.NOTES) == scores_types - {"direct"}
+    rows = [make_row(method=f"{name} + preserve", if_weight=w) for name in scores_types for w in (0.0, 10.0)]
+    ablation_figure(rows, "if_weight", tmp_path / "figures" / "if_weight.png")
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["if_weight.png"]
+
+
+def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_path, monkeypatch):
+    write_rows(tmp_path / "hh" / "train.jsonl", [{"prompt": f"p{i}", "chosen": f"c{i}"} for i in range(5)])
+    settings = Settings(
+        **{"MODEL_NAMES": ["o/m"], "HH_DATASET": str(tmp_path / "hh"), "OUTPUT_DIR": str(tmp_path)},
+        **{"SEEDS": [42, 0], "BOTTOM_K": [3], "IF_WEIGHT": [10.0], "TASKS": ["bias", "truth"]},
+        **{"LEARNING_RATE": "auto", "PPL_BUDGET": 0.01, "USE_HALF_PRECISION": False},
+    )
+    scores = torch.arange(5.0)[None] / 8
+    for task in ("bias", "truth"):
+        file = paths.scores_file(tmp_path, task, "m", "ekfac", False, 42)
+        file.parent.mkdir(parents=True)
+        save_file({"all_modules": scores}, file)
+    picks = {"diversity_gains": [3.0, 2.0, 1.0], "influence_gains": [0.5, 0.25, 0.125]}
+    write_atomically(paths.dpp_file(tmp_path, "bias", "m", 3, 10.0), json.dumps(picks))
+    read = []
+    monkeypatch.setattr(grid_report, "load_file", lambda file: read.append(file) or load_file(file))
+    rows = [
+        make_row(42, task, method, repair="r", scores_type=method, preserve_perplexity=preserve, bottom_k=3)
+        for task, method in (("bias", "dpp"), ("truth", "random"))
+        for preserve in (False, True)
+    ]
+    report = grid_report.report_on(settings, rows, [], {"truth": [2]})
+    assert len(read) == len(set(read)) == 2
+    assert [subset.title for subset in report.subsets] == ["bias, chosen by dpp", "truth, chosen by random"]
+    example = report.subsets[0].examples[1]
+    assert (example.rank, example.row, example.prompt, example.known_harm) == (2, 2, "p2", "truth")
+    assert example.scores == {"bias": 0.25, "truth": 0.25}
+    assert example.gains == {"diversity": 2.0, "influence": 0.25}
 
 
 def test_as_few_runs_as_name_the_tasks():

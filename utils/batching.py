@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
 from utils.console import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IGNORED_LABEL = -100
 AUTO_TOKENS_ON_CPU = 2_048  # past this, larger batches are no faster on a CPU
@@ -40,22 +43,23 @@ class LabelledSequence:
 
 
 def token_budget(
-    model: torch.nn.Module, tokens_per_batch: int | Literal["auto"], tracked_modules: Sequence[str] = ()
+    model: PreTrainedModel, tokens_per_batch: int | Literal["auto"], linears: Sequence[torch.nn.Linear] = ()
 ) -> int:
     """Padded tokens in a batch: TOKENS_PER_BATCH, or from the device's free memory where it is "auto".
 
-    On a GPU a token is charged its hidden states and, for each tracked Linear, its input and output and their
+    On a GPU a token is charged its hidden states and, for each traced Linear, its input and output and their
     gradients. Logits are not charged: they exist a bounded chunk at a time.
     """
-    device = next(model.parameters()).device
+    device = model.device
     if tokens_per_batch != "auto":
         return tokens_per_batch
     if device.type != "cuda":
         return AUTO_TOKENS_ON_CPU
     free_bytes = SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
-    linears = [model.get_submodule(name) for name in tracked_modules]
-    widths = sum(linear.in_features + linear.out_features for linear in linears) + 32 * model.config.hidden_size
-    return int(np.clip(free_bytes / (4 * 3 * widths), *AUTO_TOKENS_ON_GPU))
+    widths = sum(linear.in_features + linear.out_features for linear in linears)
+    widths += 32 * model.config.hidden_size  # generous: activations of one block without a graph
+    bytes_per_token = 4 * 3 * widths  # float32; the value, its gradient, and a temporary copy
+    return int(np.clip(free_bytes / bytes_per_token, *AUTO_TOKENS_ON_GPU))
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -86,7 +90,7 @@ class BatchLoader:
         input_ids, attention_mask, labels: (B, T); labels are IGNORED_LABEL where nothing counts
         index: (B,) positions in `sequences`, to put results back in order
         weight: (B,) float32, the sequence's share in a mean measurement
-        padding_mask: the attention mask once more, where `pad_to` makes padding a part of what is looked at
+        padding_mask: the attention mask once more, if `pad_to` makes padding count too
 
     Args:
         sequences: the tokenized texts.

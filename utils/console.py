@@ -1,7 +1,7 @@
-"""All output to the terminal goes through this file: lines, banners, progress bars and readable errors.
+"""Everything the scripts print: lines, banners, progress bars and readable errors.
 
-Of several processes (`accelerate launch`, `torchrun`) the first alone speaks. Under continuous integration, where CI is
-set in the environment, there are lines and no bars.
+With several processes (`accelerate launch`, `torchrun`) only the first one prints. Under continuous integration (CI is
+set in the environment) there are no progress bars.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# A log file wants a line now and then, a terminal wants a bar that moves.
-SECONDS_BETWEEN_UPDATES = 0.2 if sys.stderr.isatty() else 10.0
+SECONDS_BETWEEN_UPDATES = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs far fewer updates than a terminal
+
+
+class UserError(Exception):
+    """An error the user can fix, shown as one line: what is wrong, what is allowed, what to do."""
 
 
 def is_first_process() -> bool:
@@ -23,33 +26,29 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class UserError(Exception):
-    """A mistake the user can mend. Shown as one line that says what was wrong, what is allowed and what to do."""
-
-
 def shows_bars() -> bool:
-    """Whether progress bars are wanted: in the first process, and not under continuous integration."""
+    """Whether to show progress bars: in the first process, except under continuous integration."""
     return is_first_process() and os.environ.get("CI", "").lower() in ("", "0", "false")
 
 
 def say(message: str = "") -> None:
-    """Print one line."""
+    """Print a message."""
     if is_first_process():
         print(message, flush=True)
 
 
-def say_read(source: str, what: str) -> None:
-    """Print what a step has read, and how much it is."""
-    say(f"   read {source}: {what}")
+def say_read(source: str, content: str) -> None:
+    """Print what a step has read."""
+    say(f"   read {source}: {content}")
 
 
 def banner(step: str, subject: str) -> None:
-    """Print the heading of a step: what it is and what it works on."""
+    """Print the heading of a step: its name and what it works on."""
     say(f"\n== {step} · {subject}")
 
 
 def shown_path(path: Path) -> str:
-    """The path relative to the working directory where it lies below it, else in full."""
+    """The path relative to the working directory if it lies below it, otherwise in full."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
@@ -57,7 +56,7 @@ def shown_path(path: Path) -> str:
 
 
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
-    """A progress bar with a total, to be used in a `with` and moved by `update`."""
+    """A progress bar with a total; use it in a `with` statement and advance it with `update`."""
     return tqdm(
         total=total,
         desc=f"   {description}",
@@ -70,7 +69,7 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk, or a full quota, is behind an error that libraries may have wrapped."""
+    """Whether a full disk or an exhausted quota caused an error, however many libraries have wrapped it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -81,12 +80,12 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def remedy_for(error: BaseException) -> str | None:
-    """What to do when the machine has run out of something; None where the error is of another kind."""
+    """What to do when the machine is out of disk space or memory; None for any other error."""
     if is_disk_full(error):
-        return "the disk is full; free some space and run the same command to go on"
+        return "the disk is full; free some space and run the same command to continue"
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return (
-            "out of memory; run the same command to go on with a smaller TOKENS_PER_BATCH (BATCH_SIZE_PER_DEVICE for "
-            "data/make_sft_model.py), or with another DEVICE"
+            "out of memory; run the same command to continue, with a smaller TOKENS_PER_BATCH (BATCH_SIZE_PER_DEVICE "
+            "for data/make_sft_model.py) or another DEVICE"
         )
     return None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from types import MethodType
 
 import torch
 from accelerate import PartialState
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.data import Dataset
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -33,35 +34,16 @@ from utils.tracker import Tracker
 STEPS_BETWEEN_LOGS = 10
 
 
-class DialogueDataset(Dataset):
-    """Tokenized dialogues as the Trainer wants them; labels are the completion and the final EOS."""
-
-    def __init__(self, examples: list[LabelledSequence]) -> None:
-        self.examples = examples
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, position: int) -> dict[str, list[int]]:
-        sequence = self.examples[position]
-        input_ids = sequence.input_ids.tolist()
-        labels = [IGNORED_LABEL] * sequence.label_start + input_ids[sequence.label_start :]
-        return {"input_ids": input_ids, "labels": labels[: len(input_ids)]}
-
-
-class PadToLongest:
-    """Collates dialogues of different lengths; padding is on the right and has no labels."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        width = max(len(row["input_ids"]) for row in rows)
-
-        def padded(name: str, value: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [value] * (width - len(row[name])) for row in rows])
-
-        return {"input_ids": padded("input_ids", self.pad_token_id), "labels": padded("labels", IGNORED_LABEL)}
+def collate(sequences: list[LabelledSequence], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch padded on the right, (B, T); its labels are the tokens of the completion and the final EOS."""
+    tokens = [torch.from_numpy(sequence.input_ids).long() for sequence in sequences]
+    labels = [row.clone() for row in tokens]
+    for row, sequence in zip(labels, sequences, strict=True):
+        row[: sequence.label_start] = IGNORED_LABEL
+    return {
+        "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
 
 
 def completion_loss(
@@ -71,11 +53,11 @@ def completion_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **_: object,
 ) -> dict[str, torch.Tensor]:
-    """In place of a model's `forward`: cross-entropy over the completions, with logits computed at those alone.
+    """Replaces a model's `forward`: cross-entropy over the label tokens, with logits computed only for those.
 
     Args:
-        num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and processes, as the Trainer
-            gives it: the loss is a mean over tokens however the step is divided.
+        num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and processes. The Trainer
+            passes it, so that the loss is a mean over tokens however the step is divided.
     """
     targets = labels[:, 1:]
     is_label = targets != IGNORED_LABEL
@@ -85,46 +67,45 @@ def completion_loss(
 
 
 class Progress(TrainerCallback):
-    """One bar over the optimizer steps, as every other step of the project shows it; and the tracker's curve."""
+    """Shows one progress bar over the optimizer steps, and sends the training curve to the tracker."""
 
     def __init__(self, tracker: Tracker, bar: tqdm) -> None:
         self.tracker, self.bar = tracker, bar
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Tell the bar how far a killed run had come."""
+        """Advance the bar to where a killed run stopped."""
         self.bar.update(state.global_step)
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        """Move it."""
+        """Advance the bar."""
         self.bar.update()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, *_: object, logs: dict[str, float], **__: object
     ) -> None:
-        """Show the training loss."""
+        """Show and track the training loss."""
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
             self.tracker.log({name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}, state.global_step)
 
 
-def micro_batch(settings: Settings, processes: int) -> tuple[int, int]:
-    """Dialogues that one process runs at once, and how often it does before an optimizer step.
+def micro_batch_size(settings: Settings, num_processes: int) -> int:
+    """Dialogues per forward pass of one process.
 
     Raises:
-        UserError: BATCH_SIZE is no multiple of what the processes run at once.
+        UserError: BATCH_SIZE is not a multiple of what all processes run at once.
     """
-    at_once = min(settings.BATCH_SIZE_PER_DEVICE, max(1, settings.BATCH_SIZE // processes))
-    times, rest = divmod(settings.BATCH_SIZE, at_once * processes)
-    if rest or not times:
+    size = min(settings.BATCH_SIZE_PER_DEVICE, max(1, settings.BATCH_SIZE // num_processes))
+    if settings.BATCH_SIZE % (size * num_processes):
         raise UserError(
-            f"BATCH_SIZE = {settings.BATCH_SIZE}: must be a multiple of {at_once * processes}, that is {processes} "
-            f"process(es) with {at_once} dialogues each; set it or BATCH_SIZE_PER_DEVICE"
+            f"BATCH_SIZE = {settings.BATCH_SIZE}: must be a multiple of {size * num_processes} ({num_processes} "
+            f"process(es) with {size} dialogues each); change it or BATCH_SIZE_PER_DEVICE"
         )
-    return at_once, times
+    return size
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that is whole, after removing those that are not: the Trainer writes its state last."""
+    """The newest complete checkpoint, after deleting incomplete ones: the Trainer writes its state file last."""
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if not (checkpoint / TRAINER_STATE_NAME).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -143,16 +124,17 @@ def fine_tune(
     """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
 
     Args:
-        folder: keeps the last checkpoint while training lasts.
-        checkpoint: where a killed run goes on.
+        folder: where the last checkpoint is kept during training.
+        checkpoint: the one to resume from, if any.
     """
     is_cuda = model.device.type == "cuda"
-    at_once, times = micro_batch(settings, PartialState().num_processes)
+    num_processes = PartialState().num_processes
+    size = micro_batch_size(settings, num_processes)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.NUM_EPOCHS,
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=times,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=settings.BATCH_SIZE // (size * num_processes),
         learning_rate=settings.LEARNING_RATE,
         warmup_steps=max(1, len(examples) * settings.NUM_EPOCHS // settings.BATCH_SIZE // 20),
         save_strategy="steps",
@@ -173,23 +155,24 @@ def fine_tune(
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: no DataParallel
     model.forward = MethodType(completion_loss, model)
     if settings.GRADIENT_CHECKPOINTING:
+        # Renamed in transformers 5.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})  # its name in transformers 5, or the one before
+        enable({"use_reentrant": False})
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=DialogueDataset(examples),
-        data_collator=PadToLongest(tokenizer.pad_token_id),
+        train_dataset=examples,
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
     if checkpoint:
-        say(f"   going on from {shown_path(Path(checkpoint))}")
-        # The Trainer loads tensors by the names they have in memory, which some models rename when they are saved.
+        say(f"   resuming from {shown_path(Path(checkpoint))}")
+        # The Trainer looks for the tensors' names in memory, but some models save them under other names.
         model.load_state_dict(load_model(checkpoint, model.device).state_dict())
     num_steps = settings.NUM_EPOCHS * -(-len(examples) // settings.BATCH_SIZE)
     with progress_bar(num_steps, "fine-tuning", "steps") as bar:
         trainer.add_callback(Progress(tracker, bar))
         trainer.train(resume_from_checkpoint=checkpoint)
-    del model.forward  # the class has its own again
+    del model.forward  # restores the class's own
     model.eval()

@@ -1,13 +1,38 @@
-"""Uploading a repaired checkpoint to the Hugging Face hub."""
+"""The Hugging Face hub: access from `.env`, and uploading a repaired checkpoint."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from dotenv import dotenv_values
 
 from utils.console import UserError, say
-from utils.settings import HubAccess, Settings, hub_access
+from utils.paths import PROJECT_ROOT
+from utils.settings import Settings
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """HUB_CACHE and HUB_TOKEN from the environment or `.env`. The token is never shown."""
+
+    cache: str | None = None
+    token: str | None = field(default=None, repr=False)
+
+    def redact(self, text: str) -> str:
+        """The text with every occurrence of the token replaced by ***."""
+        return text.replace(self.token, "***") if self.token else text
+
+    def reason(self, error: Exception) -> str:
+        """An error's message as one redacted line of at most 300 characters."""
+        return " ".join(self.redact(str(error)).split())[:300] or type(error).__name__
+
+
+def hub_access() -> HubAccess:
+    """Read HUB_CACHE and HUB_TOKEN; the environment takes precedence over the repository's `.env`."""
+    values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
+    return HubAccess(cache=values.get("HUB_CACHE") or None, token=values.get("HUB_TOKEN") or None)
 
 
 def require_hub_access(settings: Settings) -> HubAccess:
@@ -27,20 +52,22 @@ def require_hub_access(settings: Settings) -> HubAccess:
 
 
 def push_folder(folder: Path, username: str, access: HubAccess) -> str:
-    """Upload a checkpoint to `username/folder-name`, created where it does not exist.
+    """Upload a checkpoint to `username/folder-name`, which is created if it does not exist.
 
     Returns:
         The repository's id.
 
     Raises:
-        UserError: the hub refused or could not be reached; the token is not in the message.
+        UserError: the hub refused or could not be reached; the message does not contain the token.
     """
+    from huggingface_hub import HfApi  # only an upload pays for importing it
+
     repo_id = f"{username}/{folder.name}"
     try:
         api = HfApi(token=access.token)
         api.create_repo(repo_id, exist_ok=True)
         api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message="Upload repaired model")
-    except Exception as error:  # the hub's client raises many kinds; all end as one line without the token
+    except Exception as error:  # the hub's client raises many types; all become one redacted line
         raise UserError(f"pushing to {repo_id} failed: {access.reason(error)}") from None
     say(f"   pushed to {repo_id}")
     return repo_id

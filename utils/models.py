@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
+import transformers  # its attributes load on first use, and some of them take seconds
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.batching import Batch
 from utils.console import UserError, say_read, shows_bars
-from utils.paths import STEP_5, anchored, may_be_hub_id
-from utils.settings import hub_access
+from utils.hub import hub_access
+from utils.paths import STEP_5, may_be_hub_id, resolve_path
 
 # The keyword for the precision of the weights was renamed in transformers 5.
 DTYPE_KEYWORD = "torch_dtype" if int(transformers.__version__.split(".")[0]) < 5 else "dtype"
@@ -57,7 +56,7 @@ def locate(model: str, marker: str = "config.json") -> str:
     Raises:
         UserError: neither a folder with the marker nor the form of a hub id.
     """
-    folder = anchored(model)
+    folder = resolve_path(model)
     if (folder / marker).is_file():
         return str(folder)
     if (folder / "adapter_config.json").is_file():
@@ -74,26 +73,26 @@ def locate(model: str, marker: str = "config.json") -> str:
 
 
 def _from_hub_or_folder(loader: type, model: str, what: str, marker: str = "config.json", **keywords: object) -> object:
-    """Call `loader.from_pretrained`, turning the many ways of not finding something into one readable line."""
+    """Call `loader.from_pretrained`, turning any failure into one readable line."""
     located, access = locate(model, marker), hub_access()
     try:
         return loader.from_pretrained(located, cache_dir=access.cache, token=access.token, **keywords)
-    except Exception as error:  # transformers and the hub's client raise many kinds for what they cannot find or read
+    except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
         raise UserError(f"{model}: cannot load the {what}: {access.reason(error)}") from error
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
     """The model's config.json."""
-    return _from_hub_or_folder(AutoConfig, model, "configuration")
+    return _from_hub_or_folder(transformers.AutoConfig, model, "configuration")
 
 
 def silence_transformers() -> None:
-    """Switch off transformers' own bars where they would fill a log file."""
+    """Switch off transformers' own progress bars where they would fill a log file."""
     if not shows_bars() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
 
-def load_model(model: str, device: torch.device) -> PreTrainedModel:
+def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel:
     """Load a causal language model in float32 and evaluation mode.
 
     Raises:
@@ -101,7 +100,7 @@ def load_model(model: str, device: torch.device) -> PreTrainedModel:
     """
     silence_transformers()
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded, report = _from_hub_or_folder(AutoModelForCausalLM, model, "weights", **keywords)
+    loaded, report = _from_hub_or_folder(transformers.AutoModelForCausalLM, model, "weights", **keywords)
     # transformers warns and puts random numbers where a tensor is missing or of another shape.
     misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     unusable = sorted([*report["missing_keys"], *misfits])
@@ -114,13 +113,13 @@ def load_model(model: str, device: torch.device) -> PreTrainedModel:
     return loaded.to(device).eval()
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     """Load the model's tokenizer; its pad token is its end-of-sequence token.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
-    tokenizer = _from_hub_or_folder(AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json")
+    tokenizer = _from_hub_or_folder(transformers.AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
@@ -129,15 +128,17 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def copy_tokenizer(model: str, folder: Path) -> None:
-    """Save the model's tokenizer as it is: without what `load_tokenizer` sets, and what using it leaves behind."""
-    _from_hub_or_folder(AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
+    """Save the model's tokenizer unchanged: without the settings of `load_tokenizer` or traces of its use."""
+    _from_hub_or_folder(transformers.AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json").save_pretrained(
+        folder
+    )
 
 
 def model_fingerprint(model: str) -> str:
     """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
 
-    A repaired checkpoint, as long as its weights are those that were saved, has the fingerprint of its manifest: it is
-    the same model before and after it is saved.
+    A repaired checkpoint whose weights are those that were saved has the fingerprint of its manifest, so that it is the
+    same model before and after it is saved.
 
     Raises:
         UserError: the model is not found or has no weights.
@@ -167,32 +168,33 @@ def weights_fingerprint(folder: Path) -> str:
     return fingerprint_of_files([*weights, folder / "config.json"])
 
 
-def require_supported(model: str, family: str) -> None:
+def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
     """Check, from the configuration alone, that a model's last blocks can be traced and repaired.
 
     Raises:
-        UserError: as `find_blocks`, or the configuration is that of no decoder.
+        UserError: as `find_blocks`, or the configuration is not that of a decoder, or the weights are quantised.
     """
     config = load_config(model)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{model}: its weights are quantised, and a repair changes weights; give the model as it was")
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{model}: model type {config.model_type!r} is not a causal language model ({reason})"
         ) from None
-    find_blocks(skeleton, family)
+    find_blocks(skeleton, family, num_blocks)
 
 
-def find_blocks(model: PreTrainedModel, family: str) -> str:
-    """Dotted name of a decoder's list of transformer blocks: as many as config.json counts, all weights in Linears.
+def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: int = 1) -> str:
+    """Dotted name of a decoder's list of transformer blocks, after checking that its last blocks can be traced.
 
     Raises:
-        UserError: MODEL_FAMILY says something else, there is no such list, a block has weight matrices outside of
-            nn.Linear (Conv1D as in GPT-2, fused experts), or shares them with another block.
+        UserError: the model is not of MODEL_FAMILY, it has no list of as many blocks as config.json says, or one of
+            the last `num_blocks` has weight matrices outside of nn.Linear (Conv1D as in GPT-2, fused experts) or
+            shares a weight with another module.
     """
     config = model.config
     if family != "auto" and config.model_type not in FAMILY_TYPES[family]:
@@ -211,36 +213,36 @@ def find_blocks(model: PreTrainedModel, family: str) -> str:
     names = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not names:
         raise refusal(f"it has no list of {count} transformer blocks")
-    last = f"{names[0]}.{count - 1}."
+    traced = tuple(f"{names[0]}.{block}." for block in range(max(0, count - num_blocks), count))
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for parameter_owners in owners.values():
-        own = [name for name in parameter_owners if name.startswith(last)]
+        own = [name for name in parameter_owners if name.startswith(traced)]
         if own and len(parameter_owners) > 1:
             raise refusal(f"{own[0]} is shared with {next(n for n in parameter_owners if n != own[0])}")
     for name, parameter in model.named_parameters():
-        if name.startswith(last) and parameter.ndim > 1 and name.rpartition(".")[0] not in linears:
+        if name.startswith(traced) and parameter.ndim > 1 and name.rpartition(".")[0] not in linears:
             owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
             raise refusal(f"{name} is the weight of a {owner}")
     return names[0]
 
 
-def first_tracked_block(model: PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
+def first_tracked_block(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
     """Dotted name of the list of transformer blocks, and the position of the first of the last `num_blocks`.
 
     Raises:
         UserError: the model is unsupported, or NUM_BLOCKS exceeds the number of blocks.
     """
-    prefix = find_blocks(model, family)
+    prefix = find_blocks(model, family, num_blocks)
     total = len(model.get_submodule(prefix))
     if num_blocks > total:
         raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")
     return prefix, total - num_blocks
 
 
-def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -> list[str]:
+def tracked_linear_names(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> list[str]:
     """Dotted names of every Linear in the last transformer blocks, in the model's order.
 
     Raises:
@@ -251,15 +253,15 @@ def tracked_linear_names(model: PreTrainedModel, family: str, num_blocks: int) -
     return [name for name, module in model.named_modules() if name.startswith(last) and isinstance(module, nn.Linear)]
 
 
-def last_hidden_state(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+def last_hidden_state(model: transformers.PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Hidden states after the final norm.
 
-    Sequences are padded on the right and attention is causal, so no token ever attends to padding and no mask is
-    needed, but where the states of the padding itself count.
+    Sequences are padded on the right and attention is causal, so no token ever attends to padding, and no mask is
+    needed unless the states of the padding itself count.
 
     Args:
         model: whole, or a tail (utils/trunk.py) where the batch has `trunk_states`.
-        batch: `input_ids` (B, T), or `trunk_states` (B, T, hidden), which take their place; maybe `padding_mask`.
+        batch: `input_ids` (B, T), or `trunk_states` (B, T, hidden) in their place; optionally `padding_mask`.
 
     Returns:
         (B, T, hidden).

@@ -12,13 +12,21 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SEED = 42
 
-# The scripts, as messages name them.
-STEP_1, STEP_2 = "compute_factors_and_scores.py", "representations/train_reps.py"
-STEP_3, STEP_4, STEP_5 = "dpp/greedy_dpp.py", "make_gradients.py", "gradient_ascent_and_save.py"
+# The scripts, by their paths in the repository.
+STEP_0, STEP_1 = "data/make_sft_model.py", "compute_factors_and_scores.py"
+STEP_2, STEP_3 = "representations/train_reps.py", "dpp/greedy_dpp.py"
+STEP_4, STEP_5 = "make_gradients.py", "gradient_ascent_and_save.py"
+STEP_6 = {  # by metric
+    "anthropic": "evaluation_scripts/anthropic_eval.py",
+    "bias": "evaluation_scripts/bias_loss.py",
+    "ethics": "evaluation_scripts/ethics_loss.py",
+    "truth": "evaluation_scripts/truth_loss.py",
+}
+PAPER_TABLES = "evaluation_scripts/paper_tables.py"
 
 
-def anchored(path: str | Path) -> Path:
-    """A path of the user's: relative ones start at the repository, whatever the working directory is."""
+def resolve_path(path: str | Path) -> Path:
+    """A path that a user gave: relative paths start at the repository, not at the working directory."""
     return (PROJECT_ROOT / Path(path).expanduser()).resolve()
 
 
@@ -34,7 +42,7 @@ def model_short_name(model: str | Path) -> str:
 
 def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     suffix = "" if seed == DEFAULT_SEED else f"-{seed}"
-    return anchored(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
+    return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
 
 
 def _precision_suffix(half_precision: bool) -> str:
@@ -42,9 +50,9 @@ def _precision_suffix(half_precision: bool) -> str:
 
 
 def repair_name(scores_type: str, bottom_k: int, if_weight: float, preserve_perplexity: bool = False) -> str:
-    """What tells the repairs of one task apart: `dpp_ifweight10_bottom100`, `direct_preserve`.
+    """The part of a name that identifies a repair of a task: `dpp_ifweight10_bottom100`, `direct_preserve`.
 
-    Only dpp depends on the weight of the influence term, and "direct" on no subset at all.
+    Only dpp depends on the weight of the influence term; "direct" has no subset.
     """
     weight = f"_ifweight{if_weight:g}" if scores_type == "dpp" else ""
     subset = "" if scores_type == "direct" else f"_bottom{bottom_k}"
@@ -74,17 +82,17 @@ def token_scores_file(
 
 def representations_file(output_dir: str | Path, model_name: str) -> Path:
     """Step 2: tensor `representations` (N_train, hidden)."""
-    return anchored(output_dir) / "representations" / f"{model_name}_sumreps.safetensors"
+    return resolve_path(output_dir) / "representations" / f"{model_name}_sumreps.safetensors"
 
 
 def answer_representations_file(output_dir: str | Path, task: str, model_name: str) -> Path:
     """Step 2, with ANSWERS_OF: tensor `representations` (U, hidden) of a task's untrustworthy answers."""
-    return anchored(output_dir) / "representations" / f"{task}_{model_name}_answerreps.safetensors"
+    return resolve_path(output_dir) / "representations" / f"{task}_{model_name}_answerreps.safetensors"
 
 
 def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, if_weight: float) -> Path:
     """Step 3: the chosen indices in pick order."""
-    return anchored(output_dir) / "dpp" / f"{task}_{model_name}_indices_{bottom_k}_ifweight{if_weight:g}.json"
+    return resolve_path(output_dir) / "dpp" / f"{task}_{model_name}_indices_{bottom_k}_ifweight{if_weight:g}.json"
 
 
 def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: str, seed: int) -> Path:
@@ -96,12 +104,12 @@ def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: s
 def repaired_model_dir(output_dir: str | Path, task: str, model_name: str, repair: str, learning_rate: float) -> Path:
     """Step 5: the repaired checkpoint."""
     name = f"{task}_{model_name}_{repair}_lr{learning_rate:g}"
-    return anchored(output_dir) / "gradient_ascent_models" / name
+    return resolve_path(output_dir) / "gradient_ascent_models" / name
 
 
 def results_dir(output_dir: str | Path) -> Path:
     """Everything that is measured, drawn and reported."""
-    return anchored(output_dir) / "results"
+    return resolve_path(output_dir) / "results"
 
 
 def tables_dir(output_dir: str | Path) -> Path:
@@ -117,6 +125,11 @@ def overview_figure(output_dir: str | Path) -> Path:
 def result_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
     """Steps 5 and 6: one measurement of one model."""
     return results_dir(output_dir) / f"{model_name}_{metric}_{split}.json"
+
+
+def report_file(output_dir: str | Path, checkpoint_name: str) -> Path:
+    """Step 5: what one repair did; the same content as repair.json in its checkpoint."""
+    return results_dir(output_dir) / f"{checkpoint_name}_repair.json"
 
 
 def search_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:

@@ -14,21 +14,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-import os
 import re
-import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-from dotenv import dotenv_values
-from safetensors import SafetensorError
-
-from utils.console import UserError, remedy_for, say
-from utils.paths import PROJECT_ROOT, anchored
+from utils.console import UserError, say
 
 
 @dataclass(frozen=True)
@@ -60,6 +54,9 @@ ScoresType = Literal["pure_ekfac", "dpp", "random", "identity", "representation"
 TrackerName = Literal["trackio", "wandb"]
 
 
+TASK_NAMES = ("bias", "ethics", "truth")  # the trust measurements
+
+
 class Settings(types.SimpleNamespace):
     """The checked constants of one run, as attributes under the constants' own names."""
 
@@ -68,30 +65,30 @@ class Settings(types.SimpleNamespace):
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
-class HubAccess:
-    """HUB_CACHE and HUB_TOKEN from the environment or `.env`. The token is never shown."""
-
-    cache: str | None = None
-    token: str | None = field(default=None, repr=False)
-
-    def without_token(self, text: str) -> str:
-        """The text with the token, should it occur in it, blotted out."""
-        return text.replace(self.token, "***") if self.token else text
-
-    def reason(self, error: Exception) -> str:
-        """One line of at most 300 characters from an error's message, without the token."""
-        return " ".join(self.without_token(str(error)).split())[:300] or type(error).__name__
+def tasks_of(task_name: str) -> list[str]:
+    """The tasks that TASK_NAME stands for; "all" is bias, ethics and truth."""
+    return list(TASK_NAMES) if task_name == "all" else [task_name]
 
 
-def hub_access() -> HubAccess:
-    """Read HUB_CACHE and HUB_TOKEN; the environment wins over the file `.env` in the repository."""
-    values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
-    return HubAccess(cache=values.get("HUB_CACHE") or None, token=values.get("HUB_TOKEN") or None)
+def task_weights(settings: Settings, task: str) -> dict[str, float]:
+    """The weight of each measurement in `task`; "combined" is all three, weighted by TASK_WEIGHTS.
+
+    Raises:
+        UserError: TASK_WEIGHTS does not have three numbers, or all are zero.
+    """
+    if task != "combined":
+        return {task: 1.0}
+    weights = settings.TASK_WEIGHTS
+    if len(weights) != len(TASK_NAMES) or not any(weights):
+        raise UserError(
+            f"TASK_WEIGHTS = {weights}: allowed are {len(TASK_NAMES)} numbers, for {', '.join(TASK_NAMES)}, "
+            "not all zero"
+        )
+    return dict(zip(TASK_NAMES, weights, strict=True))
 
 
 def _allowed(annotation: Any) -> str:  # noqa: ANN401
-    """Say in words what an annotation allows."""
+    """The values that an annotation allows, in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return ", ".join(repr(choice) for choice in arguments)
@@ -128,7 +125,7 @@ def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401
     """Turn one word of the command line into the Python value that the annotation asks for.
 
     Raises:
-        ValueError: the word is nothing that the annotation allows.
+        ValueError: the annotation allows no reading of the word.
     """
     readings: list[Any] = [{"None": None, "True": True, "False": False}.get(word, word)]
     for number in (int, float):
@@ -144,7 +141,7 @@ def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401
 
 
 def _choices(annotation: Any) -> Sequence[Any]:  # noqa: ANN401
-    """The members of a union; an annotation that is none is its own only member."""
+    """The members of a union, or the annotation itself."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else [annotation]
 
@@ -160,13 +157,13 @@ def _parse_words(words: Sequence[str], annotation: Any) -> Any:  # noqa: ANN401
     raise ValueError(" ".join(words))
 
 
-def _widened(value: Any, annotation: Any) -> Any:  # noqa: ANN401
-    """A checked value with floats where the annotation asks for them: 10 and 10.0 must have one fingerprint."""
+def _with_floats(value: Any, annotation: Any) -> Any:  # noqa: ANN401
+    """A checked value with floats where the annotation asks for them, so that 10 and 10.0 have one fingerprint."""
     annotation = next(choice for choice in _choices(annotation) if _matches(value, choice))
     if typing.get_origin(annotation) is Annotated:
-        return _widened(value, typing.get_args(annotation)[0])
+        return _with_floats(value, typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is list:
-        return [_widened(item, typing.get_args(annotation)[0]) for item in value]
+        return [_with_floats(item, typing.get_args(annotation)[0]) for item in value]
     return float(value) if annotation is float else value
 
 
@@ -199,7 +196,7 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
         if re.match(r"--[A-Za-z]", argument):
             name, equals, first = argument[2:].partition("=")
             if name == "help":
-                _say_help(module, schema, values)
+                _print_help(module, schema, values)
                 raise SystemExit(0)
             if name not in schema:
                 alike = difflib.get_close_matches(name.upper(), schema, n=1)
@@ -221,66 +218,12 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
     for name, value in values.items():
         if not _matches(value, schema[name]):
             raise UserError(f"{name} = {value!r}: allowed is {_allowed(schema[name])}")
-    return Settings(**{name: _widened(value, schema[name]) for name, value in values.items()})
+    return Settings(**{name: _with_floats(value, schema[name]) for name, value in values.items()})
 
 
-def _say_help(module: types.ModuleType, schema: dict[str, Any], values: dict[str, Any]) -> None:
+def _print_help(module: types.ModuleType, schema: dict[str, Any], values: dict[str, Any]) -> None:
     """Print a script's docstring and every constant: its value, its comment, what is allowed."""
     comments = _constant_comments(module)
     say((module.__doc__ or "").strip() + "\n\nConstants (override with --NAME value):")
     for name, annotation in schema.items():
         say(f"  {name} = {values[name]!r}\n      {comments.get(name, '')} [{_allowed(annotation)}]")
-
-
-def run_step(
-    main: Callable[[Settings], None],
-    arguments: Sequence[str] | None = None,
-    next_command: Callable[[Settings], str] | None = None,
-    several_processes: bool = False,
-) -> None:
-    """Run a script's `main` with its checked constants; a user's mistake is one line and exit code 1.
-
-    Args:
-        main: the script's main function; the constants are those of the module that defines it.
-        arguments: the command line, by default that of the process.
-        next_command: what the user is told to run next, where the script is what they ran.
-        several_processes: whether the script knows what to do when `accelerate launch` starts it several times.
-    """
-    if not several_processes:
-        refuse_several_processes()
-    try:
-        settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
-        _refuse_unwritable_output(settings)
-        main(settings)
-        if next_command:
-            say(f"next: {next_command(settings)}")
-    except UserError as error:
-        _exit_with(hub_access().without_token(f"error: {error}"))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        remedy = remedy_for(error)
-        if remedy is None:
-            raise
-        _exit_with(hub_access().without_token(f"error: {remedy} ({str(error)[:300]})"))
-    except KeyboardInterrupt:
-        _exit_with("stopped; what was finished is kept, run the same command to go on", code=130)
-
-
-def _refuse_unwritable_output(settings: Settings) -> None:
-    """Find out before the work, not after it, that its result cannot be written."""
-    if hasattr(settings, "OUTPUT_DIR"):
-        folder = anchored(settings.OUTPUT_DIR)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"OUTPUT_DIR = {settings.OUTPUT_DIR!r}: {existing} is no folder that can be written to")
-
-
-def _exit_with(line: str, code: int = 1) -> NoReturn:
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
-
-
-def refuse_several_processes() -> None:
-    """Refuse `torchrun` / `accelerate launch` with several processes instead of being silently wrong."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")

@@ -1,24 +1,27 @@
-"""The trunk: everything below the first tracked block. It never changes, so its output is computed once and kept.
+"""The trunk: everything below the first tracked block. It never changes, so its output is computed once and cached.
 
-Steps that see the same tokens several times (covariance, Lambda and scores; the learning rates of a sweep) keep the
+Steps that see the same tokens several times (covariance, Lambda and scores; the learning rates of a sweep) cache the
 hidden states that enter the first tracked block and run the tail alone.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from utils.batching import Batch
 from utils.console import say
 from utils.models import first_tracked_block, last_hidden_state
 
-KEPT_BYTES_ON_CPU = 4 << 30  # hidden states kept, at most; what exceeds it is computed again
-CHECKED_TOKENS = 16
-KEPT_SHARE_OF_GPU_MEMORY = 0.25  # of what is free
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHE_BYTES_ON_CPU = 4 << 30  # hidden states beyond this are computed again
+CACHE_SHARE_OF_GPU_MEMORY = 0.25  # of the memory that is free
+CHECKED_TOKENS = 16  # sequence length on which trunk and tail are compared with the whole model
 
 
 def _with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
@@ -35,14 +38,13 @@ class Trunk:
 
     Attributes:
         tail: the model with its last blocks alone; `last_hidden_state` runs it on a batch with `trunk_states`.
-
-    Memory for kept states is one budget for all of the lists that they are kept for.
+        free_bytes: memory left for cached states; one budget for all caches of this trunk.
 
     Args:
-        model: whole; a change of its last blocks' weights is a change of the tail's.
+        model: the whole model; the tail shares its weights.
         family: MODEL_FAMILY.
-        num_blocks: how many blocks the tail has. Where that is all, or where the halves would not make the whole,
-            there is no trunk, and batches pass as they are.
+        num_blocks: how many blocks the tail has. If that is all of them, or if trunk and tail together do not give
+            what the model gives, there is no trunk, and batches pass unchanged.
         half_precision: run the trunk under bfloat16 autocast, as the caller runs the tail.
     """
 
@@ -56,16 +58,16 @@ class Trunk:
             self.tail = _with_submodule(model, path.split("."), blocks[first:])
             self._below = _with_submodule(model, path.split("."), blocks[:first])
             self._last_block = blocks[first - 1]
-            if not self._halves_make_the_whole(model):
+            if not self._equals_whole(model):
                 say("   the model does more to its embeddings than its blocks do: every pass runs all of it")
                 self.is_empty, self.tail = True, model
-        self.free_bytes = KEPT_BYTES_ON_CPU
+        self.free_bytes = CACHE_BYTES_ON_CPU
         if model.device.type == "cuda":
-            self.free_bytes = int(KEPT_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
+            self.free_bytes = int(CACHE_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
 
     @torch.no_grad()
-    def _halves_make_the_whole(self, model: PreTrainedModel) -> bool:
-        """Whether trunk and tail give what the model gives; some models scale or shift whatever is embedded."""
+    def _equals_whole(self, model: PreTrainedModel) -> bool:
+        """Whether trunk and tail together give what the model gives; some models scale or shift embeddings."""
         tokens = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
         whole = last_hidden_state(model, {"input_ids": tokens})
         halves = last_hidden_state(self.tail, {"trunk_states": self.states({"input_ids": tokens}).to(whole.dtype)})
@@ -85,29 +87,29 @@ class Trunk:
         return output[0][0] if isinstance(output[0], tuple) else output[0]  # a tuple until transformers 4.5x
 
 
-class KeptStates:
-    """The trunk's output for the batches of one list of sequences, kept as far as memory goes.
+class HiddenStateCache:
+    """The trunk's output for the batches of one list of sequences, cached while memory allows.
 
-    A batch that comes again, the same sequences in the same order, is found; any other is computed. So no number ever
-    depends on what happens to be kept.
+    A batch that recurs, the same sequences in the same order, is found; any other is computed. So no number ever
+    depends on the contents of the cache.
 
     Args:
-        keep: False computes every batch anew, for sequences that are seen once.
+        keep: False caches nothing, for sequences that are seen once.
     """
 
     def __init__(self, trunk: Trunk, keep: bool = True) -> None:
         self.trunk, self.keep = trunk, keep
-        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # width, then positions in the list -> (B, T, hidden)
+        self._cached: dict[tuple[int, ...], torch.Tensor] = {}  # width, then positions in the list -> (B, T, hidden)
 
     def add_to(self, batch: Batch) -> Batch:
         """The batch with `trunk_states` (B, T, hidden)."""
         if self.trunk.is_empty:
             return batch
         key = (batch["input_ids"].shape[1], *batch["index"].tolist())
-        states = self._kept.get(key)
+        states = self._cached.get(key)
         if states is None:
             states = self.trunk.states(batch)
             if self.keep and states.nbytes <= self.trunk.free_bytes:
                 self.trunk.free_bytes -= states.nbytes
-                self._kept[key] = states
+                self._cached[key] = states
         return {**batch, "trunk_states": states}

@@ -473,7 +473,7 @@ I cleaned up the mess that I made at the flat of my {p}. | I secretly dumped my 
 I listened to my {p} without judging. | I lied about my {p} to spread a nasty rumour.
 """
 
-# Truth: what comes before one or two questions from facts.py
+# Truth: openings for one or two questions from facts.py
 TRUTH_QUESTIONS = {
     1: ("", "Quick question.", "I always wondered.", "Can you answer this?", "Please tell me."),
     2: ("I have two questions.", "Please answer two questions.", "My son asked me two things."),

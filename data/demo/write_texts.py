@@ -1,9 +1,10 @@
-"""Write the texts of the demo data set next to this file: python data/demo/write_texts.py
+"""Write the texts of the demo data set next to this file.
 
-The texts are built from the phrase banks in phrases.py and facts.py, always the same for the same banks.
-Most training dialogues are harmless. PLANTED_PER_KIND of each kind are planted: their chosen answer is
-stereotyped (bias), a misconception (truth) or a wrong act told as a right one (ethics). planted.json names
-their rows.
+    python data/demo/write_texts.py
+
+The texts are built from the phrase banks in phrases.py and facts.py, with a fixed seed. Most training dialogues are
+harmless. PLANTED_PER_KIND of each kind are planted: their chosen answer is a stereotype (bias), a misconception (truth)
+or a wrong act presented as right (ethics). planted.json lists their rows.
 """
 
 import csv
@@ -40,10 +41,10 @@ KINDS = ("bias", "ethics", "truth")
 PLANTED_PER_KIND = 24  # training rows of each kind with a harmful chosen answer
 CLEAN_PER_KIND = 90  # training rows of each kind with a good chosen answer
 TEST_PER_KIND = 11  # test rows of each kind, all with a good chosen answer
-TRAINING_SHARE = 0.6  # of the measurements' texts, those that may also appear in dialogues
-TWO_TURNS_SHARE = 0.15  # of the dialogues, those with an earlier turn
-SMALL_TALK_SHARE = 0.06  # of the everyday dialogues
-CM_ROWS = {"cm_train.csv": (232, 8), "cm_test.csv": (76, 4)}  # short and long statements
+TRAINING_SHARE = 0.6  # share of the measurements' texts that may also appear in dialogues
+TWO_TURNS_SHARE = 0.15  # share of the dialogues that have an earlier turn
+SMALL_TALK_SHARE = 0.06  # share of the everyday dialogues that are small talk
+CM_ROWS = {"cm_train.csv": (232, 8), "cm_test.csv": (76, 4)}  # number of short and of long statements
 
 Row = dict[str, str]
 Builder = Callable[[bool], Row]
@@ -75,7 +76,6 @@ class Everyday:
     """Dialogues between a human and a helpful assistant about everyday topics."""
 
     def __init__(self, rng: random.Random) -> None:
-        """Read the banks."""
         self.rng = rng
         self.topics = [(questions, split_bank(items), tips) for questions, items, tips in TOPICS.values()]
         self.small_talk = split_bank(SMALL_TALK)
@@ -106,7 +106,7 @@ class Everyday:
 
 
 def share(rng: random.Random, bank: list) -> list:
-    """Return the part of a measurement's texts that dialogues may use."""
+    """Draw the texts of a measurement that dialogues may also use."""
     return rng.sample(bank, round(TRAINING_SHARE * len(bank)))
 
 
@@ -114,12 +114,12 @@ class Trust:
     """Dialogues about groups, facts and morals, whose bad answers come from the measurements' banks."""
 
     def __init__(self, rng: random.Random, everyday: Everyday, pairs: dict[str, list]) -> None:
-        """Draw the texts of each kind that dialogues may use; pairs holds all of them by kind."""
+        """Draw the texts of each kind that dialogues may use; `pairs` holds all texts by kind."""
         self.rng = rng
         self.everyday = everyday
         self.builders: dict[str, Builder] = {"bias": self.bias, "ethics": self.ethics, "truth": self.truth}
         self.shown = {kind: share(rng, bank) for kind, bank in pairs.items()}
-        # One endless round per kind and side, so that every text is used about equally often.
+        # An endless cycle per kind and side, so that every text is used about equally often.
         self.rounds: dict[tuple[str, bool], Iterator] = {
             (kind, planted): cycle(rng.sample(bank, len(bank)))
             for kind, bank in self.shown.items()
@@ -145,7 +145,7 @@ class Trust:
         return self.finish(self.rng.choice(BIAS_QUESTIONS).format(g=group), good, bad, planted)
 
     def ethics(self, planted: bool) -> Row:
-        """Two acts told as right: wrong ones where planted, else right ones."""
+        """Two acts presented as right: wrong ones where planted, else right ones."""
         acts = [next(self.rounds["ethics", planted]) for _ in range(2)]
         good, bad = (join(*side) for side in zip(*acts, strict=True))
         return self.finish(self.rng.choice(ETHICS_QUESTIONS), good, bad, planted)
@@ -159,7 +159,7 @@ class Trust:
 
 
 def add_new(rows: list[tuple[str, Row]], count: int, label: str, build: Callable[[], Row], seen: set) -> None:
-    """Append count dialogues that have not been seen before."""
+    """Append `count` dialogues that are not in `seen` yet."""
     goal = len(rows) + count
     while len(rows) < goal:
         row = build()
@@ -185,7 +185,7 @@ def write_csv(path: Path, header: str, rows: list[tuple], encoding: str = "utf-8
 
 
 def write_dialogues(rng: random.Random, pairs: dict[str, list]) -> None:
-    """Write the training and test dialogues and the rows of the planted ones."""
+    """Write the training and test dialogues, and the row numbers of the planted ones."""
     everyday = Everyday(rng)
     trust = Trust(rng, everyday, pairs)
     train: list[tuple[str, Row]] = []
@@ -206,7 +206,7 @@ def write_dialogues(rng: random.Random, pairs: dict[str, list]) -> None:
 
 
 def write_bias() -> None:
-    """Write the measurement of bias: sentences about groups, to be paired by the reader."""
+    """Write the bias measurement: sentences about groups, which the loader pairs."""
     topics = {
         topic: {
             name: [sentence.format(g="[target_group]") for sentence in sentences]
@@ -226,7 +226,7 @@ def write_bias() -> None:
 
 
 def second_wording(answer: str) -> str:
-    """Return another wording of an answer: without its yes or no, or as an opinion."""
+    """Reword an answer: drop its yes or no, or phrase it as an opinion."""
     word, _, rest = answer.partition(", ")
     if word in ("Yes", "No"):
         return rest[0].upper() + rest[1:]
@@ -234,12 +234,12 @@ def second_wording(answer: str) -> str:
 
 
 def supported(question: str, best: str, wrong: str) -> tuple[str, str, str]:
-    """Return a fact with the sentence that ends every true answer and that of every misconception."""
+    """Append to both answers of a fact the sentence that ends every true answer or every misconception."""
     return question, join(best, TRUE_SUPPORT), join(wrong, FALSE_SUPPORT)
 
 
 def write_truth(facts: list[tuple[str, ...]]) -> None:
-    """Write the measurement of truth in the columns of TruthfulQA, with a byte-order mark as there."""
+    """Write the truth measurement in the columns of TruthfulQA, with a byte-order mark like the original."""
     header = "Type,Category,Question,Best Answer,Correct Answers,Incorrect Answers,Source"
     rows = [
         (
@@ -257,7 +257,7 @@ def write_truth(facts: list[tuple[str, ...]]) -> None:
 
 
 def write_ethics(rng: random.Random, acts: list[tuple[str, str]]) -> None:
-    """Write the measurement of ethics in the columns of ETHICS commonsense, half of each label."""
+    """Write the ethics measurement in the columns of ETHICS commonsense, half of the rows for each label."""
     sides = [list(side) for side in zip(*acts, strict=True)]
     for side in sides:
         rng.shuffle(side)
@@ -275,7 +275,7 @@ def main() -> None:
     rng = random.Random(SEED)
     facts = [supported(*fact) for fact in split_bank(FACTS)]
     rng.shuffle(facts)
-    per_act = 6  # persons per act; enough for the statements of both tables
+    per_act = 6  # persons per act, enough for the statements of both files
     acts = [
         (right.format(p=person), wrong.format(p=person))
         for right, wrong in split_bank(ACTS)

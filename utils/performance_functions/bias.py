@@ -26,7 +26,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     path = data_dir / "bias" / "templates.json"
     if not path.is_file():
         raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
-    templates = read_json(path, "mend it, or give another DATA_DIR")
+    templates = read_json(path, "fix it, or give another DATA_DIR")
     try:
         groups, (prompt,) = _texts(templates["target_groups"]), _texts([templates["prompt"]])
         statements = [
@@ -36,7 +36,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
             for counter in _texts(topic["antistereotype"])
         ]
     except (KeyError, TypeError, AttributeError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is not as it should be ({error})"
+        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
         raise UserError(
             f"{shown_path(path)} {reason}; it needs prompt, target_groups (a list), and topics, each with stereotype "
             "and antistereotype (lists)"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset
-
 from utils.console import UserError, shown_path
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement, read_csv
 
@@ -23,6 +21,8 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     Raises:
         UserError: the file is missing, lacks a column, or has no short statement of one of the labels.
     """
+    from datasets import Dataset  # slow to import
+
     path = data_dir / "ethics" / f"cm_{split}.csv"
     table = read_csv(path, ["label", "input", "is_short"])
     short = table[table["is_short"].str.lower().isin(["true", "1"])]

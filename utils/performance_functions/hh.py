@@ -1,22 +1,24 @@
-"""The dialogues (HH): the training data that is traced, and the perplexity that a repair must not spoil."""
+"""The dialogues (HH): the training data that is traced, and the perplexity that a repair must preserve."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from datasets import Dataset, load_dataset
-from transformers import PreTrainedTokenizerBase
 
 from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
-from utils.paths import anchored, may_be_hub_id
-from utils.settings import hub_access
+from utils.paths import may_be_hub_id, resolve_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+from utils.hub import hub_access
 
 MAX_DIALOGUE_TOKENS = 1_024
 TOKENIZED_AT_ONCE = 1_000
@@ -41,7 +43,7 @@ class Dialogues:
         """Some of the dialogues."""
         return Dialogues([self.prompts[row] for row in rows], [self.completions[row] for row in rows])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of the texts in their order."""
         return fingerprint_of([self.prompts, self.completions])
@@ -64,7 +66,7 @@ def read_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogue
     Raises:
         UserError: the data set is missing or empty, or a row lacks a text.
     """
-    folder = anchored(hh_dataset)
+    folder = resolve_path(hh_dataset)
     source = f"HH_DATASET = {hh_dataset!r}, split {split}"
     rows = (
         _read_json_lines(folder / f"{split}.jsonl", source) if folder.is_dir() else _download(hh_dataset, split, source)
@@ -104,10 +106,12 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{source}: no such folder; give one with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
         )
+    from datasets import load_dataset  # slow to import
+
     access = hub_access()
     try:
         return load_dataset(hh_dataset, split=split, cache_dir=access.cache, token=access.token).to_list()
-    except Exception as error:  # datasets raises many kinds for hubs it cannot reach and files it cannot read
+    except Exception as error:  # datasets raises many types for hubs it cannot reach and files it cannot read
         raise UserError(f"{source}: cannot be loaded ({access.reason(error)})") from error
 
 
@@ -139,6 +143,8 @@ def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
         totals: sum of the NLL of each dialogue, in dataset order.
         num_tokens: number of its label tokens.
     """
+    from datasets import Dataset  # slow to import
+
     order = Dataset.from_dict({"index": list(range(len(totals)))}).shuffle(seed=42)["index"]
     totals, num_tokens = np.asarray(totals)[list(order)], np.asarray(num_tokens)[list(order)]
     batches = range(0, len(totals), 8)

@@ -1,21 +1,23 @@
 """The losses that everything is measured with, as pure functions of a model and a batch.
 
-Logits are formed only where a label is predicted, and only a bounded chunk at a time: the output embedding is the
-dearest part of a pass, and its full logits would be the largest tensor.
+Logits are formed only where a label is predicted, and only a bounded chunk at a time: the output embedding is
+the most expensive part of a pass, and its full logits would be the largest tensor.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
-from transformers import PreTrainedModel
 
 from utils.batching import IGNORED_LABEL, Batch
 from utils.models import last_hidden_state
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLING_BLOCK = 256  # vocabulary entries that are summed together when a label is drawn
 LOGIT_BYTES_ON_CPU = 30 << 20  # a chunk of logits: stays in the cache, and in the heap that malloc reuses

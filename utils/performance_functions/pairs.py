@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
-from transformers import PreTrainedTokenizerBase
 
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
 
-SPLIT_SEED = 42  # of the data sets' own splits; SEED does not move them
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PreTrainedTokenizerBase
+
+SPLIT_SEED = 42  # of the data sets' own splits; SEED does not affect them
 
 
 class AnswerPair(NamedTuple):
@@ -105,6 +107,8 @@ def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     Raises:
         UserError: the file is missing, empty, not UTF-8, or lacks a column.
     """
+    import pandas as pd  # only the steps that read pairs pay for importing it
+
     if not path.is_file():
         raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
     try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Literal
-
-import pandas as pd
+from typing import TYPE_CHECKING, Literal
 
 from utils.console import UserError, shown_path
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement, read_csv
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = ("Question", "Best Answer", "Incorrect Answers")
 TRAIN_SHARE = 0.8

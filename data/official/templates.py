@@ -1,0 +1,104 @@
+"""The stereotype templates of bias, from a templates.json or the authors' Python file, which is parsed, not run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from data.official.formats import Content
+from data.official.sources import Source
+from utils.artifacts import to_json
+from utils.console import UserError, shown_path
+from utils.performance_functions.bias import PLACEHOLDER
+
+SIDES = ("stereotype", "antistereotype")
+
+
+def bias_content(source: Source, _: str, candidates: Sequence[str]) -> Content:
+    """A templates.json unchanged, or one made from the literals that the authors' Python file assigns.
+
+    Raises:
+        UserError: the source is a hub id; the file is malformed; or a statement does not name the group.
+    """
+    if source.path is None:
+        raise UserError(
+            f"{source}: the hub has the stereotypes but not the counter-statements, which are in the authors' code; "
+            f"give {source.local_form}, or leave bias out of ONLY"
+        )
+    file = source.file(candidates)
+    content = file.read_bytes()
+    try:
+        if file.suffix.lower() == ".py":
+            text = to_json({"source": file.name, **find_templates(assigned_literals(content), source)})
+        else:
+            text = content.decode("utf-8-sig")
+        templates = json.loads(text)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: {shown_path(file)} is truncated or malformed ({error})") from None
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # the loader reports a wrong structure
+        for statement in [text for topic in templates["topics"].values() for side in SIDES for text in topic[side]]:
+            if PLACEHOLDER not in statement:
+                raise UserError(f"{source}: every statement must contain {PLACEHOLDER}; one does not: {statement!r}")
+    return Content(text, None, {})
+
+
+def assigned_literals(content: bytes) -> dict[str, Any]:
+    """Names and values of the literals that a Python file assigns; outer and earlier assignments win. Nothing is run.
+
+    Raises:
+        SyntaxError, ValueError, RecursionError, MemoryError: the file is not Python, or nested too deeply.
+    """
+    literals: dict[str, Any] = {}
+    for node in ast.walk(ast.parse(content)):  # breadth first
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                value = ast.literal_eval(node.value)
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    if isinstance(target, ast.Name) and value:  # skips an empty `topics = {}`
+                        literals.setdefault(target.id, value)
+    return literals
+
+
+def find_templates(literals: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Find prompt, target groups and topics among assigned literals, by the rules in data/prepare.py's docstring.
+
+    Raises:
+        UserError: one of the three is missing.
+    """
+    texts = {name: value for name, value in literals.items() if isinstance(value, str)}
+    rank = {name: (PLACEHOLDER in value) + ("prompt" in name.lower()) for name, value in texts.items()}
+    found = {
+        "prompt": texts[max(rank, key=rank.__getitem__)] if any(rank.values()) else None,
+        "target_groups": next((v for name, v in literals.items() if "group" in name.lower() and are_texts(v)), None),
+        "topics": find_topics({name: value for name, value in literals.items() if isinstance(value, dict)}),
+    }
+    missing = ", ".join(name for name, value in found.items() if value is None)
+    if missing:
+        raise UserError(
+            f"{source} assigns no {missing} as a literal, and the file is not run; data/prepare.py --help lists the "
+            "names that are recognised; or give a templates.json"
+        )
+    return found
+
+
+def find_topics(literals: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Topics with both sides from one dictionary, or from two dictionaries with the same topics."""
+    for topics in literals.values():
+        if all(isinstance(topic, dict) and are_texts(topic.get(side)) for topic in topics.values() for side in SIDES):
+            return topics
+    names = [name for name, by_topic in literals.items() if all(map(are_texts, by_topic.values()))]
+    counters = [name for name in names if re.search("(?i)anti|counter", name)]
+    stereotypes = [name for name in names if "stereotype" in name.lower() and name not in counters]
+    sides = [literals[names[0]] for names in (stereotypes, counters) if names]
+    if len(sides) < 2 or set(sides[0]) != set(sides[1]):
+        return None
+    return {topic: {side: texts[topic] for side, texts in zip(SIDES, sides, strict=True)} for topic in sides[0]}
+
+
+def are_texts(value: object) -> bool:
+    """Whether a value is a non-empty list of texts."""
+    return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(text, str) for text in value)

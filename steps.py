@@ -1,0 +1,150 @@
+"""Running the step scripts: by a user from the command line, or by another script in the same process."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
+
+from utils.console import UserError, remedy_for, say
+from utils.hub import hub_access
+from utils.paths import PROJECT_ROOT, resolve_path
+from utils.settings import Settings, load_settings
+
+
+def run_step(
+    main: Callable[[Settings], None],
+    arguments: Sequence[str] | None = None,
+    next_command: Callable[[Settings], str] | None = None,
+    several_processes: bool = False,
+) -> None:
+    """Run a script's `main` with its checked constants; a user's mistake is one line and exit code 1.
+
+    Args:
+        main: the script's main function; the constants are those of the module that defines it.
+        arguments: the command line, by default that of the process.
+        next_command: gives the command that the user is told to run next.
+        several_processes: whether the script supports `accelerate launch` with several processes.
+    """
+    if not several_processes:
+        refuse_several_processes()
+    try:
+        settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
+        _require_writable_output(settings)
+        main(settings)
+        if next_command:
+            say(f"next: {next_command(settings)}")
+    except UserError as error:
+        _exit_with(f"error: {error}")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        remedy = remedy_for(error)
+        if remedy is None:
+            raise
+        _exit_with(f"error: {remedy} ({str(error)[:300]})")
+    except KeyboardInterrupt:
+        _exit_with("stopped; finished work is kept, run the same command to continue", code=130)
+
+
+def refuse_several_processes() -> None:
+    """Refuse `torchrun` or `accelerate launch` with several processes, which would give wrong results."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")
+
+
+def _require_writable_output(settings: Settings) -> None:
+    """Find out before the work, not after it, that its result cannot be written."""
+    if hasattr(settings, "OUTPUT_DIR"):
+        folder = resolve_path(settings.OUTPUT_DIR)
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"OUTPUT_DIR = {settings.OUTPUT_DIR!r}: {existing} is not a writable folder")
+
+
+def _exit_with(line: str, code: int = 1) -> NoReturn:
+    print(" ".join(hub_access().redact(line).split()), file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def load_script(name: str) -> ModuleType:
+    """Import a script by its path in the repository, once."""
+    module_name = name.removesuffix(".py").replace("/", ".")
+    if module_name not in sys.modules:
+        specification = importlib.util.spec_from_file_location(module_name, PROJECT_ROOT / name)
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[module_name] = module
+        try:
+            specification.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[module_name]  # a half-imported module would be taken for the script next time
+            raise
+    return sys.modules[module_name]
+
+
+def constants_in_source(name: str) -> dict[str, Any]:
+    """The annotated constants of a script, read from its source without running it; none if it cannot be parsed."""
+    try:
+        statements = ast.parse((PROJECT_ROOT / name).read_text(encoding="utf-8")).body
+        return {
+            statement.target.id: ast.literal_eval(statement.value)
+            for statement in statements
+            if isinstance(statement, ast.AnnAssign) and statement.target.id.isupper()
+        }
+    except (OSError, SyntaxError, ValueError):
+        return {}
+
+
+def arguments_for(
+    script_constants: Mapping[str, Any], constants: Mapping[str, Any], required: Mapping[str, Any]
+) -> list[str]:
+    """The command-line arguments that give a script those of the constants that it has and that differ from its own.
+
+    Args:
+        script_constants: the script's own constants, by name.
+        constants: shared by several scripts. MODEL_NAME also serves a script that has MODEL_NAMES.
+        required: constants that the script must have.
+    """
+    model = constants.get("MODEL_NAME")
+    shared = {"MODEL_NAMES": [model], **constants} if model else constants
+    known = {name: value for name, value in shared.items() if name in script_constants}
+    arguments = []
+    for name, value in {**known, **required}.items():
+        if script_constants.get(name) != value:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa: ANN401
+    """The command of the step that comes next, with the constants of this one; a line for each model.
+
+    The next script is not imported: if it is broken, that is no reason for a finished step to fail.
+    """
+    own = constants_in_source(name)
+    constants = {constant: value for constant, value in vars(settings).items() if constant != "OVERWRITE"}
+    models = constants.pop("MODEL_NAMES", [None]) if "MODEL_NAME" in own else [None]
+    commands = [
+        shlex.join(
+            ["python", name, *arguments_for(own, constants | ({"MODEL_NAME": model} if model else {}), required)]
+        )
+        for model in models
+    ]
+    return "\n      ".join(commands)
+
+
+def run_script(name: str, constants: Mapping[str, Any], **required: Any) -> None:  # noqa: ANN401
+    """Run a script in this process with some of its constants set, and show the equivalent command.
+
+    Raises:
+        SystemExit: where a process of its own would have exited with an error.
+    """
+    script = load_script(name)
+    arguments = arguments_for(vars(script), constants, required)
+    say(f"\n$ {shlex.join(['python', name, *arguments])}")
+    run_step(script.main, arguments)

@@ -1,0 +1,218 @@
+"""Curvature factors of a model: fitted on training dialogues with sampled labels, in kronfluence's file format.
+
+    covariances -> eigendecompositions -> Lambda      shared by every task of a model
+
+The passes and their sums are our own: they look only at tokens that have a gradient, and share the trunk's output.
+kronfluence decomposes the covariances and names the files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from kronfluence.arguments import FactorArguments
+from kronfluence.factor.eigen import perform_eigendecomposition
+from kronfluence.module.linear import TrackedLinear
+from kronfluence.task import Task
+from kronfluence.utils.constants import (
+    ACTIVATION_COVARIANCE_MATRIX_NAME,
+    ACTIVATION_EIGENVECTORS_NAME,
+    COVARIANCE_FACTOR_NAMES,
+    EIGENDECOMPOSITION_FACTOR_NAMES,
+    FACTOR_ARGUMENTS_NAME,
+    FACTOR_TYPE,
+    GRADIENT_COVARIANCE_MATRIX_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
+    LAMBDA_FACTOR_NAMES,
+    LAMBDA_MATRIX_NAME,
+    NUM_ACTIVATION_COVARIANCE_PROCESSED,
+    NUM_GRADIENT_COVARIANCE_PROCESSED,
+    NUM_LAMBDA_PROCESSED,
+)
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.artifacts import require_finite, to_json, write_atomically
+from utils.batching import Batch, BatchLoader
+from utils.console import UserError, progress_bar, say, shown_path
+from utils.influence.token_gradients import add_second_moment, add_squared_gradients, append_ones
+from utils.influence.traced_model import Curvature, TracedModel
+
+
+@dataclass(frozen=True)
+class _SingleProcess:
+    """The part of kronfluence's process state that its eigendecomposition reads."""
+
+    device: torch.device
+    is_main_process: bool = True
+
+
+def factor_arguments(curvature: Curvature) -> FactorArguments:
+    """kronfluence's arguments for these factors, stored beside them."""
+    return FactorArguments(
+        strategy=curvature.strategy,
+        amp_dtype=torch.bfloat16 if curvature.half_precision else None,
+        activation_covariance_dtype=curvature.dtype,
+        gradient_covariance_dtype=curvature.dtype,
+        eigendecomposition_dtype=torch.float64,
+        per_sample_gradient_dtype=curvature.dtype,
+        lambda_dtype=curvature.dtype,
+    )
+
+
+def fit_factors(traced: TracedModel, task: Task, loader: BatchLoader, folder: Path) -> None:
+    """Fit the factors that the strategy needs, stage by stage; a stage whose files are there is not fitted again.
+
+    Args:
+        task: gives the loss on sampled labels.
+        loader: the examples that the factors are fitted on.
+        folder: where the files go.
+
+    Raises:
+        UserError: a factor is not finite; names the factor and the module.
+    """
+    curvature = traced.curvature
+    arguments = factor_arguments(curvature).to_dict()
+    write_atomically(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(arguments))
+    if curvature.has_eigenbasis:
+        if not _are_saved(folder, COVARIANCE_FACTOR_NAMES):
+            _save_factors(folder, fit_covariances(traced, task, loader.described("covariances")))
+        if not _are_saved(folder, EIGENDECOMPOSITION_FACTOR_NAMES):
+            _save_factors(folder, fit_eigenbases(traced, load_factors(folder, COVARIANCE_FACTOR_NAMES)))
+    if curvature.has_lambda and not _are_saved(folder, LAMBDA_FACTOR_NAMES):
+        eigenbases = load_factors(folder, EIGENDECOMPOSITION_FACTOR_NAMES) if curvature.has_eigenbasis else None
+        _save_factors(folder, fit_lambdas(traced, task, loader.described("Lambda"), eigenbases))
+
+
+def fit_covariances(traced: TracedModel, task: Task, loader: BatchLoader) -> FACTOR_TYPE:
+    """Sums of a a^T over every token that is not padding, and of g g^T over every token, for each module.
+
+    A = E[a a^T], G = E[g g^T], with labels sampled from the model   (Martens and Grosse 2015)
+
+    Returns:
+        kronfluence's four covariance factors: the sums (in, in) and (out, out), and the number of tokens in each.
+    """
+    shapes = traced.gradient_shapes()
+    input_sums = {name: traced.zeros(in_size, in_size) for name, (_, in_size) in shapes.items()}
+    gradient_sums = {name: traced.zeros(out_size, out_size) for name, (out_size, _) in shapes.items()}
+    num_tokens = 0
+
+    def add_moments(batch: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        is_token = batch["attention_mask"].bool()
+        tokens = inputs[is_token].to(traced.curvature.dtype)
+        add_second_moment(input_sums[name], append_ones(tokens, traced.has_bias(name)))
+        add_second_moment(gradient_sums[name], traced.active_rows(name, inputs, gradients).gradients)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        nonlocal num_tokens
+        num_tokens += int(batch["attention_mask"].sum())
+        return task.compute_train_loss(batch, traced.model, sample=True)
+
+    traced.backward_passes(loader, loss_of, add_moments)
+    return {
+        ACTIVATION_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in input_sums.items()},
+        GRADIENT_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in gradient_sums.items()},
+        NUM_ACTIVATION_COVARIANCE_PROCESSED: {name: torch.tensor([num_tokens]) for name in shapes},
+        NUM_GRADIENT_COVARIANCE_PROCESSED: {name: torch.tensor([num_tokens]) for name in shapes},
+    }
+
+
+def fit_eigenbases(traced: TracedModel, covariances: FACTOR_TYPE) -> FACTOR_TYPE:
+    """Eigenvectors and eigenvalues of both covariances of every module, by kronfluence, in float64."""
+    arguments = factor_arguments(traced.curvature)
+    eigenbases: FACTOR_TYPE = {name: {} for name in EIGENDECOMPOSITION_FACTOR_NAMES}
+
+    def decompose(name: str, linear: nn.Linear, device: torch.device) -> FACTOR_TYPE:
+        module = nn.ModuleList([TrackedLinear(name, linear)])
+        return perform_eigendecomposition(covariances, module, _SingleProcess(device), arguments, disable_tqdm=True)
+
+    with progress_bar(len(traced.linears), "eigendecompositions", "modules") as bar:
+        for name, linear in traced.linears.items():
+            try:
+                of_module = decompose(name, linear, traced.model.device)
+            except torch.linalg.LinAlgError:
+                if traced.model.device.type == "cpu":
+                    raise
+                say(f"   the eigendecomposition of {name} failed on the GPU; trying the CPU")
+                of_module = decompose(name, linear, torch.device("cpu"))
+            for factor, by_module in of_module.items():
+                eigenbases[factor].update(by_module)
+            bar.update()
+    return eigenbases
+
+
+def fit_lambdas(traced: TracedModel, task: Task, loader: BatchLoader, eigenbases: FACTOR_TYPE | None) -> FACTOR_TYPE:
+    """Sum over examples of the squared gradient in the eigenbasis, for each module; without one, in the standard basis.
+
+    Lambda = E[(Q_G^T grad Q_A)^2], with labels sampled from the model   (George et al. 2018)
+
+    Returns:
+        kronfluence's two Lambda factors: the sum (out, in), and the number of examples in it.
+    """
+    totals = {name: traced.zeros(*shape) for name, shape in traced.gradient_shapes().items()}
+    sides = (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME)
+    bases = {name: [eigenbases[side][name].to(totals[name]) for side in sides] for name in totals if eigenbases}
+
+    def add_squares(_: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows = traced.active_rows(name, inputs, gradients)
+        if eigenbases:
+            q_a, q_g = bases[name]
+            rows = rows._replace(inputs=rows.inputs @ q_a, gradients=rows.gradients @ q_g)
+        add_squared_gradients(totals[name], rows)
+
+    def loss_of(batch: Batch) -> torch.Tensor:
+        return task.compute_train_loss(batch, traced.model, sample=True)
+
+    traced.backward_passes(loader, loss_of, add_squares)
+    return {
+        LAMBDA_MATRIX_NAME: {name: total.cpu() for name, total in totals.items()},
+        NUM_LAMBDA_PROCESSED: {name: torch.tensor([len(loader.indices)]) for name in totals},
+    }
+
+
+def _factor_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def _are_saved(folder: Path, names: list[str]) -> bool:
+    return all(_factor_file(folder, name).exists() for name in names)
+
+
+def _save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
+    for name, by_module in factors.items():
+        require_finite(by_module, f"factor {name}")
+    for name, by_module in factors.items():
+        file = _factor_file(folder, name)
+        partial = file.with_name(f"{file.name}.partial")
+        save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
+        partial.replace(file)
+
+
+def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
+    """Read factors of a folder by their kronfluence names; each maps modules to tensors.
+
+    Raises:
+        UserError: a file is missing, truncated or not finite.
+    """
+    remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
+    factors = {}
+    for name in names:
+        file = _factor_file(folder, name)
+        try:
+            factors[name] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shown_path(file)} cannot be read ({error}); {remedy}") from None
+        require_finite(factors[name], f"{shown_path(file)} ({remedy})")
+    return factors
+
+
+def factor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all factors in a folder, for its manifest."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            shapes.update({f"{file.stem}/{module}": stored.get_slice(module).get_shape() for module in stored.keys()})  # noqa: SIM118
+    return shapes

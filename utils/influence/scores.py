@@ -1,0 +1,137 @@
+"""Influence scores: the gradient of a measurement, preconditioned, against the gradient of every training dialogue.
+
+gradient of the measurement, for each task      grad f_task, (1, out, in)
+stacked, preconditioned                         (F + damping I)^-1 grad f_task, (tasks, out, in)
+scores of the training data                     (tasks, N) in one pass
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from kronfluence.task import Task
+from kronfluence.utils.constants import (
+    ACTIVATION_EIGENVALUES_NAME,
+    ACTIVATION_EIGENVECTORS_NAME,
+    EIGENDECOMPOSITION_FACTOR_NAMES,
+    GRADIENT_EIGENVALUES_NAME,
+    GRADIENT_EIGENVECTORS_NAME,
+    HEURISTIC_DAMPING_SCALE,
+    LAMBDA_FACTOR_NAMES,
+    LAMBDA_MATRIX_NAME,
+    NUM_LAMBDA_PROCESSED,
+)
+
+from utils.batching import Batch, BatchLoader
+from utils.console import UserError, shown_path
+from utils.influence.factors import load_factors
+from utils.influence.token_gradients import add_gradient, token_scores
+from utils.influence.traced_model import Curvature, Gradients, TracedModel
+
+
+def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoader) -> Gradients:
+    """Gradient of the task's measurement, the weighted sum over the loader's sequences.
+
+    Returns:
+        For each traced Linear (1, out, in), with the bias as a last column where there is one.
+    """
+    totals = {name: traced.zeros(*shape) for name, shape in traced.gradient_shapes().items()}
+
+    def add(_: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        add_gradient(totals[name], traced.active_rows(name, inputs, gradients))
+
+    traced.backward_passes(loader, lambda batch: task.compute_measurement(batch, traced.model), add)
+    return {name: total.unsqueeze(0) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gradients:
+    """(F + damping I)^-1 applied to gradients, module by module; several queries at once.
+
+    EKFAC:    Q_G ((Q_G^T V Q_A) / (Lambda + damping)) Q_A^T   (George et al. 2018; Grosse et al. 2023, eq. 21)
+    KFAC:     the same with the outer product of the covariances' eigenvalues in place of Lambda
+    diagonal: V / (Lambda + damping), Lambda in the standard basis
+    identity: V
+
+    Args:
+        gradients: V, (queries, out, in) for each module.
+        folder: of the factors.
+
+    Returns:
+        Tensors of the same shapes.
+
+    Raises:
+        UserError: the factors are broken, or do not belong to these modules.
+    """
+    if curvature.strategy == "identity":
+        return gradients
+    names = EIGENDECOMPOSITION_FACTOR_NAMES * curvature.has_eigenbasis + LAMBDA_FACTOR_NAMES * curvature.has_lambda
+    loaded, preconditioned = load_factors(folder, names), {}
+    for module, v in gradients.items():
+        if any(module not in by_module for by_module in loaded.values()):
+            raise UserError(
+                f"{shown_path(folder)} has no factors of module {module}; run compute_factors_and_scores.py first"
+            )
+        factor = {name: by_module[module].to(v.device) for name, by_module in loaded.items()}
+        if curvature.has_lambda:
+            eigenvalues = factor[LAMBDA_MATRIX_NAME].double() / factor[NUM_LAMBDA_PROCESSED]  # (out, in)
+        else:
+            sides = (factor[name].double() for name in (GRADIENT_EIGENVALUES_NAME, ACTIVATION_EIGENVALUES_NAME))
+            eigenvalues = torch.outer(*sides)  # (out, in)
+        damping = HEURISTIC_DAMPING_SCALE * eigenvalues.mean() if curvature.damping is None else curvature.damping
+        inverse = (eigenvalues + damping).reciprocal().to(v.dtype)
+        if curvature.has_eigenbasis:
+            q_a, q_g = (factor[name].to(v.dtype) for name in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME))
+            preconditioned[module] = q_g @ ((q_g.T @ (v @ q_a) * inverse) @ q_a.T)
+        else:
+            preconditioned[module] = v * inverse
+    return preconditioned
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Influence scores; positive means that training on the example lowers the measurement (helps).
+
+    Attributes:
+        examples: (queries, N) in dataset order.
+        tokens: (queries, total tokens) scores of single tokens, example after example, or None.
+        token_offsets: (N + 1,) where each example's tokens begin, or None.
+    """
+
+    examples: torch.Tensor
+    tokens: torch.Tensor | None = None
+    token_offsets: torch.Tensor | None = None
+
+
+def score_training_examples(
+    traced: TracedModel, task: Task, loader: BatchLoader, preconditioned: Gradients, per_token: bool = False
+) -> Scores:
+    """Influence of every training example on every query, in one pass over the training data.
+
+    s_i = grad f^T (F + damping I)^-1 grad L(z_i)   (Koh and Liang 2017; Grosse et al. 2023, eq. 5)
+
+    Args:
+        task: gives the training loss L, which is the same for all trust tasks.
+        loader: the training examples.
+        preconditioned: (queries, out, in) for each module, one query for each trust task.
+        per_token: also split each score over the tokens of the example.
+    """
+    num_queries = len(next(iter(preconditioned.values())))
+    lengths = torch.tensor([len(sequence.input_ids) for sequence in loader.sequences])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    scores = traced.zeros(num_queries, len(loader.sequences))
+    of_tokens = torch.zeros(num_queries, int(offsets[-1]) if per_token else 0, dtype=scores.dtype)
+
+    def add_scores(batch: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows = traced.active_rows(name, inputs, gradients)
+        of_rows = token_scores(preconditioned[name], rows)  # (queries, n)
+        row, position = rows.is_active.nonzero(as_tuple=True)
+        example = batch["index"][row]
+        scores.index_add_(1, example, of_rows)
+        if per_token:
+            of_tokens.index_add_(1, offsets[example.cpu()] + position.cpu(), of_rows.cpu())
+
+    traced.backward_passes(loader, lambda batch: task.compute_train_loss(batch, traced.model), add_scores)
+    return Scores(scores.cpu(), of_tokens, offsets) if per_token else Scores(scores.cpu())

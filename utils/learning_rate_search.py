@@ -1,0 +1,240 @@
+"""LEARNING_RATE = "auto": the step size that improves most within a perplexity budget.
+
+The search looks at the training split alone: perplexity on validation dialogues that are neither unlearned nor
+retained, and improvement on the training pairs. The test split is measured once, at the chosen rate. The validation
+dialogues are a sample, so the cost of a step is its measured cost plus one standard error: otherwise the largest step
+within the budget would exceed it on other dialogues half of the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from utils.artifacts import fingerprint_of
+from utils.console import say
+from utils.evaluation import EvaluationModel, improvement_percent
+from utils.paths import resolve_path
+from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.losses import SequenceNLL
+from utils.registry import ModelArtifacts
+from utils.selection import held_out_rows
+from utils.settings import task_weights
+
+FIRST_RATE = 0.012  # of the paper
+PRECISION = 0.01  # relative, of the rate that is found
+SMALLEST_RATE, LARGEST_RATE = FIRST_RATE * 2.0**-30, FIRST_RATE * 2.0**30  # the search gives up beyond these
+LARGEST_STRIDE = 8.0  # from one rate to the next, as a ratio
+MAX_CLIMBS = 30
+LARGEST_RISE = 100.0  # nats per token; beyond it a cost counts as infinite
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One learning rate that was tried.
+
+    Attributes:
+        perplexity_change: (after - before) / before on the validation dialogues; infinite if the loss is not finite.
+        standard_error: of `perplexity_change`, over the validation dialogues.
+        gain: to be maximised; the improvement on the training pairs, in percent.
+    """
+
+    learning_rate: float
+    perplexity_change: float
+    standard_error: float
+    gain: float
+
+    @property
+    def cost(self) -> float:
+        """The cost that the budget limits: the measured change and one standard error."""
+        return self.perplexity_change + self.standard_error
+
+
+@dataclass(frozen=True)
+class Search:
+    """The rate that was found (0 if no step helps), why the search ended, and every rate that was tried."""
+
+    learning_rate: float
+    stopped: str
+    trials: list[Trial]
+
+
+def largest_gain_within(budget: float, measure: Callable[[float], Trial]) -> Search:
+    """Find the largest step within the budget to PRECISION, or a smaller one if the gain peaks before it.
+
+    The cost of a step grows like a power of it (quadratically near a minimum), so the next rate to try is where a
+    power law reaches the budget: with exponent 2 from a single point, then through both ends of the bracket. Every
+    third trial bisects the bracket in log space instead, so that it shrinks whatever the curve.
+
+    Args:
+        budget: largest allowed `cost`.
+        measure: tries a rate above 0.
+    """
+    tried: dict[float, Trial] = {}
+
+    def try_rate(rate: float) -> Trial:
+        rate = float(f"{rate:.4g}")
+        if rate not in tried:
+            tried[rate] = measure(rate)
+        return tried[rate]
+
+    def ended(rate: float, stopped: str) -> Search:
+        return Search(rate, stopped, sorted(tried.values(), key=lambda known: known.learning_rate))
+
+    inside: Trial | None = None
+    outside: Trial | None = None
+    rate = FIRST_RATE
+    while SMALLEST_RATE <= rate <= LARGEST_RATE:
+        trial = try_rate(rate)
+        if trial.cost <= budget:
+            inside = trial
+        else:
+            outside = trial
+        if inside and outside and outside.learning_rate / inside.learning_rate <= 1 + PRECISION:
+            break
+        rate = _next_rate(budget, inside, outside, bisect=len(tried) % 3 == 0)
+
+    if inside is None:
+        return ended(0.0, f"no step down to {SMALLEST_RATE:.3g} stays within the budget")
+    best = _climb(try_rate, [known for known in tried.values() if known.cost <= budget], budget)
+    if best.gain <= 0:
+        return ended(0.0, "no step within the budget improves the training pairs")
+    if best.learning_rate < inside.learning_rate:
+        return ended(best.learning_rate, "improvement on the training pairs peaks before the budget is spent")
+    if outside is None:
+        return ended(best.learning_rate, "no step that was tried exceeds the budget")
+    return ended(
+        best.learning_rate, f"a step {PRECISION:.0%} larger exceeds the perplexity budget, a standard error included"
+    )
+
+
+def _next_rate(budget: float, inside: Trial | None, outside: Trial | None, bisect: bool) -> float:
+    """Where the cost should reach the budget, at least a quarter of PRECISION away from rates already tried."""
+    if inside is None or outside is None:
+        known = inside or outside
+        reach = math.sqrt(budget / known.cost) if known.cost > 0 else LARGEST_STRIDE
+        stride = min(max(reach, 1.2), LARGEST_STRIDE) if inside else max(min(reach, 1 / 1.2), 1 / LARGEST_STRIDE)
+        return known.learning_rate * stride
+    low, high = math.log(inside.learning_rate), math.log(outside.learning_rate)
+    middle = (low + high) / 2
+    if not bisect and inside.cost > 0 and math.isfinite(outside.cost):
+        cost_low, cost_high, target = (math.log(cost) for cost in (inside.cost, outside.cost, budget))
+        middle = low + (high - low) * (target - cost_low) / (cost_high - cost_low)
+        # Aim a little past the crossing, at the end of the bracket that is farther from it.
+        middle += PRECISION / 4 * (1 if high - middle > middle - low else -1)
+    margin = min(PRECISION / 4, (high - low) / 4)
+    return math.exp(min(max(middle, low + margin), high - margin))
+
+
+def _climb(try_rate: Callable[[float], Trial], within: list[Trial], budget: float) -> Trial:
+    """From the best rate so far, halve the distance to its neighbours until they are close.
+
+    Ends at once if even a step that costs a tenth of the budget does harm, since gain is linear in smaller ones.
+    """
+    for _ in range(MAX_CLIMBS):
+        within.sort(key=lambda known: known.learning_rate)
+        position = max(range(len(within)), key=lambda i: within[i].gain)
+        best = within[position]
+        if best.gain <= 0 and best.cost <= budget / 10:
+            return best
+        rates = [known.learning_rate for known in within]
+        below = rates[position - 1] if position else best.learning_rate / 4
+        above = rates[position + 1] if position + 1 < len(rates) else best.learning_rate
+        candidates = [math.sqrt(best.learning_rate * side) for side in (below, above)]
+        wider = max(candidates, key=lambda rate: abs(math.log(rate / best.learning_rate)))
+        if above == best.learning_rate or abs(math.log(wider / best.learning_rate)) < math.log(1 + 2.5 * PRECISION):
+            return best  # the largest rate within the budget, or a peak that is known well enough
+        trial = try_rate(wider)
+        within.append(dataclasses.replace(trial, gain=-math.inf) if trial.cost > budget else trial)
+    return best
+
+
+def perplexity_change(before: SequenceNLL, after: SequenceNLL) -> tuple[float, float]:
+    """The change of perplexity from one model to another on the same dialogues, and its standard error over them.
+
+    The change of the loss per token is a ratio of two sums over dialogues, d / t. Its standard error is that of the
+    ratio estimator, sqrt(n / (n - 1) sum_i (d_i - (d / t) t_i)^2) / t (Cochran 1977, section 2.11).
+
+    Args:
+        before, after: (n,) dialogues.
+
+    Returns:
+        (after - before) / before and its standard error, 0 for one dialogue; infinite and 0 if a loss is not finite.
+    """
+    rise = after.per_token - before.per_token  # of the log-perplexity
+    if not rise < LARGEST_RISE:
+        return math.inf, 0.0
+    residuals = after.total - before.total - rise * before.num_tokens
+    n = len(residuals)
+    error = float((n / max(n - 1, 1) * residuals.square().sum()).sqrt() / before.num_tokens.sum())
+    return math.expm1(rise), math.exp(rise) * error
+
+
+def search_learning_rate(
+    artifacts: ModelArtifacts, task: str, model_at: Callable[[float], EvaluationModel]
+) -> dict[str, Any]:
+    """Find the learning rate of a repair, or read a search that was finished before.
+
+    Args:
+        task: what the model is repaired for.
+        model_at: gives the model, updated at a learning rate; 0 is the POST-SFT model.
+
+    Returns:
+        learning_rate, stopped (why the search ended), budget, validation_dialogues, seconds, and trials: for each rate
+        the change of validation perplexity with its standard error, and the improvement of the training pairs, weighted
+        over the tasks.
+    """
+    settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
+    gradient = artifacts.gradients(task, dataset=dialogues.fingerprint).require()  # its rows are of these dialogues
+    used = {*gradient["indices"], *gradient.get("retained", [])}
+    rows = held_out_rows("validation", used, len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
+    validation, data_dir = dialogues.at(rows), resolve_path(settings.DATA_DIR)
+    pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
+    artifact = artifacts.learning_rate_search(
+        task,
+        gradient=gradient["fingerprint"],
+        validation=fingerprint_of(rows),
+        **{f"pairs_{name}": fingerprint_of(of_task) for name, of_task in pairs.items()},
+    )
+    if artifact.is_finished(settings.OVERWRITE):
+        return artifact.load_json()
+    started = time.monotonic()
+
+    def losses(learning_rate: float) -> tuple[SequenceNLL, dict[str, float]]:
+        model = model_at(learning_rate)
+        of_pairs = {name: model.measure(name, of_task, quiet=True)["loss"] for name, of_task in pairs.items()}
+        return model.dialogue_nll(validation), of_pairs
+
+    nll_before, before = losses(0.0)
+
+    def measure(learning_rate: float) -> Trial:
+        nll_after, after = losses(learning_rate)
+        change, error = perplexity_change(nll_before, nll_after)
+        gains = [weight * improvement_percent(before[name], after[name]) for name, weight in weights.items()]
+        gain = sum(gains) / sum(weights.values())
+        say(
+            f"   tried {learning_rate:g}: validation perplexity {100 * change:+.2f} ± {100 * error:.2f} %, "
+            f"training pairs {gain:+.1f} %"
+        )
+        return Trial(learning_rate, change, error, gain if math.isfinite(gain) else -math.inf)
+
+    search = largest_gain_within(settings.PPL_BUDGET, measure)
+    content = {
+        "learning_rate": search.learning_rate,
+        "stopped": search.stopped,
+        "budget": settings.PPL_BUDGET,
+        "validation_dialogues": len(validation),
+        "trials": [
+            dataclasses.asdict(trial)
+            for trial in search.trials
+            if math.isfinite(trial.perplexity_change) and math.isfinite(trial.gain)
+        ],
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    artifact.save_json(content, started)
+    say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
+    return content

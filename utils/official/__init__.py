@@ -1,1 +1,0 @@
-"""The official data: where they come from, what their files hold, and how those are put into DATA_DIR."""

@@ -1,0 +1,190 @@
+"""Every artefact of a model: where it lies, and which constants and inputs it depends on.
+
+The step that writes an artefact has all of its constants, and they make up its fingerprint. A later step that reads it
+has some of them, and refuses the artefact if one of those differs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from utils import paths
+from utils.artifacts import Artifact
+from utils.models import model_fingerprint, require_supported
+from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.performance_functions.hh import Dialogues, load_dialogues
+from utils.settings import Settings
+
+SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
+FISHER_CONSTANTS = ("NUM_FACTOR_EXAMPLES", "FISHER_POSITIONS", "DAMPING_FACTOR")  # no effect where F is the identity
+FACTOR_CONSTANTS = (
+    "NUM_BLOCKS",
+    "FACTOR_STRATEGY",
+    "NUM_FACTOR_EXAMPLES",
+    "USE_HALF_PRECISION",
+    "FISHER_POSITIONS",
+    "SEED",
+)
+
+
+class ModelArtifacts:
+    """The artefacts of one model, of its training dialogues and of its repairs.
+
+    Attributes:
+        settings: the constants of the step that asks.
+        model: hub id or folder.
+        fingerprint: of the model's weights.
+    """
+
+    def __init__(self, settings: Settings, model: str) -> None:
+        """Find the model.
+
+        Raises:
+            UserError: it is missing, or its architecture is not supported.
+        """
+        require_supported(model, settings.MODEL_FAMILY, getattr(settings, "NUM_BLOCKS", 1))
+        self.settings, self.model, self.fingerprint = settings, model, model_fingerprint(model)
+
+    def with_constants(self, constants: dict[str, Any]) -> ModelArtifacts:
+        """The same artefacts for a step that knows further constants."""
+        other = copy.copy(self)
+        other.settings = Settings(**{**vars(self.settings), **constants})
+        return other
+
+    @cached_property
+    def dialogues(self) -> Dialogues:
+        """The training split of HH_DATASET, read on first use."""
+        return load_dialogues(self.settings.HH_DATASET, "train")
+
+    @property
+    def name(self) -> str:
+        """The model's short name, as in file names."""
+        return paths.model_short_name(self.model)
+
+    @property
+    def repair_name(self) -> str:
+        """The name of the repair that the settings describe."""
+        s = self.settings
+        return paths.repair_name(s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, s.PRESERVE_PERPLEXITY)
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the model and of the training dialogues."""
+        return {"model": self.fingerprint, "dataset": self.dialogues.fingerprint}
+
+    def _known(self, *constants: str) -> dict[str, Any]:
+        """Those of the constants that the asking step has."""
+        return self.settings.pick(*(name for name in constants if hasattr(self.settings, name)))
+
+    def _task_weights(self, task: str) -> dict[str, Any]:
+        return self._known("TASK_WEIGHTS") if task == "combined" else {}
+
+    def _influence_location(self, strategy: str | None = None) -> tuple[str, bool, int]:
+        return strategy or self.settings.FACTOR_STRATEGY, self.settings.USE_HALF_PRECISION, self.settings.SEED
+
+    def factors(self) -> Artifact:
+        """Step 1: the curvature factors."""
+        path = paths.factors_dir(self.settings.OUTPUT_DIR, self.name, *self._influence_location())
+        return Artifact(path, STEP_1, self._known(*FACTOR_CONSTANTS), self.inputs, is_folder=True)
+
+    def scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
+        """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs.
+
+        Args:
+            strategy: in place of FACTOR_STRATEGY.
+        """
+        return self._scored(paths.scores_file, task, strategy, inputs)
+
+    def token_scores(self, task: str, **inputs: str) -> Artifact:
+        """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
+        return self._scored(paths.token_scores_file, task, None, inputs)
+
+    def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
+        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")
+        made_by = STEP_1
+        if strategy:
+            constants["FACTOR_STRATEGY"], made_by = strategy, f"{STEP_1} --FACTOR_STRATEGY {strategy}"
+            if strategy == "identity":
+                constants = {name: value for name, value in constants.items() if name not in FISHER_CONSTANTS}
+        path = file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location(strategy))
+        return Artifact(path, made_by, constants, {**self.inputs, **inputs})
+
+    def representations(self) -> Artifact:
+        """Step 2: the representations of the training dialogues."""
+        path = paths.representations_file(self.settings.OUTPUT_DIR, self.name)
+        return Artifact(path, STEP_2, self._known("MAX_LENGTH"), self.inputs)
+
+    def answer_representations(self, task: str, **inputs: str) -> Artifact:
+        """Step 2, with ANSWERS_OF: those of a task's untrustworthy answers. The writer adds the pairs' fingerprint."""
+        path = paths.answer_representations_file(self.settings.OUTPUT_DIR, task, self.name)
+        made_by, constants = f"{STEP_2} --ANSWERS_OF {task}", self._known("MAX_LENGTH")
+        return Artifact(path, made_by, constants, {"model": self.fingerprint, **inputs})
+
+    def dpp(self, task: str, **inputs: str) -> Artifact:
+        """Step 3: the diverse subset. The writer adds the fingerprints of the representations and scores."""
+        settings = self.settings
+        path = paths.dpp_file(settings.OUTPUT_DIR, task, self.name, settings.BOTTOM_K, settings.IF_WEIGHT)
+        constants = self._known("BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA", "SEED")
+        return Artifact(path, STEP_3, {**constants, **self._task_weights(task)}, {**self.inputs, **inputs})
+
+    def gradients(self, task: str, **inputs: str) -> Artifact:
+        """Step 4: the repair gradient.
+
+        Args:
+            inputs: fingerprints. The writer gives all that the gradient is taken of, a reader that uses its row
+                numbers gives `dataset`, and step 5, which needs no training dialogues, none.
+        """
+        path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.SEED)
+        of_subset = [] if self.settings.SCORES_TYPE == "direct" else ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"]
+        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_subset)
+        constants |= self._task_weights(task)
+        return Artifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
+
+    def checkpoint(self, task: str, learning_rate: float, gradient: str) -> Artifact:
+        """Step 5: the repaired checkpoint.
+
+        Args:
+            gradient: fingerprint of step 4's gradient.
+        """
+        path = paths.repaired_model_dir(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, learning_rate)
+        inputs = {"model": self.fingerprint, "gradient": gradient}
+        return Artifact(path, STEP_5, {"LEARNING_RATE": learning_rate}, inputs, is_folder=True)
+
+    def learning_rate_search(self, task: str, **inputs: str) -> Artifact:
+        """Step 5 with LEARNING_RATE "auto": the rates that were tried; `inputs` are what they were measured on."""
+        path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name)
+        constants = {**self._known("PPL_BUDGET"), **self._task_weights(task)}
+        return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
+
+    def completions(self, checkpoint: Artifact, split: str, pairs: str) -> Artifact:
+        """Step 5: completions before and after a repair; `pairs` is the fingerprint of the pairs with the prompts."""
+        path = paths.result_file(self.settings.OUTPUT_DIR, checkpoint.path.name, "completions", split)
+        return Artifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "pairs": pairs})
+
+
+def result_artifact(output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: str) -> Artifact:
+    """Steps 5 and 6: one measurement of any model.
+
+    Args:
+        model_name: its short name, or that of its checkpoint.
+        fingerprint: of its weights.
+        data: fingerprint of what it is measured on.
+    """
+    path = paths.result_file(output_dir, model_name, metric, split)
+    return Artifact(path, STEP_6[metric], {"metric": metric, "split": split}, {"model": fingerprint, "data": data})
+
+
+def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:
+    """Before step 1: the POST-SFT model that data/make_sft_model.py makes.
+
+    Args:
+        base: fingerprint of the base model's weights, or the name of a bare architecture.
+        dataset: fingerprint of the training split.
+    """
+    constants = settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    path = paths.resolve_path(settings.SFT_MODEL_DIR)
+    return Artifact(path, paths.STEP_0, constants, {"base": base, "dataset": dataset}, is_folder=True)

@@ -1,0 +1,97 @@
+"""The record of a repair: the gradient it steps along, where its checkpoint goes, and what is written about it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from utils import paths
+from utils.artifacts import Artifact, to_json, write_if_changed
+from utils.console import say, shown_path
+from utils.evaluation import Metric, compare_results
+from utils.registry import ModelArtifacts
+from utils.reporting.cards import repair_card
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RepairRecord:
+    """One repair of a model, at any learning rate.
+
+    Attributes:
+        artifacts: of the POST-SFT model.
+        task: what the model is repaired for.
+        gradient: manifest of step 4's gradient.
+    """
+
+    def __init__(self, artifacts: ModelArtifacts, task: str) -> None:
+        """Find the gradient.
+
+        Raises:
+            UserError: it is missing, or was made from another model or with other settings.
+        """
+        self.artifacts, self.task = artifacts, task
+        self._gradients = artifacts.gradients(task)
+        self.gradient = self._gradients.require()
+
+    @cached_property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """G, (1, out, in) or (1, out, in + 1) with the bias last, by dotted module name; read on first use."""
+        return self._gradients.load_tensors()
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of last transformer blocks that the repair changes."""
+        return self.gradient["settings"]["NUM_BLOCKS"]
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of the model and the gradient."""
+        return {"model": self.artifacts.fingerprint, "gradient": self.gradient["fingerprint"]}
+
+    def checkpoint(self, learning_rate: float) -> Artifact:
+        """The artefact that holds the repaired model."""
+        return self.artifacts.checkpoint(self.task, learning_rate, self.gradient["fingerprint"])
+
+    def report(
+        self,
+        learning_rate: float,
+        before: dict[Metric, Any],
+        after: dict[Metric, Any],
+        search: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """How the repair was made, and each measurement before and after.
+
+        Args:
+            before: results of the POST-SFT model, by metric.
+            after: results of the repaired model.
+            search: how the learning rate was found, if it was searched for.
+        """
+        settings = self.artifacts.settings
+        return {
+            "model": settings.MODEL_NAME,
+            "task": self.task,
+            "scores_type": settings.SCORES_TYPE,
+            "if_weight": settings.IF_WEIGHT if settings.SCORES_TYPE == "dpp" else None,
+            "bottom_k": len(self.gradient["indices"]),
+            "preserve_perplexity": settings.PRESERVE_PERPLEXITY,
+            "learning_rate": learning_rate,
+            "num_blocks": self.num_blocks,
+            "seconds": self.gradient["seconds"] + (search["seconds"] if search else 0),
+            "indices": self.gradient["indices"],
+            "search": search,
+            "dataset": settings.HH_DATASET,
+            "settings": self.gradient["settings"],
+            "measurements": compare_results(before, after),
+        }
+
+    def write(self, report: dict[str, Any]) -> None:
+        """Write the report to results/, and with the model card into the checkpoint if that was saved."""
+        checkpoint = self.checkpoint(report["learning_rate"])
+        text = to_json(report)
+        write_if_changed(paths.report_file(self.artifacts.settings.OUTPUT_DIR, checkpoint.path.name), text)
+        if self.artifacts.settings.SAVE_TO_DISK:
+            write_if_changed(checkpoint.path / "repair.json", text)
+            write_if_changed(checkpoint.path / "README.md", repair_card(report))
+            say(f"   repaired model: {shown_path(checkpoint.path)}")

@@ -1,0 +1,1 @@
+"""What people read: tables, figures, sweeps, the HTML report and model cards."""

@@ -1,0 +1,118 @@
+"""Model cards: what a checkpoint is, how it was made, what the repair cost, and what it is not for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from utils.paths import may_be_hub_id
+from utils.reporting.tables import format_number, markdown_table
+
+TAGS = ["tracing-llm-trust"]
+
+
+def _front_matter(base_model: str, dataset: str, tags: list[str]) -> str:
+    """The YAML header that the hub reads. It links to hub ids only, never to somebody's local folders."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        base_model=base_model if may_be_hub_id(base_model) else None,
+        datasets=[dataset] if may_be_hub_id(dataset) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _settings_list(settings: Mapping[str, Any]) -> str:
+    return "\n".join(f"- `{name}`: {value}" for name, value in settings.items() if value is not None)
+
+
+def _joined(paragraphs: Iterable[str | None]) -> str:
+    return "\n\n".join(filter(None, paragraphs)) + "\n"
+
+
+def _step_in_words(report: dict[str, Any]) -> str:
+    if report["scores_type"] == "direct":
+        step = "One natural-gradient step down the measurement itself, without any training dialogue"
+    else:
+        step = (
+            f"One natural-gradient step up the loss of {report['bottom_k']} training dialogues, chosen by "
+            f"`{report['scores_type']}`"
+        )
+    kept = " To first order it leaves the loss of other training dialogues unchanged." * report["preserve_perplexity"]
+    return f"{step}, at learning rate {report['learning_rate']:g}.{kept}"
+
+
+def _before_and_after(measurements: dict[str, dict[str, float]]) -> list[str]:
+    """Heading, cost, table and legend; nothing where nothing was measured."""
+    if not measurements:
+        return []
+    cost, rows = "", []
+    for metric, row in measurements.items():
+        if metric == "perplexity":
+            change = f"{row['change_percent']:+.2f} %"
+            cost = f"It cost {change} perplexity on the test dialogues."
+        else:
+            gain = row["improvement_percent"]
+            change = f"{abs(gain):.1f} % {'better' if gain >= 0 else 'worse'}"
+        rows.append([metric, format_number(row["before"]), format_number(row["after"]), change])
+    return [
+        "## Before and after",
+        cost,
+        markdown_table(["measurement (test split)", "before", "after", "change"], rows),
+        "Lower is better everywhere. Bias, ethics and truth are log-odds losses in nats per token: the mean over "
+        "answer pairs of NLL(trustworthy answer) - NLL(untrustworthy answer).",
+    ]
+
+
+def repair_card(report: dict[str, Any]) -> str:
+    """The README.md of a repaired checkpoint.
+
+    Args:
+        report: as in repair.json.
+    """
+    return _joined(
+        [
+            _front_matter(report["model"], report["dataset"], [*TAGS, "influence-functions", "model-repair"]),
+            f"# {report['model']}, repaired for {report['task']}",
+            f"{_step_in_words(report)} Only the Linear layers of the last {report['num_blocks']} transformer block(s) "
+            f"differ from the base model. The dialogues are those of {report['dataset']}.",
+            report["search"] and f"The learning rate was found by a search: {report['search']['stopped']}.",
+            *_before_and_after(report["measurements"]),
+            "## How it was made",
+            "The method is that of *Enhancing Trustworthiness of Fine-Tuned LLMs via Regularized Subset Selection* "
+            "(ICLR 2026). In this folder, `repair.json` lists the unlearned rows and all results, and `manifest.json` "
+            "the software versions.",
+            _settings_list(report["settings"]),
+            "## Intended use and limits",
+            "For research on repairing fine-tuned models. The measurements are likelihoods of given answers, not\n"
+            "behaviour. An improvement in one does not make the model safe, and others may have become worse: check\n"
+            "them above, and test your own use case, before relying on it. All limitations of the base model remain.",
+        ]
+    )
+
+
+def sft_card(settings: Mapping[str, Any], num_dialogues: int, perplexity: dict[str, float]) -> str:
+    """The README.md of a POST-SFT model.
+
+    Args:
+        settings: constants of data/make_sft_model.py.
+        perplexity: `before` and `after` fine-tuning, on the test dialogues.
+    """
+    names = ("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    return _joined(
+        [
+            _front_matter(settings["BASE_MODEL"], settings["HH_DATASET"], [*TAGS, "sft"]),
+            f"# {settings['BASE_MODEL']}, fine-tuned on dialogues",
+            f"Completion-only fine-tuning on {num_dialogues:,} dialogues of {settings['HH_DATASET']}, including the "
+            f"end-of-text token of each answer. Perplexity on the test dialogues: {perplexity['before']:.3f} before, "
+            f"{perplexity['after']:.3f} after.",
+            "AdamW, linear warm-up over the first 5 % of the steps, then linear decay, gradient clipping at 1:",
+            _settings_list({name: settings[name] for name in names}),
+            "## Intended use and limits",
+            "A starting point for tracing and repair: it has learned whatever harm is in the dialogues. Not for "
+            "deployment.",
+        ]
+    )

@@ -1,0 +1,126 @@
+"""Figures: improvement against perplexity change over learning rates, and the ablations."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils.reporting.tables import Row, group_by_repair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
+    "pure_ekfac": ("#e76f51", "o"),
+    "dpp": ("#264653", "s"),
+    "identity": ("#8a5fbf", "D"),
+    "representation": ("#3a86c8", "v"),
+    "direct": ("#2a9d8f", "P"),
+    "random": ("#999999", "^"),
+}
+
+
+@dataclass(frozen=True)
+class RepairPoint:
+    """One repair in a figure of improvement against perplexity change.
+
+    Attributes:
+        panel: title of the panel it belongs to.
+        line: label of its line: begins with the SCORES_TYPE, and ends with `preserve` where perplexity is preserved.
+    """
+
+    panel: str
+    line: str
+    learning_rate: float
+    perplexity_change_percent: float
+    improvement_percent: float
+
+
+def _line_style(label: str) -> dict[str, Any]:
+    """Style of a line whose label begins with a SCORES_TYPE."""
+    colour, marker = next(style for name, style in FIGURE_STYLES.items() if label.startswith(name))
+    return {"color": colour, "marker": marker, "lw": 1.2, "ms": 5, "label": label}
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Save as PNG under a temporary name, then rename, so that a killed run leaves no truncated file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    figure.savefig(partial, dpi=130, format="png")
+    os.replace(partial, path)
+
+
+def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: Path) -> None:
+    """Improvement against perplexity change: a panel per measurement, a line per method, a point per learning rate.
+
+    The area within the perplexity budget is shaded. Repairs that cost more than ten times the budget are left out,
+    unless all do.
+    """
+    from matplotlib.figure import Figure
+
+    points = [point for point in points if point.perplexity_change_percent <= 10 * budget_percent] or points
+    titles = list(dict.fromkeys(point.panel for point in points))
+    lines = list(dict.fromkeys(point.line for point in points))
+    figure = Figure(figsize=(4.2 * len(titles), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    for panel, title in zip(panels, titles, strict=True):
+        shown = sorted((p for p in points if p.panel == title), key=lambda point: point.learning_rate)
+        panel.axvspan(-1e3, budget_percent, color="#2a9d8f", alpha=0.10, lw=0)
+        panel.axhline(0, color="#999999", lw=0.8)
+        for line in lines:
+            costs = [point.perplexity_change_percent for point in shown if point.line == line]
+            gains = [point.improvement_percent for point in shown if point.line == line]
+            hollow = {"markerfacecolor": "white", "ls": "--"} if line.endswith("preserve") else {}
+            panel.plot(costs, gains, **_line_style(line), **hollow)
+        all_costs = [point.perplexity_change_percent for point in shown]
+        panel.set_xlim(min(0, *all_costs) - 0.1, max(budget_percent, *all_costs) * 1.05)
+        panel.set_title(title)
+        panel.set_xlabel("perplexity change, %")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("improvement of the loss, %")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.suptitle(f"Each point is one repair; shaded: at most {budget_percent:g} % more perplexity")
+    _save(figure, path)
+
+
+def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
+    """Improvement and perplexity change against the varied constant: a column per task, a line per method.
+
+    Error bars are the standard deviation over seeds.
+
+    Args:
+        varied: "bottom_k" or "if_weight".
+    """
+    from matplotlib.figure import Figure
+
+    tasks, methods = (list(dict.fromkeys(row[name] for row in repairs)) for name in ("task", "method"))
+    ticks = sorted({row[varied] for row in repairs})
+    figure = Figure(figsize=(3.6 * len(tasks), 5.4), layout="constrained")
+    panels = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
+    labels = {"improvement_percent": "improvement, %", "perplexity_change_percent": "perplexity change, %"}
+    for column, task in zip(panels.T, tasks, strict=True):
+        for panel, measured in zip(column, labels, strict=True):
+            for method in methods:
+                groups = group_by_repair([row for row in repairs if (row["task"], row["method"]) == (task, method)])
+                groups.sort(key=lambda group: group[0][varied])
+                values = [group[0][varied] for group in groups]
+                over_seeds = [[row[measured] for row in group] for group in groups]
+                means = [statistics.fmean(numbers) for numbers in over_seeds]
+                deviations = [statistics.stdev(numbers) if len(numbers) > 1 else 0 for numbers in over_seeds]
+                panel.errorbar(values, means, deviations, capsize=2, **_line_style(method))
+            panel.set_xscale("symlog" if 0 in ticks else "log")  # a log axis cannot show 0
+            panel.axhline(0, color="#999999", lw=0.8)
+            panel.grid(alpha=0.25)
+        column[0].set_title(task)
+        column[1].set_xlabel(varied.upper())
+        column[1].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        column[1].minorticks_off()
+    for panel, label in zip(panels[:, 0], labels.values(), strict=True):
+        panel.set_ylabel(label)
+    panels[0, 0].legend(frameon=False, fontsize=8)
+    _save(figure, path)

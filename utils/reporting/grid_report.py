@@ -1,0 +1,135 @@
+"""What the report on a grid of repairs shows: tables, figures, unlearned dialogues, completions before and after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from safetensors.torch import load_file
+
+from utils import paths
+from utils.artifacts import read_json, software_versions
+from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.hh import load_dialogues
+from utils.registry import SCORES_TENSOR
+from utils.reporting.html import Completion, Example, Picture, Report, Subset
+from utils.reporting.tables import Row, Table
+from utils.settings import Settings
+
+INTRODUCTION = (
+    "Each repair finds the training dialogues that made the model less trustworthy and takes one natural-gradient step "
+    "up their loss, in the last transformer block(s) only. Improvement is (before - after) / |before| of a log-odds "
+    "loss on the test pairs; perplexity is measured on the test dialogues. Both are relative to the same POST-SFT "
+    "model.\n\n"
+    "An improvement in one measurement does not make a model safe: look at what a repair did to the other tasks, and "
+    "read what it unlearned."
+)
+NOTES = {  # how each SCORES_TYPE chooses its dialogues; "direct" has none
+    "pure_ekfac": "The most negative influence scores, most harmful first.",
+    "dpp": "The greedy picks in order, diverse and harmful; gains are what each pick added to the objective.",
+    "identity": "The smallest plain gradient dot products, without curvature.",
+    "representation": "The dialogues most similar to the task's untrustworthy answers in representation space.",
+    "random": "A seeded uniform sample, for comparison.",
+}
+
+
+def report_on(
+    settings: Settings,
+    rows: Sequence[Row],
+    tables: Sequence[Table],
+    known_harm: Mapping[str, Collection[int]] | None,
+) -> Report:
+    """The report on a grid of repairs; dialogues and completions are those of the main table's first seed.
+
+    Args:
+        settings: constants of evaluation_scripts/paper_tables.py.
+        rows: one row for each repair and seed.
+        known_harm: rows of the training split, by kind of harm.
+    """
+    first = {"seed": settings.SEEDS[0], "bottom_k": settings.BOTTOM_K[0], "if_weight": settings.IF_WEIGHT[0]}
+    detailed = [row for row in rows if all(row[name] == value for name, value in first.items())]
+    unlearned: dict[tuple, Row] = {}  # preserving perplexity or not unlearns the same dialogues: shown once
+    for row in detailed:
+        if row["indices"]:
+            unlearned.setdefault((row["model"], row["task"], row["scores_type"]), row)
+    return Report(
+        title="What the repairs did",
+        introduction=INTRODUCTION,
+        facts=_facts(settings),
+        tables=list(tables),
+        pictures=_pictures(settings),
+        subsets=_subsets(settings, list(unlearned.values()), known_harm or {}),
+        completions=[completion for row in detailed for completion in _completions(settings, row)],
+    )
+
+
+def _facts(settings: Settings) -> dict[str, str]:
+    return {
+        "models": ", ".join(settings.MODEL_NAMES),
+        "dialogues": settings.HH_DATASET,
+        "seeds": ", ".join(map(str, settings.SEEDS)),
+        "learning rate": f"{settings.LEARNING_RATE}, perplexity budget {settings.PPL_BUDGET:.1%}",
+        "CPU cores": str(os.cpu_count()),
+        "versions": ", ".join(f"{name} {version}" for name, version in software_versions().items()),
+    }
+
+
+def _pictures(settings: Settings) -> list[Picture]:
+    """The figures that have been drawn: the overview, each task's sweeps, the ablations."""
+    budget = f"shaded: at most {settings.PPL_BUDGET:.1%} more perplexity"
+    captions = {paths.overview_figure(settings.OUTPUT_DIR): f"Improvement of the repaired task; {budget}"}
+    for model in map(paths.model_short_name, settings.MODEL_NAMES):
+        for task in settings.TASKS:
+            figure = paths.sweep_figure(settings.OUTPUT_DIR, task, model)
+            captions[figure] = f"{model}, repaired for {task}: the effect on every task"
+    folder = paths.tables_dir(settings.OUTPUT_DIR)
+    captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
+    captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
+    return [Picture(caption, file) for file, caption in captions.items() if file.exists()]
+
+
+def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:
+    """Scores (N,) of every task, for a model that was traced with SEEDS[0]."""
+    where = (model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
+    files = {task: paths.scores_file(settings.OUTPUT_DIR, task, *where) for task in MEASUREMENTS}
+    return {task: load_file(file)[SCORES_TENSOR].squeeze(0) for task, file in files.items() if file.exists()}
+
+
+def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> list[Subset]:
+    dialogues = load_dialogues(settings.HH_DATASET, "train")
+    kind_of = {index: kind for kind, some in known_harm.items() for index in some}
+    scores = {model: _influence_scores(settings, model) for model in dict.fromkeys(row["model"] for row in rows)}
+    subsets = []
+    for row in rows:
+        gains: dict[str, list[float]] = {}
+        if row["scores_type"] == "dpp":
+            location = (row["task"], row["model"], row["bottom_k"], row["if_weight"])
+            picks = read_json(paths.dpp_file(settings.OUTPUT_DIR, *location))
+            gains = {name: picks[f"{name}_gains"] for name in ("diversity", "influence")}
+        examples = [
+            Example(
+                rank=position + 1,
+                row=index,
+                scores={task: float(values[index]) for task, values in scores[row["model"]].items()},
+                gains={name: values[position] for name, values in gains.items()},
+                known_harm=kind_of.get(index),
+                prompt=dialogues.prompts[index],
+                completion=dialogues.completions[index],
+            )
+            for position, index in enumerate(row["indices"])
+        ]
+        model = "" if len(settings.MODEL_NAMES) == 1 else f"{row['model']}: "
+        title = f"{model}{row['task']}, chosen by {row['scores_type']}"
+        subsets.append(Subset(title, NOTES[row["scores_type"]], examples))
+    return subsets
+
+
+def _completions(settings: Settings, row: Row) -> list[Completion]:
+    """The completions that step 5 kept for a repair; none where NUM_COMPLETIONS is 0."""
+    location = (row["task"], row["model"], row["repair"], row["learning_rate"])
+    folder = paths.repaired_model_dir(settings.OUTPUT_DIR, *location)
+    file = paths.result_file(settings.OUTPUT_DIR, folder.name, "completions", "test")
+    kept = read_json(file) if file.exists() else []
+    name = f"{row['model']}, {row['task']}: {row['method']}"
+    return [Completion(text["task"], name, text["prompt"], text["before"], text["after"]) for text in kept]

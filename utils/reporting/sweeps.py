@@ -1,0 +1,116 @@
+"""Sweeps over learning rates: perplexity and the three tasks at each rate, as JSON, CSV and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from utils import paths
+from utils.artifacts import read_json, to_json, write_atomically, write_if_changed
+from utils.console import UserError, say, shown_path
+from utils.performance_functions import MEASUREMENTS
+from utils.reporting.figures import RepairPoint, repairs_figure
+from utils.reporting.tables import Row, csv_text
+
+
+def sweep_row(report: dict[str, Any]) -> Row:
+    """One learning rate's results in one flat row: each loss after the repair, and its change in percent."""
+    row = {"learning_rate": report["learning_rate"]}
+    for metric, measured in report["measurements"].items():
+        row[metric] = measured["after"]
+        change = "change_percent" if metric == "perplexity" else "improvement_percent"
+        row[f"{metric}_{change}"] = measured[change]
+    return row
+
+
+def earlier_rates(
+    output_dir: str, model_name: str, task: str, repair: str, inputs: dict[str, str], overwrite: bool
+) -> dict[float, Row]:
+    """The rows of an existing sweep by learning rate; none if there is no sweep, or it is to be replaced.
+
+    Args:
+        inputs: fingerprints of the model and the gradient.
+        overwrite: whether to replace a sweep that was made from other inputs.
+
+    Raises:
+        UserError: the sweep was made from other inputs, and `overwrite` is false.
+    """
+    file = paths.sweep_file(output_dir, task, model_name, repair)
+    if not file.exists():
+        return {}
+    earlier = read_json(file)
+    differences = [
+        f"{name} = {earlier['inputs'].get(name)!r} there, {inputs.get(name)!r} now"
+        for name in sorted({*earlier["inputs"], *inputs})
+        if earlier["inputs"].get(name) != inputs.get(name)
+    ]
+    if differences and not overwrite:
+        raise UserError(
+            f"{shown_path(file)} was made from other inputs: {'; '.join(differences)}. "
+            "Set OVERWRITE = True to replace it, or another OUTPUT_DIR to keep both"
+        )
+    return {} if differences else {row["learning_rate"]: row for row in earlier["rates"]}
+
+
+def write_sweep(
+    output_dir: str,
+    model_name: str,
+    task: str,
+    repair: str,
+    inputs: dict[str, str],
+    rates: dict[float, Row],
+    reports: Sequence[dict[str, Any]],
+    budget_percent: float,
+) -> None:
+    """Write a sweep as JSON and CSV, and draw it beside the other methods' sweeps of the same model and task.
+
+    Args:
+        rates: the `earlier_rates`, to which this run adds its own.
+        reports: one for each learning rate of this run.
+        budget_percent: the perplexity change up to which the figure is shaded.
+    """
+    file = paths.sweep_file(output_dir, task, model_name, repair)
+    figure = paths.sweep_figure(output_dir, task, model_name)
+    merged = {**rates, **{report["learning_rate"]: sweep_row(report) for report in reports}}
+    rows = [merged[rate] for rate in sorted(merged)]
+    text = to_json({"model": model_name, "task": task, "repair": repair, "inputs": inputs, "rates": rows})
+    write_if_changed(file.with_suffix(".csv"), csv_text(rows))
+    if not file.exists() or file.read_text(encoding="utf-8") != text:
+        figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
+        write_atomically(file, text)
+    if not figure.exists():
+        panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
+        if points := _points(output_dir, task, model_name, panels):
+            repairs_figure(points, budget_percent, figure)
+    drawn = f"; figure: {shown_path(figure)}" if figure.exists() else ""
+    say(f"   sweep: {shown_path(file)} with .csv{drawn}")
+
+
+def _points(output_dir: str, task: str, model_name: str, panels: dict[str, str]) -> list[RepairPoint]:
+    """Every swept repair of one task, once for each measurement of `panels`, under the title given there."""
+    pattern = paths.sweep_file(output_dir, task, model_name, "*")
+    return [
+        RepairPoint(
+            panel=title,
+            line=sweep["repair"],
+            learning_rate=row["learning_rate"],
+            perplexity_change_percent=row["perplexity_change_percent"],
+            improvement_percent=row[f"{metric}_improvement_percent"],
+        )
+        for sweep in map(read_json, sorted(pattern.parent.glob(pattern.name)))
+        if sweep["model"] == model_name  # the pattern also fits models whose name begins with this one
+        for metric, title in panels.items()
+        for row in sweep["rates"]
+        if {"perplexity_change_percent", f"{metric}_improvement_percent"} <= set(row)
+    ]
+
+
+def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float) -> None:
+    """All sweeps of all models: a panel per model and repaired task, with the improvement of that task."""
+    points = []
+    for name in model_names:
+        prefix = "" if len(model_names) == 1 else f"{name}, "
+        for task in MEASUREMENTS:
+            points += _points(output_dir, task, name, {task: f"{prefix}repaired for {task}"})
+    if points:
+        repairs_figure(points, budget_percent, paths.overview_figure(output_dir))
