@@ -124,7 +124,8 @@ def arguments_for(
 def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa: ANN401
     """The command of the step that comes next, with the constants of this one; a line for each model.
 
-    The next script is not imported: if it is broken, that is no reason for a finished step to fail.
+    The next script is not imported: if it is broken, that is no reason for a finished step to fail. Common constants
+    that it has and this script lacks are named, since an earlier step may have set them.
     """
     own = constants_in_source(name)
     constants = {constant: value for constant, value in vars(settings).items() if constant != "OVERWRITE"}
@@ -135,7 +136,9 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
         )
         for model in models
     ]
-    return "\n      ".join(commands)
+    unknown = [f"--{name}" for name in ("DATA_DIR", "SEED", "DEVICE") if name in own and name not in constants]
+    hint = [f"(add {' and '.join(unknown)} if you set {'them' if len(unknown) > 1 else 'it'} before)"] * bool(unknown)
+    return "\n      ".join([*commands, *hint])
 
 
 def run_script(name: str, constants: Mapping[str, Any], **required: Any) -> None:  # noqa: ANN401

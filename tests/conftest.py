@@ -136,18 +136,16 @@ class Workspace:
         self.model, self.data, self.output = model, data, output
 
     def arguments(self, script: str) -> list[str]:
-        """The common constants as the script spells them."""
-        many = hasattr(load_script(script), "MODEL_NAMES")
-        return [
-            "--MODEL_NAMES" if many else "--MODEL_NAME",
-            str(self.model),
-            "--HH_DATASET",
-            str(self.data / "hh"),
-            "--DATA_DIR",
-            str(self.data),
-            "--OUTPUT_DIR",
-            str(self.output),
-        ]
+        """Those of the common constants that the script has."""
+        constants = {
+            "MODEL_NAMES": self.model,
+            "MODEL_NAME": self.model,
+            "HH_DATASET": self.data / "hh",
+            "DATA_DIR": self.data,
+            "OUTPUT_DIR": self.output,
+        }
+        known = {name: value for name, value in constants.items() if hasattr(load_script(script), name)}
+        return [word for name, value in known.items() for word in (f"--{name}", str(value))]
 
     def run(self, script: str, *arguments: object) -> None:
         """Run one script on this workspace, in this process."""

@@ -96,7 +96,7 @@ def test_constants(ready, refusal, script, arguments, told):
 def test_output_folder_that_is_a_file(ready, refusal, tmp_path, script, folder):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     ready.output = tmp_path / "file" / folder
-    assert all_in(refusal(ready, script), f"OUTPUT_DIR = '{ready.output}'", "no folder that can be written to")
+    assert all_in(refusal(ready, script), f"OUTPUT_DIR = '{ready.output}'", "is not a writable folder")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
@@ -503,9 +503,15 @@ def test_damping_that_differs_from_that_of_the_scores(ready, refusal):
     ("name", "there", "now"),
     [("NUM_BLOCKS", 1, 2), ("NUM_FACTOR_EXAMPLES", 10_000, 50), ("FISHER_POSITIONS", "completion", "all")],
 )
-def test_factor_constants_that_differ_from_step_1(ready, refusal, name, there, now):
-    line = refusal(ready, STEP_4, "--BOTTOM_K", 6, f"--{name}", now)
-    assert all_in(line, ready.output / FACTORS, f"{name} = {there!r}", f"{name} = {now!r}", f"run {STEP_1} again")
+def test_scores_that_were_not_made_with_the_factors_that_are_there(ready, refusal, name, there, now):
+    """Step 4 takes these constants from the factors' manifest, and the scores must have been made with the same."""
+    manifest = ready.output / FACTORS / "manifest.json"
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    assert content["settings"][name] == there
+    content["settings"][name] = now
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    line = refusal(ready, STEP_4, "--BOTTOM_K", 6)
+    assert all_in(line, ready.output / SCORES, f"{name} = {there!r}", f"{name} = {now!r}", f"run {STEP_1} again")
 
 
 @pytest.mark.parametrize(

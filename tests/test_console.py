@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import Workspace
 
-from steps import next_command
+import steps
+from steps import load_script, next_command
 from utils.console import progress_bar, remedy_for, say
 from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
 from utils.settings import Settings
@@ -40,6 +41,10 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
         assert re.search(r"^   read \S+.*: ", told, flags=re.MULTILINE)
         assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
         (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
+        if "(add --SEED if you set it before)" in told:  # step 2 has no seed to hand on
+            command += " --SEED 7"
+        if "(add --DATA_DIR and --DEVICE if you set them before)" in told:  # step 3 has neither
+            command += f" --DATA_DIR {workspace.data}"
     assert ran == [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5]
     for word in (str(workspace.model), str(workspace.output), str(workspace.data / "hh")):
         assert word in command
@@ -47,13 +52,33 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
 
 
 def test_the_next_command_says_only_what_the_script_does_not():
-    settings = Settings(MODEL_NAMES=["data/demo/pythia-demo-sft"], SEED=42, OVERWRITE=True, NUM_BLOCKS=2)
+    shared = {"DATA_DIR": "data/demo", "DEVICE": "auto", "SEED": 42}
+    settings = Settings(MODEL_NAMES=["data/demo/pythia-demo-sft"], OVERWRITE=True, NUM_BLOCKS=2, **shared)
     assert next_command(STEP_2, settings) == f"python {STEP_2}"
-    assert next_command(STEP_4, settings, SCORES_TYPE="dpp") == f"python {STEP_4} --NUM_BLOCKS 2 --SCORES_TYPE dpp"
+    assert next_command(STEP_4, settings, SCORES_TYPE="dpp") == f"python {STEP_4} --SCORES_TYPE dpp"
+    assert next_command(STEP_1, settings) == f"python {STEP_1} --NUM_BLOCKS 2"
+
+
+def test_a_broken_next_script_does_not_fail_a_finished_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "PROJECT_ROOT", tmp_path)
+    (tmp_path / "broken.py").write_text("SEED: int = (\n", encoding="utf-8")
+    for name in ("broken.py", "missing.py"):
+        assert next_command(name, Settings(SEED=7)) == f"python {name}"
+
+
+def test_a_script_that_fails_to_import_is_imported_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "PROJECT_ROOT", tmp_path)
+    script = tmp_path / "half_script.py"
+    script.write_text("BEFORE = 1\nraise RuntimeError('in the middle')\n", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="in the middle"):
+        load_script("half_script.py")
+    script.write_text("BEFORE = 1\nAFTER = 2\n", encoding="utf-8")
+    assert load_script("half_script.py").AFTER == 2
+    del sys.modules["half_script"]
 
 
 def test_several_models_have_a_command_each():
-    settings = Settings(MODEL_NAMES=["a/b", "a/c d"])
+    settings = Settings(MODEL_NAMES=["a/b", "a/c d"], DATA_DIR="data/demo", DEVICE="auto", SEED=42)
     assert [line.strip() for line in next_command(STEP_2, settings).splitlines()] == [
         f"python {STEP_2} --MODEL_NAME a/b",
         f"python {STEP_2} --MODEL_NAME 'a/c d'",

@@ -6,15 +6,15 @@ import json
 import subprocess
 import sys
 
+import accelerate.tracking
 import pytest
 from accelerate.utils import LoggerType
 from conftest import Workspace, write_rows
 from huggingface_hub import ModelCard
-from utils.cards import repair_card
 
-from utils import tracker
 from utils.artifacts import read_json
 from utils.console import UserError
+from utils.reporting.cards import repair_card
 from utils.tracker import tracking
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
@@ -130,8 +130,8 @@ class FakeTracker:
 
 @pytest.fixture
 def fake_tracker(monkeypatch):
-    monkeypatch.setitem(tracker.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
-    monkeypatch.setattr(tracker, "get_available_trackers", lambda: [LoggerType.WANDB])
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.WANDB])
 
 
 def test_a_tracker_gets_every_repair_and_is_closed(repaired, fake_tracker):

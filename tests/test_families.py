@@ -18,7 +18,7 @@ from utils.console import UserError
 from utils.models import find_blocks, load_model, load_tokenizer, require_supported, tracked_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
-from utils.trunk import KeptStates, Trunk
+from utils.trunk import HiddenStateCache, Trunk
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
 SIZES = {
@@ -67,7 +67,7 @@ def test_every_linear_of_the_last_block_is_traced_and_the_tail_is_the_model(mode
     block = loaded.get_submodule(f"{find_blocks(loaded, 'auto')}.2")
     assert len(tracked) == sum(isinstance(module, nn.Linear) for module in block.modules()) >= 6
     trunk = Trunk(loaded, "auto", 1)
-    states = KeptStates(trunk)
+    states = HiddenStateCache(trunk)
     sequences = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(model)))
     with torch.no_grad():
         for batch in BatchLoader(sequences[:20], 400, pad_token_id=0):

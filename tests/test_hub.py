@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import Workspace
 
-from utils import hub, models, settings
+from utils import hub
 from utils.console import UserError
-from utils.performance_functions import hh
 
 STEP_5 = "gradient_ascent_and_save.py"
 TOKEN = "hf_not_a_real_token"
@@ -52,8 +52,8 @@ class FakeHub:
 def fake_hub(monkeypatch, tmp_path) -> FakeHub:
     """The hub, and HUB_TOKEN in an `.env` file of its own."""
     fake = FakeHub()
-    monkeypatch.setattr(hub, "HfApi", fake)
-    monkeypatch.setattr(settings, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", fake)
+    monkeypatch.setattr(hub, "PROJECT_ROOT", tmp_path)
     for name in ("HUB_TOKEN", "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\n", encoding="utf-8")
@@ -77,7 +77,7 @@ def ready(with_gradients, tmp_path) -> Workspace:
 
 def refuse_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
     )
 
 
@@ -173,7 +173,7 @@ def test_a_failed_push_is_one_line_without_the_token_and_loses_nothing(ready, fa
 def test_a_failed_push_does_not_pass_the_token_on(fake_hub, tmp_path):
     fake_hub.failures["upload_folder"] = OSError(f"bad token {TOKEN}")
     with pytest.raises(UserError) as failure:
-        hub.push_folder(tmp_path, "somebody", settings.hub_access())
+        hub.push_folder(tmp_path, "somebody", hub.hub_access())
     assert str(failure.value) == f"pushing to somebody/{tmp_path.name} failed: bad token ***"
     assert failure.value.__cause__ is None
 
@@ -203,7 +203,7 @@ def test_models_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub, m
         raise OSError(f"403 for {name} with {keywords['token']}\nmore lines")
 
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\nHUB_CACHE=/some/cache\n", encoding="utf-8")
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
     ready.model = "somebody/gated"
     with pytest.raises(SystemExit):
         ready.run(STEP_5, *RECIPE)
@@ -220,7 +220,7 @@ def test_data_sets_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub
         raise ConnectionError(f"403 for {name} with {keywords['token']}\nmore lines")
 
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\nHUB_CACHE=/some/cache\n", encoding="utf-8")
-    monkeypatch.setattr(hh, "load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(SystemExit):
         ready.run("representations/train_reps.py", "--HH_DATASET", "somebody/gated")
     assert asked == {"name": "somebody/gated", "split": "train", "cache_dir": "/some/cache", "token": TOKEN}

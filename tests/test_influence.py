@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,25 +10,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO, Workspace
-from kronfluence.analyzer import Analyzer
-from kronfluence.arguments import FactorArguments
+from kronfluence.analyzer import Analyzer, prepare_model
+from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.utils.dataset import DataLoaderKwargs
 from safetensors.torch import load_file
-from tasks.base import InfluenceTask
 from torch.utils.data import Dataset
 
 from tasks import TRUST_TASKS, BackwardTask
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
-from utils.influence import (
-    Curvature,
-    fit_factors,
-    mean_measurement_gradient,
-    precondition,
-    score_training_examples,
-    trace,
-)
-from utils.models import load_model, load_tokenizer, tracked_linear_names
+from utils.influence.factors import fit_factors
+from utils.influence.scores import mean_measurement_gradient, precondition, score_training_examples
+from utils.influence.traced_model import Curvature, TracedModel, traced_linears
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sampled_label_loss, sequence_nll
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
@@ -39,42 +34,50 @@ ONE_BATCH = 1 << 30
 
 @dataclass
 class Subject:
-    """A tiny traced model with its examples."""
+    """A tiny model with its examples."""
 
     model: torch.nn.Module
-    tasks: dict[str, InfluenceTask]
+    linears: dict[str, torch.nn.Linear]
+    tasks: dict[str, BackwardTask]
     train: list[LabelledSequence]
     queries: dict[str, TokenizedPairs]
+
+    def traced(self, curvature: Curvature) -> TracedModel:
+        return TracedModel(self.model, self.linears, curvature, tokenizer=None, tokens_per_batch=SMALL_BATCHES)
 
     def loader(self, examples: list[LabelledSequence], budget: int = SMALL_BATCHES, **keywords: object) -> BatchLoader:
         return BatchLoader(examples, budget, pad_token_id=0, **keywords)
 
+    def analyzer(self, task: BackwardTask, folder: Path) -> Analyzer:
+        """kronfluence on a copy of the model that it wraps."""
+        model = prepare_model(copy.deepcopy(self.model), task)
+        return Analyzer("analysis", model, task, cpu=True, output_dir=str(folder), disable_tqdm=True, log_level=50)
+
     def stacked_gradients(self, curvature: Curvature, budget: int = SMALL_BATCHES) -> dict[str, torch.Tensor]:
         each = [
             mean_measurement_gradient(
-                self.model, task, self.loader(pairs.sequences, budget, weights=pairs.weights), curvature
+                self.traced(curvature), task, self.loader(pairs.sequences, budget, weights=pairs.weights)
             )
             for task, pairs in ((task, self.queries[name]) for name, task in self.tasks.items())
         ]
         return {module: torch.cat([gradients[module] for gradients in each]) for module in each[0]}
 
     def scores(self, curvature: Curvature, factors: Path, budget: int = SMALL_BATCHES) -> torch.Tensor:
-        ready = precondition(self.model, self.stacked_gradients(curvature, budget), curvature, factors)
-        task = next(iter(self.tasks.values()))
-        return score_training_examples(self.model, task, self.loader(self.train, budget), ready, curvature).examples
+        ready = precondition(self.stacked_gradients(curvature, budget), curvature, factors)
+        task, loader = next(iter(self.tasks.values())), self.loader(self.train, budget)
+        return score_training_examples(self.traced(curvature), task, loader, ready).examples
 
 
 def make_subject(model_path: Path, data: Path, num_blocks: int = 1, dtype: torch.dtype = torch.float32) -> Subject:
     model, tokenizer = load_model(str(model_path), CPU).to(dtype), load_tokenizer(str(model_path))
-    tracked = tracked_linear_names(model, "auto", num_blocks)
-    tasks = {name: task(tracked) for name, task in TRUST_TASKS.items()}
-    trace(model, next(iter(tasks.values())))
+    linears = traced_linears(model, "auto", num_blocks)
+    tasks = {name: task(list(linears)) for name, task in TRUST_TASKS.items()}
     train = tokenize_dialogues(load_dialogues(str(data / "hh"), "train"), tokenizer)
     queries = {
         name: tokenize_pairs(task.measurement.load_pairs(data, "train"), tokenizer, task.measurement.max_tokens)
         for name, task in tasks.items()
     }
-    return Subject(model, tasks, train, queries)
+    return Subject(model, linears, tasks, train, queries)
 
 
 class Padded(Dataset):
@@ -100,15 +103,12 @@ def test_fused_pass_equals_kronfluence(tiny_models, small_data, tmp_path, family
     subject = make_subject(tiny_models[family], small_data, num_blocks)
     curvature = Curvature(damping=None)
     factors = tmp_path / "analysis" / "factors_ours"
-    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, factors)
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], subject.loader(subject.train), factors)
     ours = subject.scores(curvature, factors)
     train = Padded(subject.train)
     for query, (name, task) in enumerate(subject.tasks.items()):
-        analyzer = Analyzer(
-            "analysis", subject.model, task, cpu=True, output_dir=str(tmp_path), disable_tqdm=True, log_level=50
-        )
-        arguments = curvature.score_arguments
-        arguments.aggregate_query_gradients = True
+        analyzer = subject.analyzer(task, tmp_path)
+        arguments = ScoreArguments(damping_factor=curvature.damping, aggregate_query_gradients=True)
         queries = Padded(subject.queries[name].sequences, subject.queries[name].weights)
         original = analyzer._get_dataloader
 
@@ -136,10 +136,8 @@ def test_factors_equal_kronfluence(tiny_models, small_data, tmp_path, strategy):
     subject = make_subject(tiny_models["pythia"], small_data)
     task, curvature = subject.tasks["truth"], Curvature(strategy)
     ours = tmp_path / "analysis" / f"factors_{strategy}"
-    fit_factors(subject.model, task, subject.loader(subject.train), curvature, ours)
-    analyzer = Analyzer(
-        "analysis", subject.model, task, cpu=True, output_dir=str(tmp_path), disable_tqdm=True, log_level=50
-    )
+    fit_factors(subject.traced(curvature), task, subject.loader(subject.train), ours)
+    analyzer = subject.analyzer(task, tmp_path)
     train = Padded(subject.train)
     analyzer.fit_all_factors(
         "theirs",
@@ -210,7 +208,7 @@ def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_d
 def test_batching_and_order_change_nothing(tiny_models, small_data, tmp_path, family):
     subject = make_subject(tiny_models[family], small_data)
     curvature = Curvature()
-    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, tmp_path)
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], subject.loader(subject.train), tmp_path)
     gradients, scores = subject.stacked_gradients(curvature), subject.scores(curvature, tmp_path)
     for module, tensor in subject.stacked_gradients(curvature, ONE_BATCH).items():
         assert torch.norm(gradients[module] - tensor) <= 1e-5 * torch.norm(tensor)
@@ -226,8 +224,8 @@ def test_padding_changes_nothing(tiny_models, small_data):
     subject = make_subject(tiny_models["pythia"], small_data)
     task = BackwardTask(subject.tasks["bias"].tracked_modules)
     curvature = Curvature()
-    tight = mean_measurement_gradient(subject.model, task, subject.loader(subject.train), curvature)
-    padded = mean_measurement_gradient(subject.model, task, subject.loader(subject.train, pad_to=256), curvature)
+    tight = mean_measurement_gradient(subject.traced(curvature), task, subject.loader(subject.train))
+    padded = mean_measurement_gradient(subject.traced(curvature), task, subject.loader(subject.train, pad_to=256))
     for module, tensor in tight.items():
         assert torch.norm(tensor - padded[module]) <= 1e-5 * torch.norm(tensor)
 
@@ -267,7 +265,7 @@ def test_all_positions_bring_padding_into_the_fisher(tiny_models, small_data, tm
     for positions in ("completion", "all"):
         task = TRUST_TASKS["bias"](subject.tasks["bias"].tracked_modules, fisher_positions=positions)
         loader = subject.loader(subject.train[:4], pad_to=128)
-        fit_factors(subject.model, task, loader, curvature, tmp_path / positions)
+        fit_factors(subject.traced(curvature), task, loader, tmp_path / positions)
         covariances = Analyzer.load_file(tmp_path / positions / "gradient_covariance.safetensors")
         counts[positions] = sum(float(tensor.trace()) for tensor in covariances.values())
     assert counts["all"] > 2 * counts["completion"]
@@ -277,11 +275,11 @@ def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
     subject = make_subject(tiny_models["pythia"], small_data)
     curvature = Curvature()
     task = subject.tasks["bias"]
-    fit_factors(subject.model, task, subject.loader(subject.train), curvature, tmp_path)
-    ready = precondition(subject.model, subject.stacked_gradients(curvature), curvature, tmp_path)
-    plain = score_training_examples(subject.model, task, subject.loader(subject.train), ready, curvature)
+    fit_factors(subject.traced(curvature), task, subject.loader(subject.train), tmp_path)
+    ready = precondition(subject.stacked_gradients(curvature), curvature, tmp_path)
+    plain = score_training_examples(subject.traced(curvature), task, subject.loader(subject.train), ready)
     tokens = score_training_examples(
-        subject.model, task, subject.loader(subject.train), ready, curvature, per_token=True
+        subject.traced(curvature), task, subject.loader(subject.train), ready, per_token=True
     )
     assert torch.norm(tokens.examples - plain.examples) <= 1e-5 * torch.norm(plain.examples)
     for position, sequence in enumerate(subject.train):
@@ -299,14 +297,14 @@ def test_preconditioning_is_the_formula(tiny_models, small_data, tmp_path, strat
     subject = make_subject(tiny_models["pythia"], small_data)
     subject.train = subject.train[:12]
     curvature = Curvature(strategy, damping)
-    fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), curvature, tmp_path)
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], subject.loader(subject.train), tmp_path)
     generator = torch.Generator().manual_seed(0)
     gradients = {
         name: torch.randn(2, module.out_features, module.in_features + 1, generator=generator)
         for name in subject.tasks["bias"].tracked_modules
         for module in [subject.model.get_submodule(name)]
     }
-    ready = precondition(subject.model, gradients, curvature, tmp_path)
+    ready = precondition(gradients, curvature, tmp_path)
     factors = {file.stem: load_file(file) for file in tmp_path.glob("*.safetensors")}
     for name, gradient in gradients.items():
         value = gradient.double()
@@ -342,7 +340,7 @@ def test_float32_ranks_as_float64_does(tiny_models, small_data, tmp_path):
         curvature = Curvature(dtype=dtype)
         folder = tmp_path / str(dtype)
         budget = 2_048
-        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train, budget), curvature, folder)
+        fit_factors(subject.traced(curvature), subject.tasks["bias"], subject.loader(subject.train, budget), folder)
         scores.append(subject.scores(curvature, folder, budget))
     for single, double in zip(*scores, strict=True):
         assert double.dtype == torch.float64
@@ -353,9 +351,9 @@ def test_not_finite_factor_names_its_module(tiny_models, small_data, tmp_path):
     subject = make_subject(tiny_models["pythia"], small_data)
     name = subject.tasks["bias"].tracked_modules[-1]
     with torch.no_grad():
-        subject.model.get_submodule(name).original_module.weight[0, 0] = float("nan")
+        subject.model.get_submodule(name).weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="gpt_neox.layers.2"):
-        fit_factors(subject.model, subject.tasks["bias"], subject.loader(subject.train), Curvature(), tmp_path)
+        fit_factors(subject.traced(Curvature()), subject.tasks["bias"], subject.loader(subject.train), tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 

@@ -12,11 +12,11 @@ import torch
 from conftest import SHARED_DATA, needs_real_samples, read_rows
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from utils.performance_functions.evaluation import MEASUREMENTS, evaluate_dialogues, evaluate_pairs, measured_nll
 
 from utils.batching import BatchLoader
+from utils.evaluation import evaluate_dialogues, evaluate_pairs, measured_nll
 from utils.models import load_model, load_tokenizer
-from utils.performance_functions import bias, ethics, losses, truth
+from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, truth
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll
 from utils.performance_functions.pairs import AnswerPair, tokenize_pairs

@@ -7,15 +7,17 @@ import math
 import pytest
 import torch
 from conftest import load_script
-from utils.performance_functions.evaluation import MeasurableModel
-from utils.rates import PRECISION, Probe, largest_gain_within, perplexity_change, search_learning_rate
-from utils.repair import Repair
 
 from utils.artifacts import read_json
 from utils.console import UserError
+from utils.evaluation import EvaluationModel, data_fingerprint
+from utils.learning_rate_search import PRECISION, Trial, largest_gain_within, perplexity_change, search_learning_rate
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.losses import SequenceNLL
-from utils.selection import rows_apart
+from utils.registry import ModelArtifacts
+from utils.repair_record import RepairRecord
+from utils.selection import held_out_rows
 from utils.settings import load_settings
 
 STEP_4, STEP_5 = "make_gradients.py", "gradient_ascent_and_save.py"
@@ -28,7 +30,7 @@ def curves(cost, gain):
 
     def measure(rate):
         asked.append(rate)
-        return Probe(rate, cost(rate), 0.0, gain(rate))
+        return Trial(rate, cost(rate), 0.0, gain(rate))
 
     return measure, asked
 
@@ -39,7 +41,7 @@ def test_the_largest_step_within_the_budget_is_found(scale):
     found = largest_gain_within(BUDGET, measure)
     assert 1 / (1 + PRECISION) <= found.learning_rate / (0.1 * scale) <= 1
     assert "exceeds the perplexity budget" in found.stopped
-    assert len(asked) == len(set(asked)) == len(found.probes)
+    assert len(asked) == len(set(asked)) == len(found.trials)
 
 
 @pytest.mark.parametrize("peak", [1e-3, 0.02, 0.07])
@@ -113,7 +115,7 @@ def test_a_cost_that_is_not_known_well_leaves_room():
     """Of two repairs with the same measured cost, the one with the larger standard error takes the smaller step."""
 
     def rate_with(standard_error):
-        return largest_gain_within(BUDGET, lambda rate: Probe(rate, rate**2, standard_error(rate), rate)).learning_rate
+        return largest_gain_within(BUDGET, lambda rate: Trial(rate, rate**2, standard_error(rate), rate)).learning_rate
 
     assert rate_with(lambda rate: 0.0) == pytest.approx(0.1, rel=0.011)
     assert rate_with(lambda rate: rate**2 / 4) == pytest.approx(math.sqrt(0.01 / 1.25), rel=0.011)
@@ -126,23 +128,24 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
     workspace.run(STEP_4, "--TASK_NAME", task, "--BOTTOM_K", 8)
     arguments = [*workspace.arguments(STEP_5), "--TASK_NAME", task, "--BOTTOM_K", "8", "--LEARNING_RATE", "auto"]
     settings = load_settings(load_script(STEP_5), arguments)
-    repair = Repair(settings, task)
-    found = search_learning_rate(repair)
-    chosen = next(probe for probe in found["probes"] if probe["learning_rate"] == found["learning_rate"])
+    repair = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
+    model = load_script(STEP_5).SteppableModel(settings, num_blocks=1)
+    found = search_learning_rate(repair.artifacts, task, lambda rate: model.at(repair, rate))
+    chosen = next(trial for trial in found["trials"] if trial["learning_rate"] == found["learning_rate"])
     assert 0 < chosen["perplexity_change"] + chosen["standard_error"] <= BUDGET
     assert chosen["standard_error"] > 0
 
     # The same rule, straight from its definition, on a whole model at each rate.
     dialogues = load_dialogues(settings.HH_DATASET, "train")
-    rows = rows_apart("validation", set(repair.gradients_manifest["indices"]), len(dialogues), 500, 42)
+    rows = held_out_rows("validation", set(repair.gradient["indices"]), len(dialogues), 500, 42)
     tasks = ["bias", "ethics", "truth"] if task == "combined" else [task]
     pairs = {name: _train_pairs(name, workspace) for name in tasks}
 
     def losses(rate):
-        measurable = repair.model_at(rate)
-        whole = MeasurableModel(measurable.model, measurable.tokenizer)
-        of_pairs = {name: whole.measure(name, "train", some)["loss"] for name, some in pairs.items()}
-        return whole.dialogue_nll("v", dialogues.at(rows)), of_pairs
+        stepped = model.at(repair, rate)
+        whole = EvaluationModel(stepped.model, stepped.tokenizer)
+        of_pairs = {name: whole.measure(name, some)["loss"] for name, some in pairs.items()}
+        return whole.dialogue_nll(dialogues.at(rows)), of_pairs
 
     nll_before, before = losses(0.0)
     best = 0.0
@@ -156,8 +159,6 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
 
 
 def _train_pairs(name, workspace):
-    from utils.performance_functions.evaluation import MEASUREMENTS
-
     return MEASUREMENTS[name].load_pairs(workspace.data, "train")
 
 
@@ -166,18 +167,22 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
     workspace.run("compute_factors_and_scores.py")
     common = ("--TASK_NAME", "bias", "--BOTTOM_K", 5, "--PRESERVE_PERPLEXITY", "True")
     workspace.run(STEP_4, *common, "--NUM_RETAIN_EXAMPLES", 12)
+    test_data = [load_dialogues(str(workspace.data / "hh"), "test")]
+    test_data += [measurement.load_pairs(workspace.data, "test") for measurement in MEASUREMENTS.values()]
+    of_test = {data_fingerprint(data) for data in test_data}
     looked = []
-    original = MeasurableModel._input
+    original = EvaluationModel._input
 
-    def spy(self, metric, split, data, quiet):
-        looked.append((metric, split))
-        return original(self, metric, split, data, quiet)
+    def spy(self, metric, data, quiet):
+        looked.append((metric, data_fingerprint(data) in of_test))
+        return original(self, metric, data, quiet)
 
-    monkeypatch.setattr(MeasurableModel, "_input", spy)
+    monkeypatch.setattr(EvaluationModel, "_input", spy)
     workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
-    searched = [split for _, split in looked]
-    assert set(searched[: searched.index("test")]) == {"validation", "train"}
-    assert [metric for metric, split in looked if split == "test"].count("bias") == 2, "once before, once after"
+    first_test = [is_test for _, is_test in looked].index(True)
+    assert {metric for metric, _ in looked[:first_test]} == {"anthropic", "bias"}, "the search comes first"
+    assert all(is_test for _, is_test in looked[first_test:]), "and is over then"
+    assert looked.count(("bias", True)) == 2, "once before, once after"
     (folder,) = workspace.output.glob("gradient_ascent_models/bias_*_preserve_lr*")
     report = read_json(folder / "repair.json")
     assert report["search"]["learning_rate"] == report["learning_rate"] > 0
@@ -194,11 +199,11 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
 
 def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():
     first, second = ({1, 2, 3}, {7, 8, 9})
-    retained = rows_apart("retain", first, 100, 20, 42)
-    validation = rows_apart("validation", {*first, *retained}, 100, 20, 42)
+    retained = held_out_rows("retain", first, 100, 20, 42)
+    validation = held_out_rows("validation", {*first, *retained}, 100, 20, 42)
     assert len({*first, *retained, *validation}) == 43
-    assert retained == rows_apart("retain", first, 100, 20, 42) != rows_apart("retain", first, 100, 20, 1)
-    assert len(set(retained) & set(rows_apart("retain", second, 100, 20, 42))) >= 16
-    assert len(rows_apart("retain", first, 100, 500, 42)) == 48, "half of what is left, so that validation has the rest"
+    assert retained == held_out_rows("retain", first, 100, 20, 42) != held_out_rows("retain", first, 100, 20, 1)
+    assert len(set(retained) & set(held_out_rows("retain", second, 100, 20, 42))) >= 16
+    assert len(held_out_rows("retain", first, 100, 500, 42)) == 48, "half of those left: validation has the rest"
     with pytest.raises(UserError, match="leaves none for retain; set BOTTOM_K to less"):
-        rows_apart("retain", range(9), 10, 5, 42)
+        held_out_rows("retain", range(9), 10, 5, 42)

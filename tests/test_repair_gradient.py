@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import Workspace
 from safetensors.torch import load_file
-from utils.performance_functions.evaluation import MEASUREMENTS
-from utils.repair_gradient import inner_product, preserving_direction
 
+from make_gradients import inner_product, preserving_direction
 from utils.artifacts import read_json
 from utils.models import load_model, load_tokenizer
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 
 STEP_1, STEP_2, STEP_4 = "compute_factors_and_scores.py", "representations/train_reps.py", "make_gradients.py"

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tasks.base
 import torch
+import transformers
 from conftest import Workspace, contents, load_script
 from transformers import PreTrainedModel
 
-from utils import influence, models
+import tasks.backward_task
+from utils import evaluation
+from utils.influence import factors, traced_model
 from utils.paths import PROJECT_ROOT
-from utils.performance_functions import evaluation
 
 STEP_1, STEP_2 = "compute_factors_and_scores.py", "representations/train_reps.py"
 STEP_3, STEP_4, STEP_5 = "dpp/greedy_dpp.py", "make_gradients.py", "gradient_ascent_and_save.py"
@@ -94,7 +95,7 @@ def assert_same(folder: Path, expected: Path) -> None:
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("script", ARGUMENTS)
 def test_a_second_run_computes_nothing_and_changes_nothing(reference, monkeypatch, script, overwrite):
-    for loader in (models.AutoModelForCausalLM, models.AutoTokenizer):
+    for loader in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
         monkeypatch.setattr(loader, "from_pretrained", lambda *_, **__: pytest.fail("a model or tokenizer is loaded"))
     monkeypatch.setattr(load_script(STEP_3), "greedy_dpp", lambda *_: pytest.fail("the greedy runs"))
     before = contents(reference.final.output)
@@ -104,7 +105,7 @@ def test_a_second_run_computes_nothing_and_changes_nothing(reference, monkeypatc
 
 def test_an_evaluation_reads_what_step_5_measured(reference, monkeypatch):
     monkeypatch.setattr(
-        models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
     )
     before = contents(reference.final.output)
     for script in EVALUATIONS:
@@ -114,7 +115,7 @@ def test_an_evaluation_reads_what_step_5_measured(reference, monkeypatch):
 
 def test_a_repaired_model_is_evaluated_from_what_step_5_measured(reference, monkeypatch):
     monkeypatch.setattr(
-        models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model is loaded")
     )
     folder = reference.final.output / "gradient_ascent_models" / "bias_pythia-tiny_dpp_ifweight10_bottom5_lr0.01"
     repaired = Workspace(folder, reference.final.data, reference.final.output)
@@ -168,15 +169,15 @@ def in_script(script: str) -> Callable[[], object]:
 
 REPAIRED = "bias_pythia-tiny_dpp_ifweight10_bottom5_lr0.02"
 KILLS: dict[str, tuple[str, Kill]] = {
-    "while the covariances are summed": (STEP_1, at_call(lambda: influence.BatchLoader, "_collate", 2)),
+    "while the covariances are summed": (STEP_1, at_call(lambda: traced_model.BatchLoader, "_collate", 2)),
     "between two covariance files": (STEP_1, at_rename("gradient_covariance.safetensors")),
-    "before the eigendecompositions": (STEP_1, at_call(lambda: influence, STAGES["eigenbases"])),
-    "before the Lambda matrices": (STEP_1, at_call(lambda: influence, STAGES["lambdas"])),
+    "before the eigendecompositions": (STEP_1, at_call(lambda: factors, STAGES["eigenbases"])),
+    "before the Lambda matrices": (STEP_1, at_call(lambda: factors, STAGES["lambdas"])),
     "before the Lambda matrices are saved": (STEP_1, at_rename("lambda_matrix.safetensors")),
     "before the manifest of the factors": (STEP_1, at_rename("manifest.json")),
     "before the factors get their name": (STEP_1, at_rename("factors_ekfac")),
     "after the factors": (STEP_1, at_call(in_script(STEP_1), "mean_measurement_gradient")),
-    "in the middle of the scores": (STEP_1, at_call(lambda: tasks.base, "sequence_nll", 2)),
+    "in the middle of the scores": (STEP_1, at_call(lambda: tasks.backward_task, "sequence_nll", 2)),
     "before the first scores are saved": (STEP_1, at_rename("pairwise_scores.safetensors")),
     "between scores and manifest": (STEP_1, at_rename("pairwise_scores.manifest.json")),
     "between the tasks' scores": (STEP_1, at_rename("pairwise_scores.manifest.json", 2)),
@@ -207,7 +208,7 @@ def test_killed_and_run_again(reference, tmp_path, monkeypatch, capsys, point):
         with pytest.raises(SystemExit) as stop:
             workspace.run(script, *ARGUMENTS[script])
     assert stop.value.code == 130
-    assert "stopped; what was finished is kept, run the same command to go on" in capsys.readouterr().err
+    assert "stopped; finished work is kept, run the same command to continue" in capsys.readouterr().err
     workspace.run(script, *ARGUMENTS[script])
     assert_same(workspace.output, reference.after(script))
 
@@ -228,13 +229,13 @@ def test_failed_and_run_again(reference, tmp_path, monkeypatch, point):
 def counting_stages(monkeypatch: pytest.MonkeyPatch) -> Counter:
     fitted = Counter()
     for stage, name in STAGES.items():
-        original = getattr(influence, name)
+        original = getattr(factors, name)
 
         def counted(*arguments, stage=stage, original=original, **keywords):
             fitted[stage] += 1
             return original(*arguments, **keywords)
 
-        monkeypatch.setattr(influence, name, counted)
+        monkeypatch.setattr(factors, name, counted)
     return fitted
 
 
@@ -272,7 +273,7 @@ def test_finished_scores_are_not_computed_again(reference, tmp_path, monkeypatch
     monkeypatch.setattr(
         script,
         "mean_measurement_gradient",
-        lambda model, task, *rest: (measured.append(task.name), original(model, task, *rest))[1],
+        lambda traced, task, *rest: (measured.append(task.name), original(traced, task, *rest))[1],
     )
     workspace.run(STEP_1)
     assert measured == ["ethics", "truth"]

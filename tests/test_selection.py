@@ -9,16 +9,11 @@ import math
 import pytest
 import torch
 
-from utils import selection
+from dpp import greedy_dpp as greedy_script
+from dpp.greedy_dpp import FourierKernel, Kernel, RBFKernel, center, greedy_dpp, median_heuristic_gamma
 from utils.console import UserError
 from utils.selection import (
-    FourierKernel,
-    Kernel,
-    RBFKernel,
-    centred,
     combined_scores,
-    greedy_dpp,
-    median_heuristic_gamma,
     min_max_normalise,
     most_harmful,
     random_subset,
@@ -56,7 +51,7 @@ def lazy_greedy(matrix: torch.Tensor, quality: torch.Tensor, bottom_k: int, if_w
 
 def make_kernel(name: str, count: int, seed: int) -> Kernel:
     generator = torch.Generator().manual_seed(seed)
-    representations = centred(torch.randn(count, 8, generator=generator) + 50)
+    representations = center(torch.randn(count, 8, generator=generator) + 50)
     gamma = median_heuristic_gamma(representations, seed)
     return RBFKernel(representations, gamma) if name == "rbf" else FourierKernel(representations, gamma, 64, seed)
 
@@ -66,7 +61,7 @@ def make_kernel(name: str, count: int, seed: int) -> Kernel:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("at_once", [1, 7, 1_024])
 def test_greedy_equals_the_lazy_greedy(monkeypatch, name, if_weight, seed, at_once):
-    monkeypatch.setattr(selection, "CANDIDATES_AT_ONCE", at_once)
+    monkeypatch.setattr(greedy_script, "CANDIDATES_AT_ONCE", at_once)
     kernel = make_kernel(name, 120, seed)
     quality = torch.rand(120, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64)
     matrix = full_kernel(kernel)
@@ -89,7 +84,7 @@ def test_greedy_is_within_its_guarantee_of_brute_force(seed):
 
 
 def test_greedy_picks_everything_once_among_duplicates():
-    representations = centred(torch.tensor([[0.0], [0.0], [0.0], [9.0]]))
+    representations = center(torch.tensor([[0.0], [0.0], [0.0], [9.0]]))
     subset = greedy_dpp(RBFKernel(representations, 1.0), torch.zeros(4), 4, 0.0)
     assert sorted(subset.indices) == [0, 1, 2, 3]
     assert set(subset.indices[:2]) & {3}, "the outlier is among the first two: it is the most diverse"
@@ -103,7 +98,7 @@ def test_a_heavy_influence_term_picks_by_quality():
 
 
 def test_rbf_block_is_the_exact_kernel():
-    representations = centred(torch.randn(40, 6) * 3 + 100)
+    representations = center(torch.randn(40, 6) * 3 + 100)
     rows, columns = torch.tensor([7, 3]), torch.arange(8, 40)
     block = RBFKernel(representations, 0.05).block(rows, columns)
     exact = torch.exp(-0.05 * torch.cdist(representations[rows].double(), representations[columns].double()) ** 2)
@@ -111,7 +106,7 @@ def test_rbf_block_is_the_exact_kernel():
 
 
 def test_fourier_features_approximate_the_kernel():
-    representations = centred(torch.randn(60, 6))
+    representations = center(torch.randn(60, 6))
     exact, rough = RBFKernel(representations, 0.1), FourierKernel(representations, 0.1, 16_384, seed=0)
     assert float((full_kernel(exact) - full_kernel(rough)).abs().max()) < 0.05
 

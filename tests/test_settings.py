@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 from conftest import load_script, run_script
 
+from utils import hub
 from utils import settings as settings_module
 from utils.console import UserError
 from utils.hub import HubAccess, hub_access
@@ -27,17 +28,21 @@ PIPELINE = [*STEPS.values(), *EVALUATIONS]
 SCRIPTS = ["data/make_sft_model.py", *PIPELINE]
 
 FACTORS = {"NUM_BLOCKS", "FACTOR_STRATEGY", "NUM_FACTOR_EXAMPLES", "DAMPING_FACTOR", "USE_HALF_PRECISION"}
-COMMON = {"MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "OVERWRITE"}
+COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "OVERWRITE"}
 PROMISED = {
-    1: {"MODEL_NAMES", "TASK_NAME", *FACTORS, "FISHER_POSITIONS", "COMPUTE_PER_TOKEN_SCORES", "TOKENS_PER_BATCH"},
-    2: {"MODEL_NAME", "MAX_LENGTH", "TOKENS_PER_BATCH"},
-    3: {"MODEL_NAME", "TASK_NAME", "BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA"},
+    1: {
+        *{"MODEL_NAMES", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", *FACTORS, "FISHER_POSITIONS"},
+        *{"COMPUTE_PER_TOKEN_SCORES", "TOKENS_PER_BATCH"},
+    },
+    2: {"MODEL_NAME", "DATA_DIR", "DEVICE", "MAX_LENGTH", "TOKENS_PER_BATCH"},
+    3: {"MODEL_NAME", "SEED", "TASK_NAME", "BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA"},
     4: {
-        *{"MODEL_NAMES", "TASK_NAME", "BOTTOM_K", "SCORES_TYPE", "IF_WEIGHT", "GRADIENT_REDUCTION_TYPE"},
-        *{"TASK_WEIGHTS", *FACTORS, "FISHER_POSITIONS"},
+        *{"MODEL_NAMES", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", "BOTTOM_K", "SCORES_TYPE", "IF_WEIGHT"},
+        *{"GRADIENT_REDUCTION_TYPE", "TASK_WEIGHTS", "FACTOR_STRATEGY", "DAMPING_FACTOR", "USE_HALF_PRECISION"},
     },
     5: {
-        *{"MODEL_NAME", "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "IF_WEIGHT", "LEARNING_RATE", "SAVE_TO_DISK"},
+        *{"MODEL_NAME", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "IF_WEIGHT"},
+        *{"LEARNING_RATE", "SAVE_TO_DISK"},
         *{"PUSH_TO_HUB", "HUB_USERNAME", "COMPUTE_ANTHROPIC_EVAL", "COMPUTE_TASK_EVAL"},
     },
 }
@@ -56,7 +61,7 @@ def settings_of(script: str, *arguments: str) -> settings_module.Settings:
 @pytest.fixture
 def env_file(tmp_path, monkeypatch):
     """A repository whose `.env` the test writes, and an environment without the hub's variables."""
-    monkeypatch.setattr(settings_module, "PROJECT_ROOT", tmp_path)
+    monkeypatch.setattr(hub, "PROJECT_ROOT", tmp_path)
     for name in ("HUB_TOKEN", "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / ".env"
@@ -188,9 +193,9 @@ def test_an_edited_constant_of_a_wrong_type_is_refused(monkeypatch, script, name
 def test_settings_are_checked_before_a_model_is_looked_for(script, capsys):
     (model,) = {"MODEL_NAME", "MODEL_NAMES", "BASE_MODEL"} & set(schema_of(script))
     with pytest.raises(SystemExit) as stop:
-        run_script(script, f"--{model}", "/no/such/model", "--SEED", "fast")
+        run_script(script, f"--{model}", "/no/such/model", "--OVERWRITE", "maybe")
     assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("error: SEED = fast: allowed is a whole number")
+    assert capsys.readouterr().err.startswith("error: OVERWRITE = maybe: allowed is True or False")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -245,10 +250,26 @@ def test_constants_that_scripts_share_are_the_same_everywhere():
 
 
 def test_the_model_that_is_made_is_the_one_the_steps_start_from():
-    made, used = load_script("data/make_sft_model.py"), load_script(STEPS[2])
-    assert made.SFT_MODEL_DIR == used.MODEL_NAME
+    made, used = load_script("data/make_sft_model.py"), load_script(STEPS[1])
+    assert [made.SFT_MODEL_DIR] == used.MODEL_NAMES
     for name in ("HH_DATASET", "SEED", "DEVICE"):
         assert getattr(made, name) == getattr(used, name)
+
+
+def test_step_4_reads_from_the_factors_manifest_what_the_factors_were_made_with():
+    assert not {"NUM_BLOCKS", "NUM_FACTOR_EXAMPLES", "FISHER_POSITIONS"} & set(schema_of(STEPS[4]))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_comment_of_a_constant_shows_its_choices(script):
+    """The file is what people edit."""
+    for name, annotation in schema_of(script).items():
+        members = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Union else [annotation]
+        for member in members:
+            if typing.get_origin(member) is Literal:
+                shown = constant_comments(script)[name] + repr(getattr(load_script(script), name))
+                missing = [c for c in typing.get_args(member) if f'"{c}"' not in shown and f"'{c}'" not in shown]
+                assert not missing or "as in step" in shown, f"{script}: {name} does not show {missing}"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -258,7 +279,8 @@ def test_a_step_has_the_constants_it_promises(step):
 
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_an_evaluation_has_the_constants_it_promises(script):
-    assert {*COMMON, "MODEL_NAMES", "SPLIT"} == set(schema_of(script))
+    data = "HH_DATASET" if script == EVALUATIONS[0] else "DATA_DIR"
+    assert {"MODEL_NAMES", data, "OUTPUT_DIR", "DEVICE", "OVERWRITE", "SPLIT"} == set(schema_of(script))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +295,7 @@ def test_an_evaluation_has_the_constants_it_promises(script):
     ],
 )
 def test_choices(name, choices):
-    annotation = schema_of(STEPS[4])[name]
+    annotation = schema_of(STEPS[1 if name == "FISHER_POSITIONS" else 4])[name]
     assert typing.get_origin(annotation) is Literal
     assert set(typing.get_args(annotation)) == choices
 
@@ -315,7 +337,7 @@ def test_the_reason_of_an_error_is_one_short_line_without_the_token():
     assert len(access.reason(OSError("long " * 1_000))) <= 300
 
 
-def test_the_token_is_blotted_out_of_error_lines(env_file, capsys):
+def test_the_token_is_redacted_in_error_lines(env_file, capsys):
     env_file.write_text(f"HUB_TOKEN={FAKE_TOKEN}\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         run_script(STEPS[2], "--MODEL_NAME", f"/no/such/{FAKE_TOKEN}/model")

@@ -138,7 +138,7 @@ def test_the_recipe_lies_beside_the_model(tiny_models, sixty_four, tmp_path):
     run_script(SCRIPT, "--BASE_MODEL", base, *common_arguments(sixty_four, folder), "--LEARNING_RATE", 1e-4)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers"
-    assert card.data.base_model is None, "somebody's folder is no hub id"
+    assert card.data.base_model is None, "a local folder is not a hub id"
     perplexity = read_json(folder / "manifest.json")["perplexity"]
     for fragment in (
         "64 dialogues",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
+from collections import Counter
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import Workspace, load_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from utils.repair_report import change_percent, improvement_percent
 
+from utils import paths, registry
 from utils.artifacts import read_json
+from utils.evaluation import EvaluationModel, Evaluator, change_percent, improvement_percent
 from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
+from utils.settings import load_settings
+from utils.trunk import Trunk
 
 CPU = torch.device("cpu")
 
@@ -187,13 +192,9 @@ def test_sweep_equals_single_rates_and_results_equal_step_6(finished):
     )
     alone = load_file(folder / "model.safetensors")
     assert all(torch.equal(swept[name], alone[name]) for name in swept)
-    arguments = [
-        argument if argument != str(finished.model) else str(folder)
-        for argument in finished.arguments("evaluation_scripts/truth_loss.py")
-    ]
+    repaired = Workspace(folder, finished.data, finished.output)
     for metric, script in (("anthropic", "anthropic_eval"), ("truth", "truth_loss")):
-        module = load_script(f"evaluation_scripts/{script}.py")
-        module.run_step(module.main, arguments)
+        repaired.run(f"evaluation_scripts/{script}.py")
         assert read_json(results[metric])["loss"] == pytest.approx(recorded[metric], rel=1e-6)
 
 
@@ -258,3 +259,74 @@ def test_more_completions_replace_fewer_and_fewer_are_there_already(finished):
         finished.run("gradient_ascent_and_save.py", *common, "--NUM_COMPLETIONS", count)
         counts.append(len(read_json(only(finished, "truth_*_completions_test.json"))))
     assert counts == [1, 3, 3]
+
+
+def test_step_4_follows_the_factors_that_step_1_made(make_workspace):
+    """NUM_FACTOR_EXAMPLES and the like are given once, to step 1."""
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py", "--NUM_FACTOR_EXAMPLES", 48, "--NUM_BLOCKS", 2)
+    workspace.run("compute_factors_and_scores.py", "--NUM_BLOCKS", 2, "--FACTOR_STRATEGY", "identity")
+    for scores_type in ("pure_ekfac", "identity"):
+        workspace.run("make_gradients.py", "--TASK_NAME", "bias", "--BOTTOM_K", 3, "--SCORES_TYPE", scores_type)
+        folder = only(workspace, f"bias_*/query_grads_{scores_type}_bottom3")
+        settings = read_json(folder / "aggregated_query_grads.manifest.json")["settings"]
+        assert (settings["NUM_FACTOR_EXAMPLES"], settings["NUM_BLOCKS"]) == (48, 2)
+        names = load_file(folder / "aggregated_query_grads.safetensors")
+        assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == {1, 2}
+
+
+def test_all_tasks_load_and_hash_the_model_once_and_run_the_trunk_once_for_each_data_set(make_workspace, monkeypatch):
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py")
+    workspace.run("make_gradients.py", "--BOTTOM_K", 4)
+    script, counts, ran = load_script("gradient_ascent_and_save.py"), Counter(), Counter()
+    for owner, name in ((script, "load_model"), (registry, "model_fingerprint")):
+        original = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, f=original, n=name: (counts.update([n]), f(*a))[1])
+    states = Trunk.states
+    monkeypatch.setattr(
+        Trunk,
+        "states",
+        lambda self, batch: (ran.update([batch["input_ids"].numpy().tobytes()]), states(self, batch))[1],
+    )
+    workspace.run("gradient_ascent_and_save.py", "--BOTTOM_K", 4, "--LEARNING_RATE", 0.01, 0.02, "--NUM_COMPLETIONS", 1)
+    assert counts == {"load_model": 1, "model_fingerprint": 1}
+    checked = 1  # trunk and tail are compared with the whole model once
+    model, data = EvaluationModel(*loaded(workspace)), Evaluator(settings_of(workspace), "test")
+    batches = sum(len(model._input(metric, data.data(metric), True)[0]) for metric in paths.STEP_6)
+    assert sum(ran.values()) == batches + checked
+    assert set(ran.values()) == {1}
+
+
+def loaded(workspace):
+    return load_model(str(workspace.model), CPU), load_tokenizer(str(workspace.model))
+
+
+def settings_of(workspace):
+    script = "gradient_ascent_and_save.py"
+    return load_settings(load_script(script), workspace.arguments(script))
+
+
+def test_seconds_are_those_of_the_artefact_alone(make_workspace, monkeypatch):
+    """Of three tasks' picks and gradients, none counts the loading of the model or the tasks before it."""
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py")
+    workspace.run("representations/train_reps.py")
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def takes(script, name, seconds):
+        module = load_script(script)
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: (now.__setitem__(0, now[0] + seconds), original(*a))[1])
+
+    takes("dpp/greedy_dpp.py", "median_heuristic_gamma", 100)
+    takes("dpp/greedy_dpp.py", "greedy_dpp", 3)
+    takes("make_gradients.py", "load_traced_model", 100)
+    takes("make_gradients.py", "subset_gradient", 5)
+    workspace.run("dpp/greedy_dpp.py", "--BOTTOM_K", 4)
+    workspace.run("make_gradients.py", "--BOTTOM_K", 4, "--SCORES_TYPE", "dpp")
+    for pattern, seconds in (("*_indices_4_*.manifest.json", 3), ("aggregated_query_grads.manifest.json", 5)):
+        manifests = list(workspace.output.rglob(pattern))
+        assert len(manifests) == 3
+        assert [read_json(manifest)["seconds"] for manifest in manifests] == [seconds] * 3

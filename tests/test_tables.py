@@ -13,12 +13,13 @@ import torch
 from conftest import Workspace, contents, load_script, run_script, write_rows
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from utils.grid import Cell, task_names
-from utils.repair_report import change_percent, improvement_percent
 
-from utils import grid, paths
+from evaluation_scripts import paper_tables
+from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names
+from utils import paths
 from utils.artifacts import read_json, write_atomically
 from utils.console import UserError
+from utils.evaluation import change_percent, improvement_percent
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import earlier_rates, write_sweep
@@ -65,7 +66,7 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
     workspace.run(STEP_5, *common, *sweep, 0.05, 0.1)
     assert contents(workspace.output) == before
 
-    workspace.run(STEP_4, *common, "--NUM_BLOCKS", 1, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", "True")
+    workspace.run(STEP_4, *common, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", "True")
     workspace.run(STEP_5, *common, *sweep, 0.2, 0.3, "--OVERWRITE", "True")
     assert [row["learning_rate"] for row in read_json(file)["rates"]] == [0.2, 0.3], "another gradient, another sweep"
 
@@ -201,11 +202,11 @@ def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_pa
 
 
 def test_as_few_runs_as_name_the_tasks():
-    def cells(*tasks):
-        return [Cell(task, "dpp", False, 5, 1.0) for task in tasks]
+    def configs(*tasks):
+        return [RepairConfig(task, "dpp", False, 5, 1.0) for task in tasks]
 
-    assert task_names(cells("bias", "ethics", "truth", "combined")) == ["all", "combined"]
-    assert task_names(cells("truth", "bias", "truth")) == ["truth", "bias"]
+    assert fewest_task_names(configs("bias", "ethics", "truth", "combined")) == ["all", "combined"]
+    assert fewest_task_names(configs("truth", "bias", "truth")) == ["truth", "bias"]
 
 
 # ------------------------------------------------------------------------------------------- the whole script
@@ -262,7 +263,7 @@ def test_a_finished_grid_is_not_computed_again(tabled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    for module in ("utils.repair", "utils.tracing", "utils.performance_functions.evaluation"):
+    for module in ("gradient_ascent_and_save", "utils.influence.traced_model", "utils.evaluation"):
         monkeypatch.setattr(f"{module}.load_model", refuse)
     before = {name: file for name, file in contents(tabled.output).items() if not name.endswith("sweeps.png")}
     tabled.run(TABLES, *SMALL)
@@ -275,7 +276,7 @@ def test_a_finished_grid_is_not_computed_again(tabled, monkeypatch):
 def test_a_killed_grid_goes_on_where_it_was(make_workspace, tabled, monkeypatch):
     workspace = make_workspace("pythia")
     ran = []
-    original = grid.run_script
+    original = paper_tables.run_script
 
     def stop_after_nine(name, *arguments, **constants):
         ran.append(name)
@@ -283,12 +284,12 @@ def test_a_killed_grid_goes_on_where_it_was(make_workspace, tabled, monkeypatch)
             raise KeyboardInterrupt
         original(name, *arguments, **constants)
 
-    monkeypatch.setattr(grid, "run_script", stop_after_nine)
+    monkeypatch.setattr(paper_tables, "run_script", stop_after_nine)
     with pytest.raises(SystemExit) as stop:
         workspace.run(TABLES, *SMALL)
     assert stop.value.code == 130
     assert not (workspace.output / "results" / "report.html").exists()
-    monkeypatch.setattr(grid, "run_script", original)
+    monkeypatch.setattr(paper_tables, "run_script", original)
     workspace.run(TABLES, *SMALL)
     whole, resumed = (
         pd.read_csv(folder / "results" / "tables" / "main.csv").drop(columns="seconds")

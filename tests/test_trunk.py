@@ -14,7 +14,7 @@ from utils.batching import BatchLoader
 from utils.models import last_hidden_state, load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
-from utils.trunk import KeptStates, Trunk
+from utils.trunk import HiddenStateCache, Trunk
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def subject(request, tiny_models, small_data):
     return load_model(folder, CPU), sequences
 
 
-def difference(trunk: Trunk, states: KeptStates, model: torch.nn.Module, loader: BatchLoader) -> float:
+def difference(trunk: Trunk, states: HiddenStateCache, model: torch.nn.Module, loader: BatchLoader) -> float:
     """Largest relative difference between the tail's and the whole model's label losses."""
     worst = 0.0
     with torch.no_grad():
@@ -41,7 +41,7 @@ def difference(trunk: Trunk, states: KeptStates, model: torch.nn.Module, loader:
 def test_tail_equals_the_whole_model(subject, num_blocks):
     model, sequences = subject
     trunk = Trunk(model, "auto", num_blocks)
-    states = KeptStates(trunk)
+    states = HiddenStateCache(trunk)
     for budget in (400, 1_000, 400):  # the third pass finds what the first one kept
         assert difference(trunk, states, model, BatchLoader(sequences, budget, pad_token_id=0)) < 1e-5
     assert len(trunk.tail.base_model.get_submodule("layers")) == num_blocks
@@ -51,7 +51,7 @@ def test_tail_equals_the_whole_model(subject, num_blocks):
 def test_tail_shares_the_models_weights(subject):
     model, sequences = subject
     trunk = Trunk(model, "auto", 1)
-    states, loader = KeptStates(trunk), BatchLoader(sequences[:10], 500, pad_token_id=0)
+    states, loader = HiddenStateCache(trunk), BatchLoader(sequences[:10], 500, pad_token_id=0)
     assert difference(trunk, states, model, loader) < 1e-5
     with torch.no_grad():
         before = sequence_nll(model, next(iter(loader))).total
@@ -66,7 +66,7 @@ def test_states_are_computed_once_for_a_batch_that_comes_again(subject, monkeypa
     trunk, computed = Trunk(model, "auto", 1), []
     original = trunk.states
     monkeypatch.setattr(trunk, "states", lambda batch: (computed.append(len(batch["index"])), original(batch))[1])
-    states = KeptStates(trunk)
+    states = HiddenStateCache(trunk)
     some = BatchLoader(sequences, 500, pad_token_id=0, indices=range(0, 60, 3))
     for loader, total in ((some, 20), (some, 20), (BatchLoader(sequences, 900, pad_token_id=0), 80)):
         assert difference(trunk, states, model, loader) < 1e-5
@@ -76,12 +76,12 @@ def test_states_are_computed_once_for_a_batch_that_comes_again(subject, monkeypa
 @pytest.mark.parametrize("kept_bytes", [0, 50_000])
 def test_what_memory_cannot_keep_is_computed_again(subject, monkeypatch, kept_bytes):
     model, sequences = subject
-    monkeypatch.setattr(trunk_module, "KEPT_BYTES_ON_CPU", kept_bytes)
+    monkeypatch.setattr(trunk_module, "CACHE_BYTES_ON_CPU", kept_bytes)
     trunk = Trunk(model, "auto", 1)
-    states, loader = KeptStates(trunk), BatchLoader(sequences, 200, pad_token_id=0)
+    states, loader = HiddenStateCache(trunk), BatchLoader(sequences, 200, pad_token_id=0)
     for _ in range(2):
         assert difference(trunk, states, model, loader) < 1e-5
-    kept = sum(tensor.nbytes for tensor in states._kept.values())
+    kept = sum(tensor.nbytes for tensor in states._cached.values())
     assert kept == kept_bytes - trunk.free_bytes <= kept_bytes
     assert bool(kept) == bool(kept_bytes)
 
@@ -91,7 +91,7 @@ def test_half_precision_is_that_of_the_whole_model(subject):
     trunk = Trunk(model, "auto", 1, half_precision=True)
     batch = next(iter(BatchLoader(sequences[:4], 500, pad_token_id=0)))
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = last_hidden_state(trunk.tail, KeptStates(trunk).add_to(batch))
+        ours = last_hidden_state(trunk.tail, HiddenStateCache(trunk).add_to(batch))
         torch.testing.assert_close(ours, last_hidden_state(model, batch), rtol=0, atol=0)
 
 
@@ -101,7 +101,7 @@ def test_padding_states_are_those_of_the_model(subject):
     trunk = Trunk(model, "auto", 1)
     for batch in BatchLoader(sequences[:6], 500, pad_token_id=0, pad_to=150):
         with torch.no_grad():
-            ours = last_hidden_state(trunk.tail, KeptStates(trunk, keep=False).add_to(batch))
+            ours = last_hidden_state(trunk.tail, HiddenStateCache(trunk, keep=False).add_to(batch))
             torch.testing.assert_close(ours, last_hidden_state(model, batch), rtol=1e-4, atol=1e-5)
 
 
