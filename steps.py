@@ -37,7 +37,8 @@ def run_step(
         refuse_several_processes()
     try:
         settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
-        _require_writable_output(settings)
+        if hasattr(settings, "OUTPUT_DIR"):
+            require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
         main(settings)
         if next_command:
             say(f"next: {next_command(settings)}")
@@ -59,13 +60,16 @@ def refuse_several_processes() -> None:
         _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")
 
 
-def _require_writable_output(settings: Settings) -> None:
-    """Find out before the work, not after it, that its result cannot be written."""
-    if hasattr(settings, "OUTPUT_DIR"):
-        folder = resolve_path(settings.OUTPUT_DIR)
-        existing = next(path for path in (folder, *folder.parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UserError(f"OUTPUT_DIR = {settings.OUTPUT_DIR!r}: {existing} is not a writable folder")
+def require_writable(constant: str, value: str) -> None:
+    """Find out before the work, not after it, that its result cannot be written.
+
+    Raises:
+        UserError: the folder that a constant names is a file, or may not be written to.
+    """
+    folder = resolve_path(value)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"{constant} = {value!r}: {existing} is not a writable folder")
 
 
 def _exit_with(line: str, code: int = 1) -> NoReturn:

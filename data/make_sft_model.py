@@ -46,8 +46,9 @@ from utils.models import (
     resolve_device,
     silence_transformers,
 )
-from utils.paths import STEP_0, STEP_1, resolve_path
+from utils.paths import STEP_1
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.registry import sft_model
 from utils.reporting.cards import sft_card
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, TrackerName
 from utils.tracker import tracking
@@ -138,13 +139,7 @@ def sft_artifact(settings: Settings, dataset: str) -> Artifact:
     else:
         require_supported(settings.BASE_MODEL, "auto")
         base = model_fingerprint(settings.BASE_MODEL)
-    artifact = Artifact(
-        resolve_path(settings.SFT_MODEL_DIR),
-        made_by=STEP_0,
-        settings=settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED"),
-        inputs={"base": fingerprint_of(base), "dataset": dataset},
-        is_folder=True,
-    )
+    artifact = sft_model(settings, fingerprint_of(base), dataset)
     if artifact.path.exists() and not artifact.manifest_path.exists() and not settings.OVERWRITE:
         raise UserError(
             f"SFT_MODEL_DIR = {settings.SFT_MODEL_DIR!r}: already exists and has no manifest, so this script did not "

@@ -23,7 +23,6 @@ of a literal to a name, at any depth, these are recognised, in upper or lower ca
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.official.files import PreparedFile
 from data.official.parts import FILES, PARTS, OfficialFile, PartName
 from data.official.sources import Source, find_source
-from steps import run_step
+from steps import require_writable, run_step
 from utils.artifacts import fingerprint_of_files
 from utils.console import UserError, banner, is_disk_full, say, shown_path
 from utils.paths import resolve_path
@@ -57,9 +56,7 @@ def main(settings: Settings) -> None:
     """Fetch the parts in ONLY; stop at the first that fails, and say what is finished."""
     banner("official data", settings.DATA_DIR)
     data_dir = resolve_path(settings.DATA_DIR)
-    existing = next(path for path in (data_dir, *data_dir.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):  # before the downloads, not after them
-        raise UserError(f"DATA_DIR = {settings.DATA_DIR!r}: {existing} is not a writable folder")
+    require_writable("DATA_DIR", settings.DATA_DIR)
     sources = {
         part: find_source(part, settings, PARTS[part].local_form, PARTS[part].may_be_file) for part in settings.ONLY
     }

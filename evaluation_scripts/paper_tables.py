@@ -110,7 +110,7 @@ class RepairConfig:
 
 
 def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
-    """The repairs of the main table, and of each ablation that has more than one value; the first is the main table's."""
+    """The repairs of the main table, at the first value of each list, and of each ablation over several values."""
     bottom_k, if_weight, preserve = settings.BOTTOM_K[0], settings.IF_WEIGHT[0], settings.PRESERVE_PERPLEXITY[0]
     ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
     grid = {

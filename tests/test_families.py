@@ -125,6 +125,27 @@ def test_blocks_that_share_weights_are_refused(tmp_path):
         find_blocks(loaded, "auto")
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_every_traced_block_is_checked_not_only_the_last(tmp_path, num_blocks):
+    """A weight outside of a Linear, or shared, in the second-last block would be left untraced without a word."""
+    loaded = load_model(str(make_model(tmp_path / "model", "LlamaConfig")), torch.device("cpu"))
+    second_last = loaded.model.layers[1].mlp
+    conv1d = transformers.pytorch_utils.Conv1D(64, 32)
+    spoilt = {
+        "is the weight of a Conv1D": lambda: setattr(second_last, "up_proj", conv1d),
+        "is shared with": lambda: setattr(second_last.up_proj, "weight", loaded.model.layers[0].mlp.up_proj.weight),
+    }
+    original = second_last.up_proj
+    for reason, spoil in reversed(spoilt.items()):
+        spoil()
+        if num_blocks == 1:
+            find_blocks(loaded, "auto", num_blocks)
+        else:
+            with pytest.raises(UserError, match=rf"layers\.1\.mlp\.up_proj\.weight {reason}"):
+                find_blocks(loaded, "auto", num_blocks)
+        second_last.up_proj = original
+
+
 def test_quantised_weights_encoders_and_adapters_are_refused(tmp_path):
     folder = make_model(tmp_path / "model", "LlamaConfig")
     config = read_json(folder / "config.json")

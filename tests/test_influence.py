@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,8 @@ from torch.utils.data import Dataset
 from tasks import TRUST_TASKS, BackwardTask
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
-from utils.influence.factors import fit_factors
+from utils.influence import factors as factors_module
+from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
 from utils.influence.scores import mean_measurement_gradient, precondition, score_training_examples
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
@@ -355,6 +358,29 @@ def test_not_finite_factor_names_its_module(tiny_models, small_data, tmp_path):
     with pytest.raises(UserError, match="gpt_neox.layers.2"):
         fit_factors(subject.traced(Curvature()), subject.tasks["bias"], subject.loader(subject.train), tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_failed_eigendecomposition_moves_one_module_to_the_cpu_not_those_after_it(
+    tiny_models, small_data, monkeypatch
+):
+    """On a GPU, of which the test only has the name."""
+    subject = make_subject(tiny_models["pythia"], small_data)
+    traced, tried = subject.traced(Curvature()), []
+    covariances = fit_covariances(traced, subject.tasks["bias"], subject.loader(subject.train))
+    on_gpu = dataclasses.replace(traced, model=SimpleNamespace(device=torch.device("cuda")))
+
+    def decompose(covariances, modules, state, arguments, disable_tqdm):
+        tried.append((modules[0].name, state.device.type))
+        if tried[-1] == (list(subject.linears)[1], "cuda"):
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(covariances, modules, dataclasses.replace(state, device=CPU), arguments, disable_tqdm)
+
+    original = factors_module.perform_eigendecomposition
+    monkeypatch.setattr(factors_module, "perform_eigendecomposition", decompose)
+    eigenbases = fit_eigenbases(on_gpu, covariances)
+    first, second, *others = subject.linears
+    assert tried == [(first, "cuda"), (second, "cuda"), (second, "cpu"), *((name, "cuda") for name in others)]
+    assert all(list(by_module) == list(subject.linears) for by_module in eigenbases.values())
 
 
 def test_step_1_is_the_same_for_one_task_and_for_three(make_workspace):

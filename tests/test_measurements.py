@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from utils.batching import BatchLoader
-from utils.evaluation import evaluate_dialogues, evaluate_pairs, measured_nll
+from utils.evaluation import EvaluationModel, evaluate_dialogues, evaluate_pairs, measured_nll
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, truth
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
@@ -242,6 +242,19 @@ def test_label_nll_equals_cross_entropy_on_full_logits(monkeypatch, rows_in_a_ch
 def test_label_nll_refuses_an_output_embedding_that_is_trained():
     with pytest.raises(ValueError, match="freeze it"):
         label_nll(torch.nn.Linear(4, 9), torch.randn(2, 4), torch.tensor([1, 2]))
+
+
+def test_a_model_measures_the_data_it_is_given(tiny_models, small_data, tokenizer):
+    """Not those that it was given before under the same metric."""
+    model = EvaluationModel(load_model(str(tiny_models["pythia"]), CPU), tokenizer)
+    for metric, data in (
+        ("anthropic", load_dialogues(str(small_data / "hh"), "test")),
+        ("truth", MEASUREMENTS["truth"].load_pairs(small_data, "train")),
+    ):
+        part = data.at([0, 3]) if metric == "anthropic" else data[:2]
+        fresh = [EvaluationModel(model.model, tokenizer).measure(metric, some) for some in (data, part)]
+        assert fresh[0] != fresh[1]
+        assert [model.measure(metric, some) for some in (data, part, data)] == [*fresh, fresh[0]]
 
 
 def test_evaluators_write_what_they_print(workspace, capsys):

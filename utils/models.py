@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import sys
+from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-import transformers  # its attributes load on first use, and some of them take seconds
 from torch import nn
 
 from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
@@ -16,8 +17,11 @@ from utils.console import UserError, say_read, shows_bars
 from utils.hub import hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
 
+if TYPE_CHECKING:
+    import transformers
+
 # The keyword for the precision of the weights was renamed in transformers 5.
-DTYPE_KEYWORD = "torch_dtype" if int(transformers.__version__.split(".")[0]) < 5 else "dtype"
+DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")[0]) < 5 else "dtype"
 
 
 # `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
@@ -72,22 +76,28 @@ def locate(model: str, marker: str = "config.json") -> str:
     return model
 
 
-def _from_hub_or_folder(loader: type, model: str, what: str, marker: str = "config.json", **keywords: object) -> object:
-    """Call `loader.from_pretrained`, turning any failure into one readable line."""
+def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "config.json", **keywords: object) -> object:
+    """Call `from_pretrained` of one of transformers' classes, turning any failure into one readable line."""
+    import transformers  # takes seconds, which --help and refusals need not wait for
+
     located, access = locate(model, marker), hub_access()
     try:
-        return loader.from_pretrained(located, cache_dir=access.cache, token=access.token, **keywords)
+        return getattr(transformers, loader).from_pretrained(
+            located, cache_dir=access.cache, token=access.token, **keywords
+        )
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
         raise UserError(f"{model}: cannot load the {what}: {access.reason(error)}") from error
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
     """The model's config.json."""
-    return _from_hub_or_folder(transformers.AutoConfig, model, "configuration")
+    return _from_hub_or_folder("AutoConfig", model, "configuration")
 
 
 def silence_transformers() -> None:
     """Switch off transformers' own progress bars where they would fill a log file."""
+    import transformers
+
     if not shows_bars() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
 
@@ -100,7 +110,7 @@ def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel
     """
     silence_transformers()
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded, report = _from_hub_or_folder(transformers.AutoModelForCausalLM, model, "weights", **keywords)
+    loaded, report = _from_hub_or_folder("AutoModelForCausalLM", model, "weights", **keywords)
     # transformers warns and puts random numbers where a tensor is missing or of another shape.
     misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     unusable = sorted([*report["missing_keys"], *misfits])
@@ -119,7 +129,7 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
-    tokenizer = _from_hub_or_folder(transformers.AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json")
+    tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
@@ -129,9 +139,7 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
 
 def copy_tokenizer(model: str, folder: Path) -> None:
     """Save the model's tokenizer unchanged: without the settings of `load_tokenizer` or traces of its use."""
-    _from_hub_or_folder(transformers.AutoTokenizer, model, "tokenizer", marker="tokenizer_config.json").save_pretrained(
-        folder
-    )
+    _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
 
 
 def model_fingerprint(model: str) -> str:
@@ -174,6 +182,8 @@ def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
     Raises:
         UserError: as `find_blocks`, or the configuration is not that of a decoder, or the weights are quantised.
     """
+    import transformers
+
     config = load_config(model)
     if getattr(config, "quantization_config", None):
         raise UserError(f"{model}: its weights are quantised, and a repair changes weights; give the model as it was")

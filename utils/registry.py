@@ -52,7 +52,7 @@ class ModelArtifacts:
     def with_constants(self, constants: dict[str, Any]) -> ModelArtifacts:
         """The same artefacts for a step that knows further constants."""
         other = copy.copy(self)
-        other.settings = Settings(**{**vars(self.settings), **constants})
+        other.settings = type(self.settings)(**{**vars(self.settings), **constants})
         return other
 
     @cached_property
@@ -182,7 +182,7 @@ def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:
     """Before step 1: the POST-SFT model that data/make_sft_model.py makes.
 
     Args:
-        base: fingerprint of the base model's weights, or the name of a bare architecture.
+        base: fingerprint of the base model.
         dataset: fingerprint of the training split.
     """
     constants = settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")

@@ -1,7 +1,8 @@
 """The report on a grid of repairs: one HTML file with everything in it, for reading offline.
 
-Whatever comes from data is escaped: tables, captions and completions as HTML here, the unlearned dialogues as JSON that
-the template's script turns into text nodes. So no text of a dialogue, however hostile, becomes markup or code.
+The markup is in report_template.html, where Jinja2 escapes whatever comes from data. The unlearned dialogues go in as
+JSON, which the template's script turns into text nodes. So no text of a dialogue, however hostile, becomes markup or
+code.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import json
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 from utils.artifacts import write_atomically
@@ -23,22 +22,6 @@ from utils.reporting.tables import Table, is_missing, is_number_column, leading_
 TEMPLATE = Path(__file__).with_name("report_template.html")
 LARGEST_BYTES = 3_000_000  # of the whole file, so that it can be mailed and opened on a phone
 CUT_MARK = " […]"
-WIDE_PICTURE = 1.8  # width / height from which a picture gets a row of its own
-HEADINGS = {  # of each section, by the id that links and the template use
-    "pictures": "Figures",
-    "tables": "Tables",
-    "dialogues": "Unlearned dialogues",
-    "completions": "Before and after",
-    "facts": "Setup",
-}
-READING_NOTES = {  # on the columns of the list of dialogues, by the attribute of Example that they show
-    "scores": "The sign of a score: positive means that training on the dialogue lowers the measurement, so it helps; "
-    "the most negative scores belong to the most harmful dialogues.",
-    "gains": "Gains: how much each pick added to the two terms of the objective, diversity and influence.",
-    "known_harm": "Known harm: the kind of harm a dialogue is known to contain, for example because it was planted.",
-}
-
-TEMPLATE_MARK = re.compile(r"<!--\{(\w+)\}-->")
 # What could end a script element, open a comment, or (the last two) end a line of JavaScript in old browsers.
 JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -118,7 +101,7 @@ def write_report(report: Report, path: Path) -> None:
     """
     page = render(report)
     write_atomically(path, page)
-    say(f"   wrote {shown_path(path)} ({_byte_count(page) / 1e6:.1f} MB)")
+    say(f"   wrote {shown_path(path)} ({len(_utf8(page)) / 1e6:.1f} MB)")
 
 
 def render(report: Report) -> str:
@@ -127,173 +110,61 @@ def render(report: Report) -> str:
     Raises:
         UserError: it is larger even without the texts of the dialogues.
     """
-    facts = [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in report.facts.items()]
-    parts = {
-        "title": escape(report.title),
-        "introduction": _paragraphs(report.introduction),
-        "contents": _contents(report),
-        "pictures": _section("pictures", map(_picture, report.pictures)),
-        "tables": _section("tables", [_table(number, table) for number, table in enumerate(report.tables, start=1)]),
-        "no_dialogues": "" if report.examples else "hidden",
-        "reading_notes": _reading_notes(report.examples),
-        "completions": _section("completions", _completions(report.completions)),
-        "facts": _section("facts", _list("dl", facts)),
+    from jinja2 import Environment, StrictUndefined  # here, because most steps write no report
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {
+        "report": report,
+        "paragraphs": re.split(r"\n\s*\n", report.introduction.strip()),
+        "pictures": [_embedded(picture) for picture in report.pictures],
+        "completions": _by_prompt(report.completions),
+        "number_columns": _number_columns,
+        "is_missing": is_missing,
+        "leading_number": leading_number,
     }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    room = LARGEST_BYTES - _byte_count(_fill(template, {**parts, "data": ""}))
-    return _fill(template, {**parts, "data": _fitting_json(report, room)})
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    room = LARGEST_BYTES - len(_utf8(template.render(dialogues="")))
+    return _utf8(template.render(dialogues=_fitting_json(report, room))).decode("utf-8")
 
 
-def _fill(template: str, parts: dict[str, str]) -> str:
-    """Put the parts where the template has their marks, `<!--{name}-->`.
-
-    One pass, so that nothing in a part is taken for a mark. Lone surrogates, which no UTF-8 file can hold, become "?".
-    """
-    page = TEMPLATE_MARK.sub(lambda mark: parts[mark[1]], template)
-    return page.encode("utf-8", "replace").decode("utf-8")
+def _utf8(text: str) -> bytes:
+    """The text in UTF-8; lone surrogates, which that cannot hold, become "?"."""
+    return text.encode("utf-8", "replace")
 
 
-def _byte_count(text: str) -> int:
-    """Bytes of a text in UTF-8, with lone surrogates replaced as in `_fill`."""
-    return len(text.encode("utf-8", "replace"))
-
-
-# -- the parts that are HTML -------------------------------------------------------------------------------------------
-
-
-def _section(name: str, blocks: Iterable[str]) -> str:
-    """A section with its heading, or nothing if it has no blocks."""
-    body = "\n".join(blocks)
-    return f'<section id="{name}">\n<h2>{HEADINGS[name]}</h2>\n{body}\n</section>' if body else ""
-
-
-def _contents(report: Report) -> str:
-    """Links to the sections that exist, and to each table."""
-    counts = {
-        "pictures": len(report.pictures),
-        "tables": len(report.tables),
-        "dialogues": len(report.examples),
-        "completions": len(report.completions),
-    }
-    sections = [
-        f'<li><a href="#{name}">{HEADINGS[name]}</a> <span>{count:,}</span></li>'
-        for name, count in counts.items()
-        if count
-    ]
-    if report.facts:
-        sections.append(f'<li><a href="#facts">{HEADINGS["facts"]}</a></li>')
-    tables = [
-        f'<li><a href="#table-{number}">{escape(table.caption)}</a></li>'
-        for number, table in enumerate(report.tables, start=1)
-    ]
-    return "\n".join([*_list("ul", sections), *_list("ol", tables)])
-
-
-def _list(tag: str, items: Sequence[str]) -> list[str]:
-    """The lines of an HTML list, none if it has no items; the tag may carry attributes."""
-    return [f"<{tag}>", *items, f"</{tag.split()[0]}>"] if items else []
-
-
-def _paragraphs(text: str) -> str:
-    """A paragraph for each block of lines between blank ones."""
-    return "\n".join(f"<p>{escape(block.strip())}</p>" for block in re.split(r"\n\s*\n", text) if block.strip())
-
-
-def _picture(picture: Picture) -> str:
-    """A figure with the PNG embedded; its size, from the PNG's header, keeps the page from jumping while it loads."""
+def _embedded(picture: Picture) -> tuple[str, str, int, int]:
+    """Caption, data URL, width and height; the size, from the PNG's header, keeps the page from jumping as it loads."""
     png = picture.png.read_bytes()
     width, height = struct.unpack(">II", png[16:24])
-    kind = "picture wide" if width >= WIDE_PICTURE * height else "picture"
-    source = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-    caption = escape(picture.caption)
-    return (
-        f'<figure class="{kind}"><div class="card">'
-        f'<img src="{source}" alt="{caption}" width="{width}" height="{height}"></div>'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
+    return picture.caption, f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}", width, height
 
 
-def _table(number: int, table: Table) -> str:
-    """A table in a container that scrolls sideways; the script sorts number columns by `data-value`."""
-    are_numbers = [is_number_column(cells) for _, *cells in zip(table.header, *table.rows, strict=True)]
-    tags = ['th scope="row"', *["td"] * (len(table.header) - 1)]
-
-    def attributes(is_number: bool, cell: str) -> str:
-        if is_missing(cell):
-            return f' class="{"number " if is_number else ""}missing"'
-        return f' class="number" data-value="{leading_number(cell):.17g}"' if is_number else ""
-
-    def line(cells: Sequence[str]) -> str:
-        shown = [
-            f"<{tag}{attributes(is_number, cell)}>{escape(cell)}</{tag.split()[0]}>"
-            for tag, is_number, cell in zip(tags, are_numbers, cells, strict=True)
-        ]
-        return f"<tr>{''.join(shown)}</tr>"
-
-    header = "".join(
-        f'<th scope="col"{" class=number" if is_number else ""}>{escape(name)}</th>'
-        for name, is_number in zip(table.header, are_numbers, strict=True)
-    )
-    name = f"table-{number}"
-    rows = "\n".join(map(line, table.rows))
-    return (
-        f'<figure class="table" id="{name}"><figcaption id="{name}-caption">{escape(table.caption)}</figcaption>\n'
-        f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}-caption">'
-        f'<table class="sortable" aria-labelledby="{name}-caption">\n'
-        f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></figure>"
-    )
+def _number_columns(table: Table) -> list[bool]:
+    """Whether each column holds numbers; a ValueError if a row is longer or shorter than the header."""
+    return [is_number_column(cells) for _, *cells in zip(table.header, *table.rows, strict=True)]
 
 
-def _reading_notes(examples: Sequence[Example]) -> str:
-    """What the columns in the list of dialogues mean, for those that occur."""
-    notes = [note for name, note in READING_NOTES.items() if any(getattr(example, name) for example in examples)]
-    return "\n".join(_list('ul class="notes"', [f"<li>{note}</li>" for note in notes]))
-
-
-def _completions(completions: Sequence[Completion]) -> list[str]:
-    """A heading for each task; under it, for each prompt, the completion before and all those after side by side."""
+def _by_prompt(completions: list[Completion]) -> dict[str, dict[tuple[str, str], list[Completion]]]:
+    """The completions by task, then by the prompt and its completion before, in order of first occurrence."""
     by_task: dict[str, dict[tuple[str, str], list[Completion]]] = {}
     for completion in completions:
         of_task = by_task.setdefault(completion.task, {})
         of_task.setdefault((completion.prompt, completion.before), []).append(completion)
-    blocks = ["<p>Greedy completions of the same prompts before and after each repair.</p>"] if completions else []
-    for task, by_prompt in by_task.items():
-        blocks.append(f"<h3>{escape(task)}</h3>")
-        for (prompt, before), repairs in by_prompt.items():
-            cards = [_completion_card("before", before)]
-            for repair in repairs:
-                unchanged = ", unchanged" if repair.after == before else ""
-                cards.append(_completion_card(f"after: {repair.model}{unchanged}", repair.after))
-            blocks.append(
-                f'<article class="completion"><p class="text prompt">{escape(prompt.strip())}</p>'
-                f'<div class="pair">{"".join(cards)}</div></article>'
-            )
-    return blocks
-
-
-def _completion_card(label: str, text: str) -> str:
-    return f'<div><h4>{escape(label)}</h4><p class="text">{escape(text.strip())}</p></div>'
-
-
-# -- the dialogues, as JSON --------------------------------------------------------------------------------------------
+    return by_task
 
 
 def _fitting_json(report: Report, room: int) -> str:
-    """The dialogues as JSON of at most `room` bytes.
+    """The dialogues as JSON of at most `room` bytes, which render() promises or refuses.
 
     If the whole texts take more, all are cut to the largest common length that fits, so that the longest lose first.
-
-    Raises:
-        UserError: it does not fit even with all texts cut.
     """
-    whole = _dialogues_json(report, None)
-    if _byte_count(whole) <= room:
-        return whole
 
-    def is_too_large(length: int) -> bool:
-        return _byte_count(_dialogues_json(report, length)) > room
+    def is_too_large(longest: int | None) -> bool:
+        return len(_utf8(_dialogues_json(report, longest))) > room
 
-    longest = max((max(len(example.prompt), len(example.completion)) for example in report.examples), default=0)
+    if not is_too_large(None):
+        return _dialogues_json(report, None)
+    longest = max((len(text) for example in report.examples for text in (example.prompt, example.completion)), default=0)
     smallest_too_large = bisect_left(range(longest), True, key=is_too_large)
     if smallest_too_large == 0:
         raise UserError(
@@ -311,43 +182,31 @@ def cut(text: str, longest: int | None) -> str:
 
 
 def _dialogues_json(report: Report, longest: int | None) -> str:
-    """What the template's script reads, safe inside a script element.
+    """What the template's script reads, safe inside a script element, with texts cut to `longest` characters.
 
     Lists instead of objects, and each dialogue's text stored once however many subsets hold it, keep the file small.
     The script unpacks the values of an example in the order they have here.
-
-    Args:
-        longest: characters that a text may have; None leaves all whole.
     """
-    examples = report.examples
-    tasks = list(dict.fromkeys(task for example in examples for task in example.scores))
-    gains = list(dict.fromkeys(gain for example in examples for gain in example.gains))
-    texts = list(dict.fromkeys((example.prompt, example.completion) for example in examples))
-    number_of = {text: number for number, text in enumerate(texts)}
+    tasks = list(dict.fromkeys(task for example in report.examples for task in example.scores))
+    gains = list(dict.fromkeys(gain for example in report.examples for gain in example.gains))
+    numbers_of_texts: dict[tuple[str, str], int] = {}
+    examples = []
+    for subset_number, subset in enumerate(report.subsets):
+        for example in subset.examples:
+            values = [_rounded(example.scores, tasks), _rounded(example.gains, gains)]
+            text = numbers_of_texts.setdefault((example.prompt, example.completion), len(numbers_of_texts))
+            examples.append([subset_number, example.rank, example.row, *values, example.known_harm, text])
     data = {
         "tasks": tasks,
         "gains": gains,
         "subsets": [[subset.title, subset.note] for subset in report.subsets],
-        "texts": [[cut(prompt, longest), cut(completion, longest)] for prompt, completion in texts],
+        "texts": [[cut(prompt, longest), cut(completion, longest)] for prompt, completion in numbers_of_texts],
         "longest": longest,
-        "examples": [
-            [
-                subset_number,
-                example.rank,
-                example.row,
-                [_rounded(example.scores.get(task)) for task in tasks],
-                [_rounded(example.gains.get(gain)) for gain in gains],
-                example.known_harm,
-                number_of[example.prompt, example.completion],
-            ]
-            for subset_number, subset in enumerate(report.subsets)
-            for example in subset.examples
-        ],
+        "examples": examples,
     }
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.translate(JSON_ESCAPES)
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(JSON_ESCAPES)
 
 
-def _rounded(value: float | None) -> float | None:
-    """Six significant digits: more than anybody reads, and a third of the bytes of a float."""
-    return None if value is None else float(f"{value:.6g}")
+def _rounded(values: dict[str, float], names: list[str]) -> list[float | None]:
+    """The named values in six significant digits: more than anybody reads, and a third of the bytes of a float."""
+    return [float(f"{values[name]:.6g}") if name in values else None for name in names]

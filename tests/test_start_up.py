@@ -1,0 +1,87 @@
+"""A step imports only what it uses, and has no constant that it does not use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import load_script
+
+from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.settings import Settings, load_settings
+
+HEAVY = {"transformers", "kronfluence", "pandas", "matplotlib", "datasets", "accelerate", "jinja2", "huggingface_hub"}
+
+
+def imported_by(script: str, *arguments: str) -> set[str]:
+    """Top-level packages that a script imports beyond those of torch."""
+    code = f"import runpy, sys; before = set(); sys.argv = [{script!r}, *{arguments!r}]\n"
+    code += "import torch; before = set(sys.modules)\n"
+    code += f"try: runpy.run_path({script!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}), file=sys.stderr)"
+    command = [sys.executable, "-c", code]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
+    return set(finished.stderr.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("script", [STEP_2, STEP_3, STEP_5, *STEP_6.values()])
+def test_help_imports_nothing_heavy(script):
+    assert not imported_by(script, "--help") & HEAVY
+
+
+@pytest.mark.parametrize("script", [STEP_1, STEP_4])
+def test_steps_1_and_4_alone_import_kronfluence(script):
+    assert "kronfluence" in imported_by(script, "--help")
+
+
+def test_running_steps_2_3_5_and_6_imports_no_kronfluence(workspace):
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values()):
+        arguments = workspace.arguments(script)
+        arguments += ["--BOTTOM_K", "4"] * hasattr(load_script(script), "BOTTOM_K")
+        found = imported_by(script, *arguments)
+        if script in (STEP_1, STEP_4):
+            workspace.run(script, *arguments[len(workspace.arguments(script)) :])
+        else:
+            assert "kronfluence" not in found, script
+
+
+class RecordingSettings(Settings):
+    """Settings that keep the names of the constants that were read."""
+
+    read: set[str] = set()
+
+    def __getattribute__(self, name: str) -> object:
+        if name.isupper():
+            RecordingSettings.read.add(name)
+        return super().__getattribute__(name)
+
+
+COMBINED = ["--TASK_NAME", "combined", "--BOTTOM_K", "4"]
+RUNS = {  # together they take every branch that reads a constant
+    STEP_1: [["--COMPUTE_PER_TOKEN_SCORES", "True"]],
+    STEP_2: [["--ANSWERS_OF", "bias"]],
+    STEP_3: [[*COMBINED, "--KERNEL", "rff"]],
+    STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "direct"]],
+    STEP_5: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True", "--LEARNING_RATE", "auto"]],
+    **{script: [[]] for script in STEP_6.values()},
+}
+ONLY_WHEN_PUSHED = {"HUB_USERNAME"}
+
+
+@pytest.fixture(scope="module")
+def shared_workspace(make_workspace):
+    """Where each step finds what the ones before it made."""
+    return make_workspace("pythia")
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_a_script_uses_each_of_its_constants(shared_workspace, script):
+    module = load_script(script)
+    RecordingSettings.read = set()
+    for arguments in RUNS[script]:
+        settings = load_settings(module, [*shared_workspace.arguments(script), *arguments])
+        module.main(RecordingSettings(**vars(settings)))
+    unused = set(vars(settings)) - RecordingSettings.read - ONLY_WHEN_PUSHED
+    assert not unused, f"{script} never reads {', '.join(sorted(unused))}"
