@@ -18,7 +18,6 @@ import pytest
 from conftest import DEMO, load_script, read_rows, run_script, write_rows
 from test_prepare import ETHICS_ROWS, PREPARE, TRUTH_ROWS, FakeHub, csv_bytes, dialogues
 
-from data.official import sources
 from utils import paths
 from utils.paths import PROJECT_ROOT
 
@@ -113,8 +112,8 @@ def run(repository, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
     hub = official_hub(tmp_path / "hub")
-    for name in ("load_dataset", "hf_hub_download"):
-        monkeypatch.setattr(sources, name, getattr(hub, name))
+    monkeypatch.setattr("datasets.load_dataset", hub.load_dataset)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
 
     def run_command(command: str) -> None:
         program, script, *words = shlex.split(command)

@@ -43,7 +43,7 @@ TASKS = ("bias", "ethics", "truth")
 METHODS = ("pure_ekfac", "dpp", "random")
 HOSTILE = (
     '</script><script>window.ran = 1; alert(1)</script><img src=x onerror="alert(2)"><!--<script> & \' \u2028 \u2029 '
-    "<!--{data}--> ]]> \\u003c ${alert(3)}"
+    "{{ dialogues }} {% endif %} {# --> ]]> \\u003c ${alert(3)}"
 )
 CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 LAPTOP, PHONE = (1440, 900), (390, 844)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import load_script
 
-from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.settings import Settings, load_settings
 
 HEAVY = {"transformers", "kronfluence", "pandas", "matplotlib", "datasets", "accelerate", "jinja2", "huggingface_hub"}
@@ -85,3 +87,40 @@ def test_a_script_uses_each_of_its_constants(shared_workspace, script):
         module.main(RecordingSettings(**vars(settings)))
     unused = set(vars(settings)) - RecordingSettings.read - ONLY_WHEN_PUSHED
     assert not unused, f"{script} never reads {', '.join(sorted(unused))}"
+
+
+# --------------------------------------------------------------------------------------------------------- layers
+
+SCRIPT_PACKAGES = {"steps", "data", "dpp", "representations", "evaluation_scripts", "benchmarks"}
+STEP_MODULES = {STEP_1[:-3], STEP_4[:-3], STEP_5[:-3]}
+
+
+def imports_of(path: Path) -> set[str]:
+    """First parts of the modules that a file imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {name.partition(".")[0] for name in names}
+
+
+def test_utils_import_neither_tasks_nor_scripts_and_tasks_no_scripts():
+    for path in (PROJECT_ROOT / "utils").rglob("*.py"):
+        assert not imports_of(path) & {"tasks", *SCRIPT_PACKAGES, *STEP_MODULES}, path
+    for path in (PROJECT_ROOT / "tasks").rglob("*.py"):
+        assert not imports_of(path) & {*SCRIPT_PACKAGES, *STEP_MODULES}, path
+
+
+def test_no_step_imports_another():
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values(), PAPER_TABLES):
+        assert imports_of(PROJECT_ROOT / script) & {*SCRIPT_PACKAGES, *STEP_MODULES} == {"steps"}, script
+
+
+def test_one_package_knows_kronfluences_insides():
+    """tasks/ has its Task base, and nothing else names it."""
+    knowing = {
+        str(path.relative_to(PROJECT_ROOT).parent)
+        for folder in ("utils", "tasks", "dpp", "representations", "evaluation_scripts", "data")
+        for path in (PROJECT_ROOT / folder).rglob("*.py")
+        if "kronfluence" in imports_of(path)
+    }
+    assert knowing == {"utils/influence", "tasks"}

@@ -1,8 +1,7 @@
 """The report on a grid of repairs: one HTML file with everything in it, for reading offline.
 
-The markup is in report_template.html, where Jinja2 escapes whatever comes from data. The unlearned dialogues go in as
-JSON, which the template's script turns into text nodes. So no text of a dialogue, however hostile, becomes markup or
-code.
+The markup is in report_template.html, where Jinja2 escapes whatever comes from data; the unlearned dialogues go in as
+JSON, which the template's script turns into text nodes. So no text, however hostile, becomes markup or code.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import struct
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from utils.artifacts import write_atomically
 from utils.console import UserError, say, shown_path
@@ -110,7 +110,7 @@ def render(report: Report) -> str:
     Raises:
         UserError: it is larger even without the texts of the dialogues.
     """
-    from jinja2 import Environment, StrictUndefined  # here, because most steps write no report
+    from jinja2 import Environment, StrictUndefined  # takes a while, and most steps write no report
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
@@ -124,11 +124,11 @@ def render(report: Report) -> str:
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     room = LARGEST_BYTES - len(_utf8(template.render(dialogues="")))
-    return _utf8(template.render(dialogues=_fitting_json(report, room))).decode("utf-8")
+    return _utf8(template.render(dialogues=_fitting_json(_dialogues(report), room))).decode("utf-8")
 
 
 def _utf8(text: str) -> bytes:
-    """The text in UTF-8; lone surrogates, which that cannot hold, become "?"."""
+    """The text in UTF-8; lone surrogates, which UTF-8 cannot hold, become "?"."""
     return text.encode("utf-8", "replace")
 
 
@@ -144,34 +144,39 @@ def _number_columns(table: Table) -> list[bool]:
     return [is_number_column(cells) for _, *cells in zip(table.header, *table.rows, strict=True)]
 
 
-def _by_prompt(completions: list[Completion]) -> dict[str, dict[tuple[str, str], list[Completion]]]:
-    """The completions by task, then by the prompt and its completion before, in order of first occurrence."""
-    by_task: dict[str, dict[tuple[str, str], list[Completion]]] = {}
+def _by_prompt(completions: list[Completion]) -> dict[str, dict[tuple[str, str], list[tuple[str, str]]]]:
+    """Labels and texts to show side by side: by task, then by the prompt and its completion before the repairs."""
+    by_task: dict[str, dict[tuple[str, str], list[tuple[str, str]]]] = {}
     for completion in completions:
         of_task = by_task.setdefault(completion.task, {})
-        of_task.setdefault((completion.prompt, completion.before), []).append(completion)
+        cards = of_task.setdefault((completion.prompt, completion.before), [("before", completion.before)])
+        unchanged = ", unchanged" if completion.after == completion.before else ""
+        cards.append((f"after: {completion.model}{unchanged}", completion.after))
     return by_task
 
 
-def _fitting_json(report: Report, room: int) -> str:
-    """The dialogues as JSON of at most `room` bytes, which render() promises or refuses.
+def _fitting_json(data: dict[str, Any], room: int) -> str:
+    """The dialogues as JSON of at most `room` bytes, safe inside a script element.
 
     If the whole texts take more, all are cut to the largest common length that fits, so that the longest lose first.
     """
 
-    def is_too_large(longest: int | None) -> bool:
-        return len(_utf8(_dialogues_json(report, longest))) > room
+    def encoded(longest: int | None) -> bytes:
+        texts = [[cut(text, longest) for text in dialogue] for dialogue in data["texts"]]
+        shown = {**data, "texts": texts, "longest": longest}
+        as_json = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return _utf8(as_json.translate(JSON_ESCAPES))
 
-    if not is_too_large(None):
-        return _dialogues_json(report, None)
-    longest = max((len(text) for example in report.examples for text in (example.prompt, example.completion)), default=0)
-    smallest_too_large = bisect_left(range(longest), True, key=is_too_large)
-    if smallest_too_large == 0:
-        raise UserError(
-            f"the report is larger than {LARGEST_BYTES / 1e6:g} MB even with all texts of the dialogues cut; "
-            "give it fewer or smaller pictures, or fewer dialogues"
-        )
-    return _dialogues_json(report, smallest_too_large - 1)
+    longest = None
+    if len(encoded(longest)) > room:
+        lengths = range(max((len(text) for dialogue in data["texts"] for text in dialogue), default=0))
+        longest = bisect_left(lengths, True, key=lambda length: len(encoded(length)) > room) - 1
+        if longest < 0:
+            raise UserError(
+                f"the report is larger than {LARGEST_BYTES / 1e6:g} MB even with all texts of the dialogues cut; "
+                "give it fewer or smaller pictures, or fewer dialogues"
+            )
+    return encoded(longest).decode("utf-8")
 
 
 def cut(text: str, longest: int | None) -> str:
@@ -181,30 +186,23 @@ def cut(text: str, longest: int | None) -> str:
     return text[: max(longest - len(CUT_MARK), 0)].rstrip() + CUT_MARK
 
 
-def _dialogues_json(report: Report, longest: int | None) -> str:
-    """What the template's script reads, safe inside a script element, with texts cut to `longest` characters.
+def _dialogues(report: Report) -> dict[str, Any]:
+    """What the template's script reads, with whole texts.
 
     Lists instead of objects, and each dialogue's text stored once however many subsets hold it, keep the file small.
     The script unpacks the values of an example in the order they have here.
     """
     tasks = list(dict.fromkeys(task for example in report.examples for task in example.scores))
     gains = list(dict.fromkeys(gain for example in report.examples for gain in example.gains))
-    numbers_of_texts: dict[tuple[str, str], int] = {}
+    numbers: dict[tuple[str, str], int] = {}  # prompt and completion -> position among the texts
     examples = []
     for subset_number, subset in enumerate(report.subsets):
         for example in subset.examples:
             values = [_rounded(example.scores, tasks), _rounded(example.gains, gains)]
-            text = numbers_of_texts.setdefault((example.prompt, example.completion), len(numbers_of_texts))
-            examples.append([subset_number, example.rank, example.row, *values, example.known_harm, text])
-    data = {
-        "tasks": tasks,
-        "gains": gains,
-        "subsets": [[subset.title, subset.note] for subset in report.subsets],
-        "texts": [[cut(prompt, longest), cut(completion, longest)] for prompt, completion in numbers_of_texts],
-        "longest": longest,
-        "examples": examples,
-    }
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(JSON_ESCAPES)
+            number = numbers.setdefault((example.prompt, example.completion), len(numbers))
+            examples.append([subset_number, example.rank, example.row, *values, example.known_harm, number])
+    subsets = [[subset.title, subset.note] for subset in report.subsets]
+    return {"tasks": tasks, "gains": gains, "subsets": subsets, "texts": list(numbers), "examples": examples}
 
 
 def _rounded(values: dict[str, float], names: list[str]) -> list[float | None]:
