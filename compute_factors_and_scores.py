@@ -41,10 +41,10 @@ MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub i
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
+OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the factor subset and of the labels sampled for the Fisher
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)
 NUM_BLOCKS: PositiveInt = 1  # last transformer blocks whose Linears are traced
@@ -86,7 +86,7 @@ def score(
 
 
 def trace_model(settings: Settings, model: str) -> None:
-    """Factors and scores of one model; finished artefacts are not computed again."""
+    """Factors and scores of one model; finished artifacts are not computed again."""
     banner("step 1: factors and scores", model)
     device = resolve_device(settings.DEVICE)
     artifacts = ModelArtifacts(settings, model)

@@ -58,10 +58,10 @@ MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
+OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it; of the validation dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 SCORES_TYPE: ScoresType = "pure_ekfac"  # "pure_ekfac", "dpp", "random", "identity", "representation", "direct"

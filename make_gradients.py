@@ -69,10 +69,10 @@ MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub i
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # for "direct": folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
+OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the random subset and the retained dialogues; as in step 1, whose factors are read
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn; the paper's tables use 100

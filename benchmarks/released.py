@@ -23,7 +23,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.models import DTYPE_KEYWORD, tracked_linear_names
+from utils.models import DTYPE_KEYWORD, traced_linear_names
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, load_dialogues
 
@@ -126,7 +126,7 @@ def step_1(model: str, hh_dataset: str, data_dir: str, output: Path, factor_exam
         loaded, tokenizer = load(model)
         train = dialogue_rows(hh_dataset, "train", tokenizer)
         queries = pair_rows(data_dir, task_name, "train", tokenizer)
-        task = ReleasedTask(tracked_linear_names(loaded, "auto", 1))
+        task = ReleasedTask(traced_linear_names(loaded, "auto", 1))
         analyzer = Analyzer(
             task_name, prepare_model(loaded, task), task, cpu=True, output_dir=str(output), disable_tqdm=True
         )
@@ -206,7 +206,7 @@ def step_4(model: str, hh_dataset: str, indices: Sequence[int], factors: Path) -
     """The preconditioned mean gradient of the subset, taken one padded dialogue at a time."""
     loaded, tokenizer = load(model)
     train = dialogue_rows(hh_dataset, "train", tokenizer)
-    tracked = tracked_linear_names(loaded, "auto", 1)
+    tracked = traced_linear_names(loaded, "auto", 1)
     loaded.requires_grad_(False)
     for name in tracked:
         loaded.get_submodule(name).requires_grad_(True)

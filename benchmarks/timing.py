@@ -16,7 +16,7 @@ from typing import Any
 def timed(work: Callable[[], Any], output: Path, repetitions: int) -> dict[str, Any]:
     """Time some work, after a warm-up if it is repeated.
 
-    Imports are not counted; loading the model, tokenizing and writing the artefacts are.
+    Imports are not counted; loading the model, tokenizing and writing the artifacts are.
 
     Args:
         work: what is timed; its output to the terminal goes to stderr.

@@ -45,9 +45,9 @@ from utils.settings import (
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
+OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the random features and of the sample behind GAMMA
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to pick; the paper's tables use 100

@@ -46,10 +46,10 @@ PRE_SFT_MODEL_NAMES: list[str] | None = None  # what they were before fine-tunin
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; seeds but the first get a folder seed-N in it
+OUTPUT_DIR: str = "."  # where artifacts go; seeds but the first get a folder seed-N in it
 SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # any of these
 SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "identity", "representation", "direct", "random"]  # any of these

@@ -41,9 +41,9 @@ MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # for ANSWERS_OF: folder with bias/, ethics/ and truthfulness/
-OUTPUT_DIR: str = "."  # where artefacts go; relative paths start at the repository
+OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
-OVERWRITE: bool = False  # True replaces artefacts that were made with other settings
+OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 ANSWERS_OF: TraceTask | None = None  # also the untrustworthy training answers of: "bias", "ethics", "truth", "all"
 MAX_LENGTH: PositiveInt = 1_024  # tokens after which a dialogue is cut

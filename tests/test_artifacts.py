@@ -1,4 +1,4 @@
-"""Artefacts are complete or absent, say what they were made from, and lie where the documentation says."""
+"""Artifacts are complete or absent, say what they were made from, and lie where the documentation says."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_is_saved_is_read_again(artifact):
     assert names_in(artifact.path.parent) == ["scores.manifest.json", "scores.safetensors"]
 
 
-def test_manifest_says_what_the_artefact_was_made_from(artifact):
+def test_manifest_says_what_the_artifact_was_made_from(artifact):
     started = time.monotonic() - 2
     artifact.save_tensors(VALUES, started, sign="positive helps")
     manifest = artifact.require()
@@ -121,7 +121,7 @@ def test_fingerprint_changes_with_settings_and_inputs(tmp_path, changes):
     assert make_artifact(tmp_path, **changes).fingerprint != make_artifact(tmp_path).fingerprint
 
 
-def test_json_artefact(tmp_path):
+def test_json_artifact(tmp_path):
     artifact = Artifact(tmp_path / "picks.json", STEP)
     artifact.save_json({"indices": [3, 1]}, time.monotonic())
     assert artifact.is_finished()
@@ -129,7 +129,7 @@ def test_json_artefact(tmp_path):
     assert names_in(tmp_path) == ["picks.json", "picks.manifest.json"]
 
 
-def test_folder_artefact_carries_its_manifest_inside(tmp_path):
+def test_folder_artifact_carries_its_manifest_inside(tmp_path):
     artifact = make_folder_artifact(tmp_path)
     save_folder(artifact, a="1")
     assert artifact.is_finished()
@@ -141,7 +141,7 @@ def test_folder_artefact_carries_its_manifest_inside(tmp_path):
 
 @pytest.mark.parametrize("point", ["while_writing_the_tensors", "before_the_manifest", "while_renaming_the_manifest"])
 @pytest.mark.parametrize("is_replacing", [False, True])
-def test_killed_while_saving_leaves_the_artefact_unfinished(tmp_path, monkeypatch, point, is_replacing):
+def test_killed_while_saving_leaves_the_artifact_unfinished(tmp_path, monkeypatch, point, is_replacing):
     if is_replacing:
         make_artifact(tmp_path, settings={"NUM_BLOCKS": 3}).save_tensors(VALUES, time.monotonic())
     artifact = make_artifact(tmp_path)
@@ -161,7 +161,7 @@ def test_killed_while_saving_leaves_the_artefact_unfinished(tmp_path, monkeypatc
 
     if is_replacing and point == "while_writing_the_tensors":
         old = make_artifact(tmp_path, settings={"NUM_BLOCKS": 3})
-        assert old.is_finished(), "the old artefact stays whole until the new one is"
+        assert old.is_finished(), "the old artifact stays whole until the new one is"
         assert torch.equal(old.load_tensors()["numbers"], VALUES["numbers"])
     else:
         assert not artifact.is_finished()

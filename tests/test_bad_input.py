@@ -405,7 +405,7 @@ def test_answers_that_the_cut_leaves_nothing_of_are_found_before_the_factors_are
     assert all_in(refusal(ready, STEP_1), "no token of an answer is left after the cut at 128 tokens", "many words")
 
 
-# ------------------------------------------------------------------------------------------ upstream artefacts
+# ------------------------------------------------------------------------------------------ upstream artifacts
 
 
 @pytest.mark.parametrize(
@@ -419,8 +419,8 @@ def test_answers_that_the_cut_leaves_nothing_of_are_found_before_the_factors_are
         (GRADIENT, STEP_5, ["--BOTTOM_K", 5, *DPP], STEP_4),
     ],
 )
-@pytest.mark.parametrize("part", ["artefact", "manifest"])
-def test_missing_upstream_artefact_names_the_script(ready, refusal, gone, script, arguments, run_first, part):
+@pytest.mark.parametrize("part", ["artifact", "manifest"])
+def test_missing_upstream_artifact_names_the_script(ready, refusal, gone, script, arguments, run_first, part):
     path = ready.output / gone
     if part == "manifest":
         manifest = path / "manifest.json" if path.is_dir() else path.with_name(f"{path.stem}.manifest.json")
@@ -524,12 +524,12 @@ def test_scores_that_were_not_made_with_the_factors_that_are_there(ready, refusa
         (STEP_4, ["--BOTTOM_K", 5, *DPP, "--GRADIENT_REDUCTION_TYPE", "sum"], "'mean' there, 'sum' now"),
     ],
 )
-def test_other_settings_than_the_artefact_there(ready, refusal, script, arguments, told):
+def test_other_settings_than_the_artifact_there(ready, refusal, script, arguments, told):
     assert all_in(refusal(ready, script, *arguments), told, "was made with other settings", "OVERWRITE = True")
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "artefact"),
+    ("script", "arguments", "artifact"),
     [
         (STEP_1, [], SCORES),
         (STEP_2, [], REPRESENTATIONS),
@@ -538,13 +538,13 @@ def test_other_settings_than_the_artefact_there(ready, refusal, script, argument
         (STEP_5, ["--BOTTOM_K", 5, *DPP], GRADIENT),
     ],
 )
-def test_model_retrained_under_the_same_name(ready, refusal, script, arguments, artefact, retrained):
+def test_model_retrained_under_the_same_name(ready, refusal, script, arguments, artifact, retrained):
     fingerprints = json.loads(
         (ready.output / REPRESENTATIONS).with_suffix(".manifest.json").read_text(encoding="utf-8")
     )
     ready.model = retrained
     line = refusal(ready, script, *arguments)
-    assert all_in(line, ready.output / artefact, f"model = {fingerprints['inputs']['model']!r}")
+    assert all_in(line, ready.output / artifact, f"model = {fingerprints['inputs']['model']!r}")
     assert line.count("'") >= 4, "both fingerprints are shown"
 
 
@@ -554,7 +554,7 @@ def retrained(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "artefact"),
+    ("script", "arguments", "artifact"),
     [
         (STEP_1, [], SCORES),
         (STEP_2, [], REPRESENTATIONS),
@@ -562,11 +562,11 @@ def retrained(tmp_path_factory) -> Path:
         (STEP_4, ["--BOTTOM_K", 5], FACTORS),
     ],
 )
-def test_dataset_changed(ready, refusal, script, arguments, artefact):
+def test_dataset_changed(ready, refusal, script, arguments, artifact):
     rows = read_rows(ready.data / "hh" / "train.jsonl")
     write_rows(ready.data / "hh" / "train.jsonl", [*rows[1:], rows[0]])
     line = refusal(ready, script, *arguments)
-    assert all_in(line, ready.output / artefact, "dataset = '")
+    assert all_in(line, ready.output / artifact, "dataset = '")
 
 
 def test_pairs_changed(ready, refusal):

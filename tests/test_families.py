@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from utils.artifacts import read_json
 from utils.batching import BatchLoader
 from utils.console import UserError
-from utils.models import find_blocks, load_model, load_tokenizer, require_supported, tracked_linear_names
+from utils.models import find_blocks, load_model, load_tokenizer, require_supported, traced_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.trunk import HiddenStateCache, Trunk
@@ -63,7 +63,7 @@ def model(request, tmp_path_factory):
 def test_every_linear_of_the_last_block_is_traced_and_the_tail_is_the_model(model, small_data):
     require_supported(str(model), "auto")
     loaded = load_model(str(model), torch.device("cpu"))
-    tracked = tracked_linear_names(loaded, "auto", 1)
+    tracked = traced_linear_names(loaded, "auto", 1)
     block = loaded.get_submodule(f"{find_blocks(loaded, 'auto')}.2")
     assert len(tracked) == sum(isinstance(module, nn.Linear) for module in block.modules()) >= 6
     trunk = Trunk(loaded, "auto", 1)

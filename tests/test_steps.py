@@ -51,7 +51,7 @@ def test_representation_is_the_mean_of_the_models_own_hidden_states(tiny_models,
         torch.testing.assert_close(large[row], hidden[0].mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
-def test_artefacts_have_the_stated_names_and_shapes(finished):
+def test_artifacts_have_the_stated_names_and_shapes(finished):
     model = finished.model.name
     scores = load_file(
         finished.output / f"ekfac_experiments/influence_results/truth_{model}/scores_ekfac/pairwise_scores.safetensors"
@@ -128,7 +128,7 @@ def test_update_is_exactly_the_learning_rate_times_the_saved_tensor(finished):
     last_block = {key for key in before if ".layers.2." in key}
     assert changed <= last_block
     for key in before.keys() - changed:
-        assert torch.equal(before[key], after[key]), f"{key} is no tracked Linear and must not move"
+        assert torch.equal(before[key], after[key]), f"{key} is no traced Linear and must not move"
 
 
 def test_saved_checkpoint_is_complete_and_reloads_bit_equal(finished, tmp_path):
@@ -307,7 +307,7 @@ def settings_of(workspace):
     return load_settings(load_script(script), workspace.arguments(script))
 
 
-def test_seconds_are_those_of_the_artefact_alone(make_workspace, monkeypatch):
+def test_seconds_are_those_of_the_artifact_alone(make_workspace, monkeypatch):
     """Of three tasks' picks and gradients, none counts the loading of the model or the tasks before it."""
     workspace = make_workspace("pythia")
     workspace.run("compute_factors_and_scores.py")

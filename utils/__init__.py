@@ -1,1 +1,1 @@
-"""What every step shares: settings, paths, artefacts, models, batches, influence, selection, repair, reporting."""
+"""What every step shares: settings, paths, artifacts, models, batches, influence, selection, repair, reporting."""

@@ -1,7 +1,7 @@
-"""Artefacts on disk: written whole or not at all, with a manifest that says what they were made from.
+"""Artifacts on disk: written whole or not at all, with a manifest that says what they were made from.
 
 A manifest is written last and everything goes to a temporary name first, so "the manifest exists" means "the
-artefact is complete". Its `fingerprint` covers the settings and the fingerprints of the inputs, so that a change
+artifact is complete". Its `fingerprint` covers the settings and the fingerprints of the inputs, so that a change
 anywhere upstream is noticed by every step below it.
 """
 
@@ -139,14 +139,14 @@ def _shape_in_words(shapes: dict[str, list[int]]) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One artefact of a step, a file or a folder, and what it is made from.
+    """One artifact of a step, a file or a folder, and what it is made from.
 
     Attributes:
         path: the file or folder.
         made_by: the script that writes it, named when it is missing.
         settings: the constants that its content depends on.
-        inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artefacts).
-        is_folder: whether the artefact is a folder; its manifest then lies inside.
+        inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artifacts).
+        is_folder: whether the artifact is a folder; its manifest then lies inside.
     """
 
     path: Path
@@ -164,7 +164,7 @@ class Artifact:
 
     @property
     def partial_path(self) -> Path:
-        """Where the artefact grows until it is complete."""
+        """Where the artifact grows until it is complete."""
         return self.path.with_name(f"{self.path.name}.partial")
 
     @property
@@ -173,12 +173,12 @@ class Artifact:
         return fingerprint_of({"settings": self.settings, "inputs": self.inputs})
 
     def is_finished(self, overwrite: bool = False) -> bool:
-        """Whether a complete artefact made with these settings and inputs is there already.
+        """Whether a complete artifact made with these settings and inputs is there already.
 
         With `overwrite`, one made with others counts as unfinished, and is replaced when the new one is complete.
 
         Raises:
-            UserError: the artefact was made with other settings or inputs; shows both values.
+            UserError: the artifact was made with other settings or inputs; shows both values.
         """
         if not self.manifest_path.exists() or not self.path.exists():
             return False
@@ -199,7 +199,7 @@ class Artifact:
         return not differences
 
     def require(self) -> dict[str, Any]:
-        """The manifest of an artefact that a later step reads.
+        """The manifest of an artifact that a later step reads.
 
         Raises:
             UserError: it is missing or incomplete, or was made from another model or dataset.
@@ -223,7 +223,7 @@ class Artifact:
         return manifest
 
     def load_tensors(self) -> dict[str, torch.Tensor]:
-        """Read a safetensors artefact.
+        """Read a safetensors artifact.
 
         Raises:
             UserError: missing, made from something else, unreadable or truncated, or not finite.
@@ -240,7 +240,7 @@ class Artifact:
         return tensors
 
     def load_json(self) -> Any:  # noqa: ANN401
-        """Read a JSON artefact.
+        """Read a JSON artifact.
 
         Raises:
             UserError: missing, made from something else, or not valid JSON.
@@ -249,7 +249,7 @@ class Artifact:
         return read_json(self.path, f"delete it and run {self.made_by} again")
 
     def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
-        """Write a safetensors artefact and its manifest.
+        """Write a safetensors artifact and its manifest.
 
         Args:
             tensors: checked to be finite before anything is written.
@@ -263,7 +263,7 @@ class Artifact:
         self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
 
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
-        """Write a JSON artefact and its manifest.
+        """Write a JSON artifact and its manifest.
 
         Raises:
             UserError: a number is NaN or infinite; then nothing is written.

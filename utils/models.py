@@ -239,7 +239,7 @@ def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: in
     return names[0]
 
 
-def first_tracked_block(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
+def first_traced_block(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
     """Dotted name of the list of transformer blocks, and the position of the first of the last `num_blocks`.
 
     Raises:
@@ -252,13 +252,13 @@ def first_tracked_block(model: transformers.PreTrainedModel, family: str, num_bl
     return prefix, total - num_blocks
 
 
-def tracked_linear_names(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> list[str]:
+def traced_linear_names(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> list[str]:
     """Dotted names of every Linear in the last transformer blocks, in the model's order.
 
     Raises:
-        UserError: as `first_tracked_block`.
+        UserError: as `first_traced_block`.
     """
-    prefix, first = first_tracked_block(model, family, num_blocks)
+    prefix, first = first_traced_block(model, family, num_blocks)
     last = tuple(f"{prefix}.{block}." for block in range(first, first + num_blocks))
     return [name for name, module in model.named_modules() if name.startswith(last) and isinstance(module, nn.Linear)]
 

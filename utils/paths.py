@@ -1,4 +1,4 @@
-"""Where everything lies: one function for each artefact, used by its writer and by every reader.
+"""Where everything lies: one function for each artifact, used by its writer and by every reader.
 
 `model_name` is the last part of a model's name, `output_dir` the run's OUTPUT_DIR. Numbers in names are written
 with `:g`, so that 10.0 is `10`.
@@ -96,7 +96,7 @@ def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, 
 
 
 def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: str, seed: int) -> Path:
-    """Step 4: the repair gradient, one tensor for each tracked module. `repair` is a `repair_name`."""
+    """Step 4: the repair gradient, one tensor for each traced module. `repair` is a `repair_name`."""
     folder = _influence_dir(output_dir, seed) / f"{task}_{model_name}" / f"query_grads_{repair}"
     return folder / "aggregated_query_grads.safetensors"
 

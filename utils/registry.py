@@ -1,7 +1,7 @@
-"""Every artefact of a model: where it lies, and which constants and inputs it depends on.
+"""Every artifact of a model: where it lies, and which constants and inputs it depends on.
 
-The step that writes an artefact has all of its constants, and they make up its fingerprint. A later step that reads it
-has some of them, and refuses the artefact if one of those differs.
+The step that writes an artifact has all of its constants, and they make up its fingerprint. A later step that reads it
+has some of them, and refuses the artifact if one of those differs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FACTOR_CONSTANTS = (
 
 
 class ModelArtifacts:
-    """The artefacts of one model, of its training dialogues and of its repairs.
+    """The artifacts of one model, of its training dialogues and of its repairs.
 
     Attributes:
         settings: the constants of the step that asks.
@@ -50,7 +50,7 @@ class ModelArtifacts:
         self.settings, self.model, self.fingerprint = settings, model, model_fingerprint(model)
 
     def with_constants(self, constants: dict[str, Any]) -> ModelArtifacts:
-        """The same artefacts for a step that knows further constants."""
+        """The same artifacts for a step that knows further constants."""
         other = copy.copy(self)
         other.settings = type(self.settings)(**{**vars(self.settings), **constants})
         return other

@@ -51,7 +51,7 @@ class RepairRecord:
         return {"model": self.artifacts.fingerprint, "gradient": self.gradient["fingerprint"]}
 
     def checkpoint(self, learning_rate: float) -> Artifact:
-        """The artefact that holds the repaired model."""
+        """The artifact that holds the repaired model."""
         return self.artifacts.checkpoint(self.task, learning_rate, self.gradient["fingerprint"])
 
     def report(

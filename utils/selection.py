@@ -58,7 +58,7 @@ def ranking_scores(
 
     Returns:
         (N,) float64 in [0, 1]: the task's scores, min-max normalised, or for "combined" the sum weighted by
-        TASK_WEIGHTS; and the fingerprints of the artefacts that they come from.
+        TASK_WEIGHTS; and the fingerprints of the artifacts that they come from.
 
     Raises:
         UserError: scores are missing, broken, made from something else, or of another length.

@@ -1,7 +1,7 @@
-"""The trunk: everything below the first tracked block. It never changes, so its output is computed once and cached.
+"""The trunk: everything below the first traced block. It never changes, so its output is computed once and cached.
 
 Steps that see the same tokens several times (covariance, Lambda and scores; the learning rates of a sweep) cache the
-hidden states that enter the first tracked block and run the tail alone.
+hidden states that enter the first traced block and run the tail alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 from utils.batching import Batch
 from utils.console import say
-from utils.models import first_tracked_block, last_hidden_state
+from utils.models import first_traced_block, last_hidden_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, family: str, num_blocks: int, half_precision: bool = False) -> None:
         self.half_precision = half_precision
-        path, first = first_tracked_block(model, family, num_blocks)
+        path, first = first_traced_block(model, family, num_blocks)
         self.is_empty = first == 0
         self.tail = model
         if not self.is_empty:
@@ -76,7 +76,7 @@ class Trunk:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> torch.Tensor:
-        """The hidden states that enter the first tracked block, (B, T, hidden)."""
+        """The hidden states that enter the first traced block, (B, T, hidden)."""
         output = []
         hook = self._last_block.register_forward_hook(lambda _, __, result: output.append(result))
         try:

@@ -13,7 +13,7 @@ from torch import nn
 from utils.batching import Batch, BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
-from utils.models import load_model, load_tokenizer, tracked_linear_names
+from utils.models import load_model, load_tokenizer, traced_linear_names
 from utils.settings import Settings
 from utils.trunk import HiddenStateCache, Trunk
 
@@ -129,7 +129,7 @@ class TracedModel:
 def traced_linears(model: PreTrainedModel, family: str, num_blocks: int) -> dict[str, nn.Linear]:
     """Freeze a model; gives the Linears of its last blocks, by dotted name."""
     model.eval().requires_grad_(False)
-    return {name: model.get_submodule(name) for name in tracked_linear_names(model, family, num_blocks)}
+    return {name: model.get_submodule(name) for name in traced_linear_names(model, family, num_blocks)}
 
 
 def load_traced_model(settings: Settings, model: str, device: torch.device) -> TracedModel:
