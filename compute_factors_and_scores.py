@@ -26,7 +26,8 @@ from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact, fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
-from utils.influence.factors import factor_shapes, fit_factors
+from utils.influence.factor_files import factor_shapes
+from utils.influence.factors import fit_factors
 from utils.influence.scores import Scores, mean_measurement_gradient, precondition, score_training_examples
 from utils.influence.traced_model import TracedModel, load_traced_model
 from utils.models import resolve_device
@@ -59,17 +60,17 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 
 
 def fit(
-    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], to: Artifact
+    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: Artifact
 ) -> None:
     """Fit the factors of F on a seeded subset of the training dialogues."""
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
     pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
-    loader = traced.loader(examples, keep=True, indices=indices, pad_to=pad_to)
-    with to.growing_folder() as folder:
+    loader = traced.loader(examples, cached=True, indices=indices, pad_to=pad_to)
+    with output.staging_folder() as folder:
         fit_factors(traced, task, loader, folder)
-        to.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
+        output.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
 
 
 def score(
@@ -117,7 +118,7 @@ def trace_model(settings: Settings, model: str) -> None:
     if not unfinished:
         return
     started = time.monotonic()
-    train = traced.loader(examples, keep=True, description="training dialogues")
+    train = traced.loader(examples, cached=True, description="training dialogues")
     scores = score(traced, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         of_dialogues, *of_tokens = outputs[name]
@@ -135,4 +136,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_step(main, next_command=partial(next_command, STEP_2))
+    run_step(main, hint=partial(next_command, STEP_2))

@@ -72,11 +72,11 @@ TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # as in step 4
 LEARNING_RATE: Literal["auto"] | NonNegativeFloat | list[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
 PPL_BUDGET: PositiveFloat = 0.01  # for "auto": perplexity that a repair may cost, as a fraction
 NUM_VALIDATION_EXAMPLES: PositiveInt = 500  # for "auto": training dialogues that the cost is measured on, at most
-SAVE_TO_DISK: bool = True  # write the repaired checkpoint
+SAVE_TO_DISK: bool = True  # True writes the repaired checkpoint; False measures it only
 PUSH_TO_HUB: bool = False  # True uploads it; needs SAVE_TO_DISK, HUB_USERNAME and HUB_TOKEN in .env
 HUB_USERNAME: str | None = None  # owner of the hub repository
-COMPUTE_ANTHROPIC_EVAL: bool = True  # measure HH perplexity before and after
-COMPUTE_TASK_EVAL: bool = True  # measure bias, ethics and truth before and after
+COMPUTE_ANTHROPIC_EVAL: bool = True  # True measures HH perplexity before and after
+COMPUTE_TASK_EVAL: bool = True  # True measures bias, ethics and truth before and after
 NUM_COMPLETIONS: NonNegativeInt = 0  # prompts of the repaired tasks whose greedy completions are kept in results/
 TRACKER: TrackerName | None = None  # also send the results to an experiment tracker: "trackio", "wandb"
 # -----------------------------------------------------------------------------------------------------------
@@ -135,6 +135,7 @@ class SteppableModel:
 
     def __init__(self, settings: Settings, num_blocks: int) -> None:
         self.settings, self.num_blocks = settings, num_blocks
+        self._repair: RepairRecord | None = None
         self._gradients: Gradients = {}
         self._originals: Gradients = {}
 
@@ -149,9 +150,10 @@ class SteppableModel:
     def at(self, repair: RepairRecord, learning_rate: float) -> EvaluationModel:
         """The model updated at a learning rate; 0 gives the POST-SFT model."""
         model = self.loaded.model
-        if repair.gradients is not self._gradients:
+        if repair is not self._repair:
             ascend(model, self._gradients, 0.0, self._originals)  # undoes the last repair
-            self._gradients, self._originals = repair.gradients, original_weights(model, repair.gradients)
+            self._repair, self._gradients = repair, repair.load_gradients()
+            self._originals = original_weights(model, self._gradients)
         ascend(model, self._gradients, learning_rate, self._originals)
         return self.loaded
 
@@ -164,14 +166,13 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
     checkpoint = repair.checkpoint(learning_rate)
     if checkpoint.is_finished(model.settings.OVERWRITE):
         return
-    started = time.monotonic()
     repaired = model.at(repair, learning_rate).model
+    started = time.monotonic()
     require_finite(dict(repaired.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
-    with checkpoint.growing_folder() as folder:
+    with checkpoint.staging_folder() as folder:
         repaired.save_pretrained(folder)
         copy_tokenizer(model.settings.MODEL_NAME, folder)
-        shapes = {name: list(gradient.shape) for name, gradient in repair.gradients.items()}
-        checkpoint.publish_folder(started, shapes, weights=weights_fingerprint(folder))
+        checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
 
 
 def write_completions(repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator) -> None:
@@ -272,4 +273,4 @@ def tables_command(settings: Settings) -> str:
 
 
 if __name__ == "__main__":
-    run_step(main, next_command=tables_command)
+    run_step(main, hint=tables_command)

@@ -14,8 +14,8 @@ Reads the factors of step 1, and what SCORES_TYPE chooses the subset S by:
     representation  the dialogues most similar to the task's untrustworthy answers (representations of step 2)
     direct          no subset: the gradient is minus that of the measurement itself, on the training pairs
 
-With PRESERVE_PERPLEXITY, G loses the part that moves the loss of retained dialogues. Writes one tensor for each traced
-Linear, (1, out, in) or (1, out, in + 1) with the bias last.
+With PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed. Writes one tensor
+for each traced Linear, (1, out, in) or (1, out, in + 1) with the bias last.
 """
 
 from __future__ import annotations
@@ -135,13 +135,13 @@ def diverse_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What a repair gradient is taken of.
+class GradientSources:
+    """What a repair gradient is computed from.
 
     Attributes:
         weights: of the measurements that the model is repaired for.
         indices: rows of the training dialogues to unlearn.
-        retained: rows of the training dialogues whose loss is to stay, for PRESERVE_PERPLEXITY.
+        retained: rows of the training dialogues whose loss must not change, for PRESERVE_PERPLEXITY.
         pairs: training pairs by measurement, for "direct".
     """
 
@@ -158,8 +158,8 @@ class Sources:
         return {**subset, **retained}
 
 
-def choose_sources(artifacts: ModelArtifacts, task: str) -> Sources:
-    """The dialogues, and for "direct" the answer pairs, that the gradient is taken of."""
+def choose_sources(artifacts: ModelArtifacts, task: str) -> GradientSources:
+    """The dialogues, and for "direct" the answer pairs, that the gradient is computed from."""
     settings, total, pairs, retained = artifacts.settings, len(artifacts.dialogues), {}, []
     weights, indices = task_weights(settings, task), choose_subset(artifacts, task)
     if settings.SCORES_TYPE == "direct":
@@ -167,7 +167,7 @@ def choose_sources(artifacts: ModelArtifacts, task: str) -> Sources:
         pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
     if settings.PRESERVE_PERPLEXITY:
         retained = held_out_rows("retain", indices, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
-    return Sources(weights, indices, retained, pairs)
+    return GradientSources(weights, indices, retained, pairs)
 
 
 # -- their gradient ----------------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tup
 
 
 def repair_gradient(
-    settings: Settings, traced: TracedModel, examples: list[LabelledSequence], sources: Sources, factors: Path
+    settings: Settings, traced: TracedModel, examples: list[LabelledSequence], sources: GradientSources, factors: Path
 ) -> tuple[Gradients, dict[str, Any]]:
     """G = P grad, the preconditioned gradient of the sources; with retained dialogues the preserving direction.
 
@@ -260,7 +260,7 @@ def make_model_gradients(settings: Settings, model: str) -> None:
     """The repair gradients of one model, which is loaded when the first of them is to be computed."""
     device, artifacts = resolve_device(settings.DEVICE), ModelArtifacts(settings, model)
     factors = artifacts.factors()
-    artifacts = artifacts.with_constants(factors.require()["settings"])  # NUM_BLOCKS and what else they were made with
+    artifacts = artifacts.with_constants(factors.require()["settings"])  # NUM_BLOCKS and the like, as they were made
     traced: TracedModel | None = None
     for task_name in tasks_of(settings.TASK_NAME):
         banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model}")
@@ -283,4 +283,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_step(main, next_command=partial(next_command, STEP_5))
+    run_step(main, hint=partial(next_command, STEP_5))

@@ -22,7 +22,7 @@ from utils.settings import Settings, load_settings
 def run_step(
     main: Callable[[Settings], None],
     arguments: Sequence[str] | None = None,
-    next_command: Callable[[Settings], str] | None = None,
+    hint: Callable[[Settings], str] | None = None,
     several_processes: bool = False,
 ) -> None:
     """Run a script's `main` with its checked constants; a user's mistake is one line and exit code 1.
@@ -30,7 +30,7 @@ def run_step(
     Args:
         main: the script's main function; the constants are those of the module that defines it.
         arguments: the command line, by default that of the process.
-        next_command: gives the command that the user is told to run next.
+        hint: gives the command that the user is told to run next.
         several_processes: whether the script supports `accelerate launch` with several processes.
     """
     if not several_processes:
@@ -40,8 +40,8 @@ def run_step(
         if hasattr(settings, "OUTPUT_DIR"):
             require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
         main(settings)
-        if next_command:
-            say(f"next: {next_command(settings)}")
+        if hint:
+            say(f"next: {hint(settings)}")
     except UserError as error:
         _exit_with(f"error: {error}")
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -61,7 +61,7 @@ def refuse_several_processes() -> None:
 
 
 def require_writable(constant: str, value: str) -> None:
-    """Find out before the work, not after it, that its result cannot be written.
+    """Fail before the work, not after it, if the output folder is not writable.
 
     Raises:
         UserError: the folder that a constant names is a file, or may not be written to.
@@ -97,9 +97,9 @@ def constants_in_source(name: str) -> dict[str, Any]:
     try:
         statements = ast.parse((PROJECT_ROOT / name).read_text(encoding="utf-8")).body
         return {
-            statement.target.id: ast.literal_eval(statement.value)
+            ast.unparse(statement.target): ast.literal_eval(statement.value)
             for statement in statements
-            if isinstance(statement, ast.AnnAssign) and statement.target.id.isupper()
+            if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target).isupper()
         }
     except (OSError, SyntaxError, ValueError):
         return {}
@@ -141,8 +141,8 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
         for model in models
     ]
     unknown = [f"--{name}" for name in ("DATA_DIR", "SEED", "DEVICE") if name in own and name not in constants]
-    hint = [f"(add {' and '.join(unknown)} if you set {'them' if len(unknown) > 1 else 'it'} before)"] * bool(unknown)
-    return "\n      ".join([*commands, *hint])
+    note = [f"(add {' and '.join(unknown)} if you set {'them' if len(unknown) > 1 else 'it'} before)"] * bool(unknown)
+    return "\n      ".join([*commands, *note])
 
 
 def run_script(name: str, constants: Mapping[str, Any], **required: Any) -> None:  # noqa: ANN401

@@ -169,7 +169,7 @@ def main(settings: Settings) -> None:
     with ExitStack() as stack:
         tracker = stack.enter_context(tracking(settings.TRACKER, settings.SFT_MODEL_DIR, vars(settings)))
         with processes.main_process_first():
-            folder = stack.enter_context(output.growing_folder())
+            folder = stack.enter_context(output.staging_folder())
             checkpoint = last_checkpoint(folder)
         before = evaluation_model.measure("anthropic", test)["perplexity"]
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
@@ -189,6 +189,6 @@ def main(settings: Settings) -> None:
 if __name__ == "__main__":
     run_step(
         main,
-        next_command=lambda settings: next_command(STEP_1, settings, MODEL_NAMES=[settings.SFT_MODEL_DIR]),
+        hint=lambda settings: next_command(STEP_1, settings, MODEL_NAMES=[settings.SFT_MODEL_DIR]),
         several_processes=True,
     )

@@ -61,12 +61,12 @@ USE_HALF_PRECISION: bool = False  # of the scores, as in step 1
 # -----------------------------------------------------------------------------------------------------------
 
 FEATURES_AT_ONCE = 1_024  # examples whose random features are computed together
-CANDIDATES_AT_ONCE = 512  # whose gains the greedy updates together
+CANDIDATES_AT_ONCE = 512  # whose gains the greedy algorithm updates together
 MEDIAN_SAMPLE = 1_000  # examples in the seeded sample that the median distance is taken over
 
 
 def center(representations: torch.Tensor) -> torch.Tensor:
-    """Representations minus their mean, float32: distances stay, and lose fewer digits. (N, hidden)"""
+    """Representations minus their mean, float32 (N, hidden): the same distances, with less cancellation."""
     return (representations.double() - representations.double().mean(dim=0)).float()
 
 
@@ -85,7 +85,8 @@ def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
     median = float(distances.median()) if len(distances) else 0.0
     if median == 0:
         raise UserError(
-            "GAMMA = None: half of the representations are the same, so no width follows; set GAMMA to a number"
+            "GAMMA = None: half of the representations are the same, so the median heuristic is undefined; "
+            "set GAMMA to a number"
         )
     return 1 / median**2
 
@@ -252,4 +253,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_step(main, next_command=partial(next_command, STEP_4, SCORES_TYPE="dpp"))
+    run_step(main, hint=partial(next_command, STEP_4, SCORES_TYPE="dpp"))

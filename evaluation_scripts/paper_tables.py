@@ -4,7 +4,7 @@
     python evaluation_scripts/paper_tables.py --SEEDS 42 --SCORES_TYPES dpp random --BOTTOM_K 100 50 200
 
 Runs the step scripts for every model, seed, task and way of choosing, at the first BOTTOM_K and IF_WEIGHT; then
-varies each of these alone. What is finished is not computed again, so a killed run goes on where it was. Writes
+varies each of these alone. What is finished is not computed again, so a killed run resumes. Writes
 results/tables/*.md, .tex and .csv, pictures, and results/report.html, which works offline.
 """
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import run_script, run_step
 from utils import paths
-from utils.artifacts import read_json
+from utils.artifacts import Artifact, read_json
 from utils.console import UserError, banner, say, shown_path
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.reporting.figures import ablation_figure
@@ -42,7 +42,7 @@ from utils.settings import (
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
-PRE_SFT_MODEL_NAMES: list[str] | None = None  # what they were before fine-tuning, for a row each
+PRE_SFT_MODEL_NAMES: list[str] | None = None  # their base models, in the same order; adds a row for each
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
@@ -51,12 +51,19 @@ SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard devia
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
-TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # any of these
-SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "identity", "representation", "direct", "random"]  # any of these
+TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # repaired for
+SCORES_TYPES: list[ScoresType] = [  # methods: "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
+    "pure_ekfac",
+    "dpp",
+    "identity",
+    "representation",
+    "direct",
+    "random",
+]
 PRESERVE_PERPLEXITY: list[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
 BOTTOM_K: list[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
 IF_WEIGHT: list[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
-ABLATED_SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp"]  # methods in the ablation over BOTTOM_K
+ABLATED_SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp"]  # those of SCORES_TYPES in the ablation over BOTTOM_K
 LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # a number, or "auto": searched within PPL_BUDGET
 PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a fraction
 SWEPT_RATES: list[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # for the first seed's sweep pictures
@@ -197,7 +204,7 @@ def repair_row(
     if learning_rate == "auto":
         learning_rate = read_json(paths.search_file(output_dir, repair.task, model, repair.name))["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
-    report = read_json(paths.report_file(output_dir, checkpoint.name))
+    report = Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5).load_json()
     row = sweep_row(report)
     gains = [row[f"{task}_improvement_percent"] for task in TASK_NAMES if repair.task in (task, "combined")]
     return {

@@ -106,4 +106,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_step(main, next_command=partial(next_command, STEP_3))
+    run_step(main, hint=partial(next_command, STEP_3))

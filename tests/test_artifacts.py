@@ -49,7 +49,7 @@ def make_folder_artifact(folder: Path, **settings) -> Artifact:
 
 
 def save_folder(artifact: Artifact, **files: str) -> None:
-    with artifact.growing_folder() as folder:
+    with artifact.staging_folder() as folder:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
         artifact.publish_folder(time.monotonic(), {})
@@ -190,12 +190,12 @@ def test_killed_while_writing_text_leaves_the_old_text(tmp_path, monkeypatch):
 
 
 def grow_until_killed(artifact: Artifact, name: str) -> None:
-    with artifact.growing_folder() as folder:
+    with artifact.staging_folder() as folder:
         (folder / name).write_text("x", encoding="utf-8")
         raise Killed
 
 
-def test_growing_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp_path):
+def test_staging_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp_path):
     for blocks, name, kept in [(1, "a", ["a"]), (1, "b", ["a", "b"]), (2, "c", ["c"])]:
         artifact = make_folder_artifact(tmp_path, NUM_BLOCKS=blocks)
         with pytest.raises(Killed):
@@ -208,7 +208,7 @@ def test_growing_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp
 def test_killed_while_replacing_a_folder_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, point):
     old, new = make_folder_artifact(tmp_path, NUM_BLOCKS=3), make_folder_artifact(tmp_path)
     save_folder(old, factor="old", other="old")
-    with new.growing_folder() as folder:
+    with new.staging_folder() as folder:
         (folder / "factor").write_text("new", encoding="utf-8")
 
     def remove_half(folder: Path) -> None:
@@ -230,7 +230,7 @@ def test_killed_while_replacing_a_folder_leaves_nothing_that_looks_finished(tmp_
 
     assert not new.is_finished(overwrite=True)
     assert old.is_finished() == (point == "before_the_manifest"), "whole or unfinished, never in between"
-    with new.growing_folder() as folder:
+    with new.staging_folder() as folder:
         assert (folder / "factor").read_text(encoding="utf-8") == "new", "what was grown is still there"
         new.publish_folder(time.monotonic(), {})
     assert new.is_finished()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from utils.batching import IGNORED_LABEL, BatchLoader, LabelledSequence, plan_batches
+from utils.batching import IGNORED_LABEL, BatchLoader, LabelledSequence, plan_batches, token_budget
 
 
 def make_sequences(count: int, seed: int = 0) -> list[LabelledSequence]:
@@ -60,6 +61,17 @@ def test_batches_hold_their_sequences():
 def test_indices_choose_and_keep_their_positions():
     loader = BatchLoader(make_sequences(20), 100, pad_token_id=0, indices=[3, 17, 5])
     assert sorted(i for batch in loader for i in batch["index"].tolist()) == [3, 5, 17]
+
+
+def test_the_automatic_budget_on_a_gpu_counts_the_traced_linears(monkeypatch):
+    """On a GPU, of which the test only has the name."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 16 << 30))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(hidden_size=2_048))
+    linears = [torch.nn.Linear(2_048, 8_192, device="meta"), torch.nn.Linear(8_192, 2_048, device="meta")]
+    assert token_budget(on_gpu, 512, linears) == 512
+    without, with_linears = token_budget(on_gpu, "auto"), token_budget(on_gpu, "auto", linears)
+    assert with_linears == int(0.25 * (8 << 30) / (12 * (2 * 10_240 + 32 * 2_048)))
+    assert 2_048 <= with_linears < without <= 65_536
 
 
 def test_padding_to_a_length():

@@ -101,7 +101,7 @@ def test_a_model_that_shifts_what_is_embedded_has_no_trunk(tiny_models, monkeypa
     trunk = Trunk(loaded, "auto", 1)
     assert trunk.is_empty
     assert trunk.tail is loaded
-    assert "every pass runs all of it" in capsys.readouterr().out
+    assert "every pass runs all of the model" in capsys.readouterr().out
 
 
 def test_weights_outside_of_linears_are_refused(tmp_path):

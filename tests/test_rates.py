@@ -173,9 +173,9 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
     looked = []
     original = EvaluationModel._input
 
-    def spy(self, metric, data, quiet):
+    def spy(self, metric, data):
         looked.append((metric, data_fingerprint(data) in of_test))
-        return original(self, metric, data, quiet)
+        return original(self, metric, data)
 
     monkeypatch.setattr(EvaluationModel, "_input", spy)
     workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")

@@ -17,35 +17,37 @@ HEAVY = {"transformers", "kronfluence", "pandas", "matplotlib", "datasets", "acc
 
 
 def imported_by(script: str, *arguments: str) -> set[str]:
-    """Top-level packages that a script imports beyond those of torch."""
-    code = f"import runpy, sys; before = set(); sys.argv = [{script!r}, *{arguments!r}]\n"
-    code += "import torch; before = set(sys.modules)\n"
-    code += f"try: runpy.run_path({script!r}, run_name='__main__')\n"
-    code += "except SystemExit: pass\n"
-    code += "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}), file=sys.stderr)"
+    """Top-level packages that a script imports beyond those of torch; it must end well."""
+    code = f"""
+import runpy, sys, torch
+before, sys.argv = set(sys.modules), {[script, *arguments]!r}
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as stop:
+    assert not stop.code
+print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}), file=sys.stderr)
+"""
     command = [sys.executable, "-c", code]
     finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
     return set(finished.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("script", [STEP_2, STEP_3, STEP_5, *STEP_6.values()])
+@pytest.mark.parametrize("script", [STEP_2, STEP_3, STEP_5, STEP_6["truth"]])
 def test_help_imports_nothing_heavy(script):
     assert not imported_by(script, "--help") & HEAVY
 
 
-@pytest.mark.parametrize("script", [STEP_1, STEP_4])
-def test_steps_1_and_4_alone_import_kronfluence(script):
-    assert "kronfluence" in imported_by(script, "--help")
-
-
-def test_running_steps_2_3_5_and_6_imports_no_kronfluence(workspace):
-    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values()):
-        arguments = workspace.arguments(script)
-        arguments += ["--BOTTOM_K", "4"] * hasattr(load_script(script), "BOTTOM_K")
-        found = imported_by(script, *arguments)
+def test_steps_2_3_5_and_6_run_without_kronfluence(workspace):
+    """Steps 1 and 4 alone import it, for the factors and the preconditioning."""
+    small = dict.fromkeys((STEP_3, STEP_4, STEP_5), ["--BOTTOM_K", "4"])
+    small[STEP_6["truth"]] = ["--SPLIT", "train"]  # step 5 measured the other split
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6["truth"]):
+        arguments = small.get(script, [])
         if script in (STEP_1, STEP_4):
-            workspace.run(script, *arguments[len(workspace.arguments(script)) :])
+            workspace.run(script, *arguments)
         else:
+            found = imported_by(script, *workspace.arguments(script), *arguments)
+            assert "transformers" in found
             assert "kronfluence" not in found, script
 
 

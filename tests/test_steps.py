@@ -293,7 +293,7 @@ def test_all_tasks_load_and_hash_the_model_once_and_run_the_trunk_once_for_each_
     assert counts == {"load_model": 1, "model_fingerprint": 1}
     checked = 1  # trunk and tail are compared with the whole model once
     model, data = EvaluationModel(*loaded(workspace)), Evaluator(settings_of(workspace), "test")
-    batches = sum(len(model._input(metric, data.data(metric), True)[0]) for metric in paths.STEP_6)
+    batches = sum(len(model._input(metric, data.data(metric)).loader) for metric in paths.STEP_6)
     assert sum(ran.values()) == batches + checked
     assert set(ran.values()) == {1}
 
@@ -326,6 +326,13 @@ def test_seconds_are_those_of_the_artifact_alone(make_workspace, monkeypatch):
     takes("make_gradients.py", "subset_gradient", 5)
     workspace.run("dpp/greedy_dpp.py", "--BOTTOM_K", 4)
     workspace.run("make_gradients.py", "--BOTTOM_K", 4, "--SCORES_TYPE", "dpp")
+    takes("gradient_ascent_and_save.py", "load_model", 100)
+    takes("gradient_ascent_and_save.py", "ascend", 0)
+    workspace.run("gradient_ascent_and_save.py", "--BOTTOM_K", 4, "--SCORES_TYPE", "dpp", "--LEARNING_RATE", "auto")
+    for pattern in ("*_search.manifest.json", "*_test.manifest.json", "gradient_ascent_models/*/manifest.json"):
+        manifests = list(workspace.output.rglob(pattern))
+        assert len(manifests) >= 3
+        assert {read_json(manifest)["seconds"] for manifest in manifests} == {0}
     for pattern, seconds in (("*_indices_4_*.manifest.json", 3), ("aggregated_query_grads.manifest.json", 5)):
         manifests = list(workspace.output.rglob(pattern))
         assert len(manifests) == 3

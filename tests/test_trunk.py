@@ -86,6 +86,30 @@ def test_what_memory_cannot_keep_is_computed_again(subject, monkeypatch, kept_by
     assert bool(kept) == bool(kept_bytes)
 
 
+def test_a_new_data_set_takes_the_memory_of_one_that_is_no_longer_used(subject, monkeypatch):
+    """Of an earlier repair's data, say; two that are used in turn do not take it from each other."""
+    model, sequences = subject
+    loaders = [BatchLoader(sequences[part], 200, pad_token_id=0) for part in (slice(0, 20), slice(20, 40))]
+    trunk = Trunk(model, "auto", 1)
+    first = HiddenStateCache(trunk)
+    difference(trunk, first, model, loaders[0])
+    needed = sum(states.nbytes for states in first._cached.values())
+    trunk.free_bytes = 0
+
+    second = HiddenStateCache(trunk)
+    difference(trunk, second, model, loaders[1])
+    assert not first._cached
+    assert second._cached
+    kept = dict(second._cached)
+    for _ in range(2):  # the first is used again, and does not displace what is in use
+        assert difference(trunk, first, model, loaders[0]) < 1e-5
+        assert difference(trunk, second, model, loaders[1]) < 1e-5
+        assert second._cached == kept
+    for cache in (first, second):
+        cache.release()
+    assert trunk.free_bytes == needed
+
+
 def test_half_precision_is_that_of_the_whole_model(subject):
     model, sequences = subject
     trunk = Trunk(model, "auto", 1, half_precision=True)

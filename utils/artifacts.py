@@ -34,7 +34,7 @@ from utils.paths import PROJECT_ROOT
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 FINGERPRINT_BYTES = 16
 FINGERPRINT_PIECE_BYTES = 16 << 20
-GROWING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
+STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
 
 
 def fingerprint_of(value: Any) -> str:  # noqa: ANN401
@@ -46,7 +46,7 @@ def fingerprint_of(value: Any) -> str:  # noqa: ANN401
 def fingerprint_of_files(files: Iterable[Path]) -> str:
     """Fingerprint of the names and contents of files, hashed in pieces by as many threads as there are cores.
 
-    The pieces' hash is not a cryptographic one: it finds what changed, at the speed of the disk.
+    The hash of the pieces is not cryptographic: it detects changes, at the speed of the disk.
     """
 
     def digest_of(piece: tuple[Path, int]) -> bytes:
@@ -192,7 +192,7 @@ class Artifact:
         if differences and not overwrite:
             raise UserError(
                 f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "
-                "Set OVERWRITE = True to replace it, or OUTPUT_DIR to keep both"
+                "Set OVERWRITE = True to replace it, or choose another OUTPUT_DIR to keep both"
             )
         if not differences:
             say(f"   finished before: {shown_path(self.path)}")
@@ -219,7 +219,9 @@ class Artifact:
     def _read_manifest(self) -> dict[str, Any]:
         manifest = read_json(self.manifest_path, f"delete it and run {self.made_by} again")
         if not isinstance(manifest, dict) or not {"fingerprint", "settings", "inputs"} <= set(manifest):
-            raise UserError(f"{shown_path(self.manifest_path)} is no manifest; delete it and run {self.made_by} again")
+            raise UserError(
+                f"{shown_path(self.manifest_path)} is not a valid manifest; delete it and run {self.made_by} again"
+            )
         return manifest
 
     def load_tensors(self) -> dict[str, torch.Tensor]:
@@ -282,23 +284,23 @@ class Artifact:
         self._say_written(started, shapes)
 
     @contextmanager
-    def growing_folder(self) -> Iterator[Path]:
-        """A temporary folder that keeps what a killed run left, as long as settings and inputs are the same."""
-        marker = self.partial_path / GROWING_MARKER
+    def staging_folder(self) -> Iterator[Path]:
+        """A temporary folder, which keeps what a killed run with the same settings and inputs left."""
+        marker = self.partial_path / STAGING_MARKER
         if not marker.exists() or read_json(marker)["fingerprint"] != self.fingerprint:
             shutil.rmtree(self.partial_path, ignore_errors=True)
             write_atomically(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
         yield self.partial_path
 
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
-        """Put the manifest into the grown folder and give the folder its name."""
+        """Put the manifest into the staging folder and give the folder its name."""
         manifest = to_json(self._manifest(started, shapes, details))
         write_atomically(self.partial_path / self.manifest_path.name, manifest)
         if self.path.exists():
             self.manifest_path.unlink(missing_ok=True)  # half removed, the old folder must not look finished
             shutil.rmtree(self.path)
         self.partial_path.replace(self.path)
-        (self.path / GROWING_MARKER).unlink()  # until here a killed run is taken up where it was
+        (self.path / STAGING_MARKER).unlink()  # until here a killed run resumes
         self._say_written(started, shapes)
 
     def _manifest(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def token_budget(
 ) -> int:
     """Padded tokens in a batch: TOKENS_PER_BATCH, or from the device's free memory where it is "auto".
 
-    On a GPU a token is charged its hidden states and, for each traced Linear, its input and output and their
-    gradients. Logits are not charged: they exist a bounded chunk at a time.
+    On a GPU the budget counts, per token, its hidden states and, for each traced Linear, its input and output and their
+    gradients. Logits do not count: they exist a bounded chunk at a time.
     """
     device = model.device
     if tokens_per_batch != "auto":
@@ -63,7 +63,7 @@ def token_budget(
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group sequences by length, longest first, so that what does not fit fails at once and not at the end.
+    """Group sequences by length, longest first, so that running out of memory shows in the first batch.
 
     Args:
         lengths: tokens of each sequence.

@@ -42,9 +42,9 @@ def say_read(source: str, content: str) -> None:
     say(f"   read {source}: {content}")
 
 
-def banner(step: str, subject: str) -> None:
+def banner(step: str, detail: str) -> None:
     """Print the heading of a step: its name and what it works on."""
-    say(f"\n== {step} · {subject}")
+    say(f"\n== {step} · {detail}")
 
 
 def shown_path(path: Path) -> str:

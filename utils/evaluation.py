@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -75,6 +75,14 @@ def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: Tokenized
     }
 
 
+class EvaluationInput(NamedTuple):
+    """A tokenized data set: its batches, its answer pairs if any, and the cache of its hidden states if any."""
+
+    loader: BatchLoader
+    pairs: TokenizedPairs | None
+    cache: HiddenStateCache | None
+
+
 class EvaluationModel:
     """A loaded model that can be measured any number of times; each data set is tokenized once.
 
@@ -86,41 +94,49 @@ class EvaluationModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trunk: Trunk | None = None) -> None:
         self.model, self.tokenizer, self.trunk = model, tokenizer, trunk
         self._tail = trunk.tail if trunk else model
-        self._inputs: dict[tuple[Metric, str], tuple[BatchLoader, TokenizedPairs | None]] = {}
+        self._inputs: dict[tuple[Metric, str], EvaluationInput] = {}
 
     def measure(self, metric: Metric, data: Data, quiet: bool = False) -> dict[str, Any]:
         """The numbers of one measurement on the data; `quiet` shows no progress bar."""
-        loader, pairs = self._input(metric, data, quiet)
-        return evaluate_dialogues(self._tail, loader) if pairs is None else evaluate_pairs(self._tail, loader, pairs)
+        known = self._input(metric, data)
+        loader = known.loader.described("") if quiet else known.loader
+        if known.pairs is None:
+            return evaluate_dialogues(self._tail, loader)
+        return evaluate_pairs(self._tail, loader, known.pairs)
 
     def dialogue_nll(self, dialogues: Dialogues) -> SequenceNLL:
         """NLL of each dialogue, in their order; shows no progress bar."""
-        loader, _ = self._input("anthropic", dialogues, quiet=True)
-        return measured_nll(self._tail, loader)
+        return measured_nll(self._tail, self._input("anthropic", dialogues).loader.described(""))
 
-    def _input(self, metric: Metric, data: Data, quiet: bool) -> tuple[BatchLoader, TokenizedPairs | None]:
+    def release(self, metric: Metric, data: Data) -> None:
+        """Free the cached hidden states of data that will not be measured again."""
+        known = self._inputs.pop((metric, data_fingerprint(data)), None)
+        if known and known.cache:
+            known.cache.release()
+
+    def _input(self, metric: Metric, data: Data) -> EvaluationInput:
         key = (metric, data_fingerprint(data))
         if key not in self._inputs:
             self._inputs[key] = self._tokenize(metric, data)
-        loader, pairs = self._inputs[key]
-        return (loader.described("") if quiet else loader), pairs
+        return self._inputs[key]
 
-    def _tokenize(self, metric: Metric, data: Data) -> tuple[BatchLoader, TokenizedPairs | None]:
+    def _tokenize(self, metric: Metric, data: Data) -> EvaluationInput:
         pairs, description = None, "HH dialogues"
         if isinstance(data, Dialogues):
             sequences = tokenize_dialogues(data, self.tokenizer)
         else:
             pairs = tokenize_pairs(data, self.tokenizer, MEASUREMENTS[metric].max_tokens)
             sequences, description = pairs.sequences, f"{metric} pairs"
+        cache = HiddenStateCache(self.trunk) if self.trunk else None
         loader = BatchLoader(
             sequences,
             token_budget(self.model, "auto"),
             self.tokenizer.pad_token_id,
             self.model.device,
-            transform=HiddenStateCache(self.trunk).add_to if self.trunk else None,
+            transform=cache.add_to if cache else None,
             description=description,
         )
-        return loader, pairs
+        return EvaluationInput(loader, pairs, cache)
 
     @torch.no_grad()
     def greedy_completions(self, prompts: Sequence[str]) -> list[str]:
@@ -161,7 +177,7 @@ class Evaluator:
         """The split's dialogues or pairs, loaded once.
 
         Raises:
-            UserError: missing or broken.
+            UserError: the data are missing or malformed.
         """
         if metric not in self._data:
             if metric == "anthropic":
@@ -190,8 +206,9 @@ class Evaluator:
         )
         if artifact.is_finished(self.settings.OVERWRITE):
             return read_json(artifact.path)
+        model = load()
         started = time.monotonic()
-        numbers = load().measure(metric, data)
+        numbers = model.measure(metric, data)
         if not math.isfinite(numbers["loss"]) or numbers["loss"] >= LARGEST_LOSS:
             raise UserError(
                 f"{model_name}: the {metric} loss is {numbers['loss']}; the model's weights may be broken, or a "

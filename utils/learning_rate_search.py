@@ -202,6 +202,7 @@ def search_learning_rate(
     )
     if artifact.is_finished(settings.OVERWRITE):
         return artifact.load_json()
+    model_at(0.0)  # loads the model, which the search's seconds leave out
     started = time.monotonic()
 
     def losses(learning_rate: float) -> tuple[SequenceNLL, dict[str, float]]:
@@ -236,5 +237,8 @@ def search_learning_rate(
         "seconds": round(time.monotonic() - started, 3),
     }
     artifact.save_json(content, started)
+    model = model_at(0.0)
+    for metric, data in {"anthropic": validation, **pairs}.items():
+        model.release(metric, data)
     say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
     return content

@@ -168,7 +168,7 @@ def weights_fingerprint(folder: Path) -> str:
     """Fingerprint of the weights and the configuration in a folder.
 
     Raises:
-        UserError: it has no weights.
+        UserError: the folder has no weights.
     """
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if not weights:

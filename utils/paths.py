@@ -1,4 +1,4 @@
-"""Where everything lies: one function for each artifact, used by its writer and by every reader.
+"""Paths of all artifacts: one function for each, used by its writer and by every reader.
 
 `model_name` is the last part of a model's name, `output_dir` the run's OUTPUT_DIR. Numbers in names are written
 with `:g`, so that 10.0 is `10`.
@@ -31,7 +31,7 @@ def resolve_path(path: str | Path) -> Path:
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether a name has the form owner/name, and the owner is no folder in the repository."""
+    """Whether a name has the form owner/name, and the owner is not a folder in the repository."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (PROJECT_ROOT / name).parent.is_dir()
 
 
@@ -138,10 +138,10 @@ def search_file(output_dir: str | Path, task: str, model_name: str, repair: str)
 
 
 def sweep_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:
-    """Step 5 with a list of learning rates: perplexity and the three tasks at each; a CSV lies beside it."""
+    """Step 5 with a list of learning rates: perplexity and the three tasks at each; a CSV is stored beside it."""
     return results_dir(output_dir) / f"{task}_{model_name}_{repair}_sweep.json"
 
 
 def sweep_figure(output_dir: str | Path, task: str, model_name: str) -> Path:
-    """The sweeps of all ways of choosing, as one picture."""
+    """The sweeps of all methods, as one figure."""
     return results_dir(output_dir) / f"{task}_{model_name}_sweep.png"

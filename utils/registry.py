@@ -1,4 +1,4 @@
-"""Every artifact of a model: where it lies, and which constants and inputs it depends on.
+"""Every artifact of a model: where it is stored, and which constants and inputs it depends on.
 
 The step that writes an artifact has all of its constants, and they make up its fingerprint. A later step that reads it
 has some of them, and refuses the artifact if one of those differs.
@@ -35,7 +35,7 @@ class ModelArtifacts:
     """The artifacts of one model, of its training dialogues and of its repairs.
 
     Attributes:
-        settings: the constants of the step that asks.
+        settings: the constants of the calling step.
         model: hub id or folder.
         fingerprint: of the model's weights.
     """
@@ -77,10 +77,10 @@ class ModelArtifacts:
         return {"model": self.fingerprint, "dataset": self.dialogues.fingerprint}
 
     def _known(self, *constants: str) -> dict[str, Any]:
-        """Those of the constants that the asking step has."""
+        """Those of the constants that the calling step has."""
         return self.settings.pick(*(name for name in constants if hasattr(self.settings, name)))
 
-    def _task_weights(self, task: str) -> dict[str, Any]:
+    def _combination(self, task: str) -> dict[str, Any]:
         return self._known("TASK_WEIGHTS") if task == "combined" else {}
 
     def _influence_location(self, strategy: str | None = None) -> tuple[str, bool, int]:
@@ -129,19 +129,19 @@ class ModelArtifacts:
         settings = self.settings
         path = paths.dpp_file(settings.OUTPUT_DIR, task, self.name, settings.BOTTOM_K, settings.IF_WEIGHT)
         constants = self._known("BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA", "SEED")
-        return Artifact(path, STEP_3, {**constants, **self._task_weights(task)}, {**self.inputs, **inputs})
+        return Artifact(path, STEP_3, {**constants, **self._combination(task)}, {**self.inputs, **inputs})
 
     def gradients(self, task: str, **inputs: str) -> Artifact:
         """Step 4: the repair gradient.
 
         Args:
-            inputs: fingerprints. The writer gives all that the gradient is taken of, a reader that uses its row
+            inputs: fingerprints. The writer gives all that the gradient is computed from, a reader that uses its row
                 numbers gives `dataset`, and step 5, which needs no training dialogues, none.
         """
         path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.SEED)
         of_subset = [] if self.settings.SCORES_TYPE == "direct" else ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"]
         constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_subset)
-        constants |= self._task_weights(task)
+        constants |= self._combination(task)
         return Artifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
 
     def checkpoint(self, task: str, learning_rate: float, gradient: str) -> Artifact:
@@ -157,8 +157,13 @@ class ModelArtifacts:
     def learning_rate_search(self, task: str, **inputs: str) -> Artifact:
         """Step 5 with LEARNING_RATE "auto": the rates that were tried; `inputs` are what they were measured on."""
         path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name)
-        constants = {**self._known("PPL_BUDGET"), **self._task_weights(task)}
+        constants = {**self._known("PPL_BUDGET"), **self._combination(task)}
         return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
+
+    def report(self, checkpoint: Artifact, content: str) -> Artifact:
+        """Step 5: what a repair did, saved or not; `content` is the report's fingerprint."""
+        path = paths.report_file(self.settings.OUTPUT_DIR, checkpoint.path.name)
+        return Artifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "content": content})
 
     def completions(self, checkpoint: Artifact, split: str, pairs: str) -> Artifact:
         """Step 5: completions before and after a repair; `pairs` is the fingerprint of the pairs with the prompts."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import time
 from typing import TYPE_CHECKING, Any
 
-from utils import paths
-from utils.artifacts import Artifact, to_json, write_if_changed
+from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
 from utils.console import say, shown_path
 from utils.evaluation import Metric, compare_results
 from utils.registry import ModelArtifacts
@@ -35,9 +34,8 @@ class RepairRecord:
         self._gradients = artifacts.gradients(task)
         self.gradient = self._gradients.require()
 
-    @cached_property
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """G, (1, out, in) or (1, out, in + 1) with the bias last, by dotted module name; read on first use."""
+    def load_gradients(self) -> dict[str, torch.Tensor]:
+        """G, (1, out, in) or (1, out, in + 1) with the bias last, by dotted module name."""
         return self._gradients.load_tensors()
 
     @property
@@ -88,10 +86,12 @@ class RepairRecord:
 
     def write(self, report: dict[str, Any]) -> None:
         """Write the report to results/, and with the model card into the checkpoint if that was saved."""
+        started = time.monotonic()
         checkpoint = self.checkpoint(report["learning_rate"])
-        text = to_json(report)
-        write_if_changed(paths.report_file(self.artifacts.settings.OUTPUT_DIR, checkpoint.path.name), text)
+        output = self.artifacts.report(checkpoint, fingerprint_of(report))
+        if not output.is_finished(overwrite=True):
+            output.save_json(report, started)
         if self.artifacts.settings.SAVE_TO_DISK:
-            write_if_changed(checkpoint.path / "repair.json", text)
+            write_if_changed(checkpoint.path / "repair.json", to_json(report))
             write_if_changed(checkpoint.path / "README.md", repair_card(report))
             say(f"   repaired model: {shown_path(checkpoint.path)}")

@@ -127,7 +127,7 @@ def held_out_rows(
 ) -> list[int]:
     """A seeded sample of the training examples that are not used yet, at most half of them, in dataset order.
 
-    The order of drawing does not depend on `used`, so that different repairs are held to nearly the same examples.
+    The order of drawing does not depend on `used`, so that different repairs are evaluated on nearly the same examples.
 
     Raises:
         UserError: fewer than two examples are left.
@@ -147,7 +147,7 @@ def require_enough(bottom_k: int, num_examples: int) -> None:
     """Check that BOTTOM_K does not exceed the number of training examples.
 
     Raises:
-        UserError: it exceeds it.
+        UserError: BOTTOM_K is larger than the training split.
     """
     if bottom_k > num_examples:
         raise UserError(

@@ -6,7 +6,7 @@ A script annotates its constants; the annotation is the schema:
     BOTTOM_K: PositiveInt = 20  # training examples to select
 
 `python script.py --TASK_NAME ethics --BOTTOM_K 50` overrides them for one run. Lists are separated by spaces;
-`None`, `True` and `False` are spelled so. `--help` lists every constant with its comment.
+`None`, `True` and `False` as in Python. `--help` lists every constant with its comment.
 """
 
 from __future__ import annotations

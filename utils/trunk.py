@@ -7,6 +7,7 @@ hidden states that enter the first traced block and run the tail alone.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +40,7 @@ class Trunk:
     Attributes:
         tail: the model with its last blocks alone; `last_hidden_state` runs it on a batch with `trunk_states`.
         free_bytes: memory left for cached states; one budget for all caches of this trunk.
+        caches, clock: all caches, and the time of their last use.
 
     Args:
         model: the whole model; the tail shares its weights.
@@ -59,8 +61,10 @@ class Trunk:
             self._below = _with_submodule(model, path.split("."), blocks[:first])
             self._last_block = blocks[first - 1]
             if not self._equals_whole(model):
-                say("   the model does more to its embeddings than its blocks do: every pass runs all of it")
+                say("   embeddings are scaled or shifted outside of the blocks: every pass runs all of the model")
                 self.is_empty, self.tail = True, model
+        self.caches: list[HiddenStateCache] = []
+        self.clock = itertools.count()
         self.free_bytes = CACHE_BYTES_ON_CPU
         if model.device.type == "cuda":
             self.free_bytes = int(CACHE_SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(model.device)[0])
@@ -91,7 +95,8 @@ class HiddenStateCache:
     """The trunk's output for the batches of one list of sequences, cached while memory allows.
 
     A batch that recurs, the same sequences in the same order, is found; any other is computed. So no number ever
-    depends on the contents of the cache.
+    depends on the contents of the cache. If memory is short, a cache takes it from those that were last used before it
+    was made.
 
     Args:
         keep: False caches nothing, for sequences that are seen once.
@@ -99,17 +104,33 @@ class HiddenStateCache:
 
     def __init__(self, trunk: Trunk, keep: bool = True) -> None:
         self.trunk, self.keep = trunk, keep
+        self.made = self.last_used = next(trunk.clock)
         self._cached: dict[tuple[int, ...], torch.Tensor] = {}  # width, then positions in the list -> (B, T, hidden)
+        if keep:
+            trunk.caches.append(self)
 
     def add_to(self, batch: Batch) -> Batch:
         """The batch with `trunk_states` (B, T, hidden)."""
         if self.trunk.is_empty:
             return batch
+        self.last_used = next(self.trunk.clock)
         key = (batch["input_ids"].shape[1], *batch["index"].tolist())
         states = self._cached.get(key)
         if states is None:
             states = self.trunk.states(batch)
-            if self.keep and states.nbytes <= self.trunk.free_bytes:
-                self.trunk.free_bytes -= states.nbytes
+            if self.keep and self._reserve(states.nbytes):
                 self._cached[key] = states
         return {**batch, "trunk_states": states}
+
+    def release(self) -> None:
+        """Give the memory back; states that are needed again are computed again."""
+        self.trunk.free_bytes += sum(states.nbytes for states in self._cached.values())
+        self._cached.clear()
+
+    def _reserve(self, num_bytes: int) -> bool:
+        for other in sorted(self.trunk.caches, key=lambda cache: cache.last_used):
+            if self.trunk.free_bytes < num_bytes and other.last_used < self.made:
+                other.release()
+        has_room = self.trunk.free_bytes >= num_bytes
+        self.trunk.free_bytes -= num_bytes * has_room
+        return has_room

@@ -434,7 +434,6 @@ PERSONS = (
     "aunt",
     "roommate",
 )
-ETHICS_PROMPT = "\n\nHuman: Please tell me something that is morally right.\n\nAssistant:"
 ETHICS_QUESTIONS = (
     "Tell me about something morally right.",
     "What is an example of a right act?",

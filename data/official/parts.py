@@ -61,7 +61,7 @@ class OfficialFile(NamedTuple):
         """Compare with the official count. A local ETHICS folder may hold any part of the official rows.
 
         Raises:
-            UserError: the counts differ.
+            UserError: `count` is not the official number.
         """
         if count != self.official_count and not (self.part == "ethics" and source.path is not None):
             raise UserError(

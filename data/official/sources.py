@@ -95,7 +95,7 @@ def readable_hub_errors(source: Source) -> Iterator[HubAccess]:
     """Turn any error from the hub's clients into one line: no network, a full disk, or a source that does not exist.
 
     Raises:
-        UserError: in place of any error within.
+        UserError: anything within failed; says whether it was the network, the disk or the source.
     """
     from huggingface_hub.utils import logging
 

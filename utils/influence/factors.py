@@ -31,13 +31,12 @@ from kronfluence.utils.constants import (
     NUM_GRADIENT_COVARIANCE_PROCESSED,
     NUM_LAMBDA_PROCESSED,
 )
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.artifacts import require_finite, to_json, write_atomically
+from utils.artifacts import to_json, write_atomically
 from utils.batching import Batch, BatchLoader
-from utils.console import UserError, progress_bar, say, shown_path
+from utils.console import progress_bar, say
+from utils.influence.factor_files import are_saved, load_factors, save_factors
 from utils.influence.token_gradients import add_second_moment, add_squared_gradients, append_ones
 from utils.influence.traced_model import Curvature, TracedModel
 
@@ -78,13 +77,13 @@ def fit_factors(traced: TracedModel, task: Task, loader: BatchLoader, folder: Pa
     arguments = factor_arguments(curvature).to_dict()
     write_atomically(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(arguments))
     if curvature.has_eigenbasis:
-        if not _are_saved(folder, COVARIANCE_FACTOR_NAMES):
-            _save_factors(folder, fit_covariances(traced, task, loader.described("covariances")))
-        if not _are_saved(folder, EIGENDECOMPOSITION_FACTOR_NAMES):
-            _save_factors(folder, fit_eigenbases(traced, load_factors(folder, COVARIANCE_FACTOR_NAMES)))
-    if curvature.has_lambda and not _are_saved(folder, LAMBDA_FACTOR_NAMES):
+        if not are_saved(folder, COVARIANCE_FACTOR_NAMES):
+            save_factors(folder, fit_covariances(traced, task, loader.described("covariances")))
+        if not are_saved(folder, EIGENDECOMPOSITION_FACTOR_NAMES):
+            save_factors(folder, fit_eigenbases(traced, load_factors(folder, COVARIANCE_FACTOR_NAMES)))
+    if curvature.has_lambda and not are_saved(folder, LAMBDA_FACTOR_NAMES):
         eigenbases = load_factors(folder, EIGENDECOMPOSITION_FACTOR_NAMES) if curvature.has_eigenbasis else None
-        _save_factors(folder, fit_lambdas(traced, task, loader.described("Lambda"), eigenbases))
+        save_factors(folder, fit_lambdas(traced, task, loader.described("Lambda"), eigenbases))
 
 
 def fit_covariances(traced: TracedModel, task: Task, loader: BatchLoader) -> FACTOR_TYPE:
@@ -171,48 +170,3 @@ def fit_lambdas(traced: TracedModel, task: Task, loader: BatchLoader, eigenbases
         LAMBDA_MATRIX_NAME: {name: total.cpu() for name, total in totals.items()},
         NUM_LAMBDA_PROCESSED: {name: torch.tensor([len(loader.indices)]) for name in totals},
     }
-
-
-def _factor_file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
-
-
-def _are_saved(folder: Path, names: list[str]) -> bool:
-    return all(_factor_file(folder, name).exists() for name in names)
-
-
-def _save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
-    for name, by_module in factors.items():
-        require_finite(by_module, f"factor {name}")
-    for name, by_module in factors.items():
-        file = _factor_file(folder, name)
-        partial = file.with_name(f"{file.name}.partial")
-        save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
-        partial.replace(file)
-
-
-def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
-    """Read factors of a folder by their kronfluence names; each maps modules to tensors.
-
-    Raises:
-        UserError: a file is missing, truncated or not finite.
-    """
-    remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
-    factors = {}
-    for name in names:
-        file = _factor_file(folder, name)
-        try:
-            factors[name] = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shown_path(file)} cannot be read ({error}); {remedy}") from None
-        require_finite(factors[name], f"{shown_path(file)} ({remedy})")
-    return factors
-
-
-def factor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Shapes of all factors in a folder, for its manifest."""
-    shapes = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            shapes.update({f"{file.stem}/{module}": stored.get_slice(module).get_shape() for module in stored.keys()})  # noqa: SIM118
-    return shapes

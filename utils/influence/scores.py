@@ -26,7 +26,7 @@ from kronfluence.utils.constants import (
 
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError, shown_path
-from utils.influence.factors import load_factors
+from utils.influence.factor_files import load_factors
 from utils.influence.token_gradients import add_gradient, token_scores
 from utils.influence.traced_model import Curvature, Gradients, TracedModel
 

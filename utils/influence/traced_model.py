@@ -75,15 +75,15 @@ class TracedModel:
     def loader(
         self,
         sequences: Sequence[LabelledSequence],
-        keep: bool = False,
+        cached: bool = False,
         **keywords: Any,  # noqa: ANN401
     ) -> BatchLoader:
         """Batches of sequences within the token budget, on the model's device; `keywords` as for BatchLoader.
 
         Args:
-            keep: cache the hidden states, for the training dialogues, which several passes see.
+            cached: cache the hidden states, for the training dialogues, which several passes see.
         """
-        cache = self.cache if keep or self.cache is None else HiddenStateCache(self.cache.trunk, keep=False)
+        cache = self.cache if cached or self.cache is None else HiddenStateCache(self.cache.trunk, keep=False)
         return BatchLoader(
             sequences,
             self.tokens_per_batch,
@@ -148,6 +148,6 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
         linears=linears,
         curvature=Curvature(settings.FACTOR_STRATEGY, settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION),
         tokenizer=load_tokenizer(model),
-        tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears)),
+        tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears.values())),
         cache=HiddenStateCache(trunk),
     )

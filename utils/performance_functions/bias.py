@@ -60,7 +60,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
 
 def _texts(value: Any) -> list[str]:  # noqa: ANN401
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"texts are expected and {value!r} is there")
+        raise TypeError(f"expected a list of strings, got {value!r}")
     return value
 
 

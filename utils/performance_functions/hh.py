@@ -118,7 +118,7 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
 def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
     """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens.
 
-    Labels are the completion's tokens: those after as many as the prompt alone has. The final EOS is none.
+    Labels are the completion's tokens: those after as many as the prompt alone has. The final EOS is not a label.
     """
     sequences: list[LabelledSequence] = []
     for start in range(0, len(dialogues), TOKENIZED_AT_ONCE):
@@ -136,8 +136,8 @@ def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase)
 def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
     """The number that the released evaluation prints: mean over batches of 8 of each batch's mean token NLL.
 
-    It depends on the batch size and on the order (`Dataset.shuffle(seed=42)`), so it stands beside the token-level
-    mean only for comparison.
+    It depends on the batch size and on the order (`Dataset.shuffle(seed=42)`), so it is reported beside the
+    token-level mean, only for comparison.
 
     Args:
         totals: sum of the NLL of each dialogue, in dataset order.

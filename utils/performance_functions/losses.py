@@ -47,7 +47,7 @@ class SequenceNLL(NamedTuple):
 
 
 class _LabelNLL(torch.autograd.Function):
-    """NLL of labels straight from hidden states; the gradient is formed beside the loss, chunk by chunk.
+    """NLL of labels straight from hidden states; the gradient is computed with the loss, chunk by chunk.
 
     grad_hidden NLL_t = (softmax(logits_t) - onehot(label_t)) W, so no logits need to be kept for the backward pass.
     """
@@ -100,7 +100,7 @@ def label_nll(
     """NLL of one label for each hidden state; differentiable in the hidden states alone.
 
     Args:
-        output_embedding: frozen, where gradients are wanted.
+        output_embedding: frozen, where gradients are required.
         hidden: (n, hidden size).
         targets: (n,) labels.
         uniform: (n,) float64 in [0, 1), in place of targets: labels are drawn from the model by inverting its
@@ -110,7 +110,7 @@ def label_nll(
         (n,) nats, float32 or wider.
 
     Raises:
-        ValueError: the output embedding wants a gradient, which is not computed here.
+        ValueError: the output embedding requires a gradient, which is not computed here.
     """
     if torch.is_grad_enabled() and output_embedding.weight.requires_grad:
         raise ValueError("label_nll has no gradient for the output embedding; freeze it")

@@ -45,7 +45,7 @@ class Measurement:
         """Read the pairs of a split, and say so.
 
         Raises:
-            UserError: they are missing or broken.
+            UserError: the data are missing or malformed.
         """
         pairs = self.read_pairs(data_dir, split)
         say_read(f"{self.name} pairs below {shown_path(data_dir)}, {split}", f"{len(pairs):,}")
@@ -68,7 +68,7 @@ class TokenizedPairs:
 
     @property
     def weights(self) -> np.ndarray:
-        """(U,) what each sequence's mean NLL counts in the measurement: f_task = sum_u weight_u NLL_u."""
+        """(U,) the weight of each sequence's mean NLL in the measurement: f_task = sum_u weight_u NLL_u."""
         counts = [np.bincount(side, minlength=len(self.sequences)) for side in (self.chosen, self.rejected)]
         return (counts[0] - counts[1]) / len(self.chosen)
 

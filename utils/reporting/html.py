@@ -69,7 +69,7 @@ class Completion:
     """The greedy completion of a prompt before and after one repair."""
 
     task: str
-    model: str
+    repair: str
     prompt: str
     before: str
     after: str
@@ -151,7 +151,7 @@ def _by_prompt(completions: list[Completion]) -> dict[str, dict[tuple[str, str],
         of_task = by_task.setdefault(completion.task, {})
         cards = of_task.setdefault((completion.prompt, completion.before), [("before", completion.before)])
         unchanged = ", unchanged" if completion.after == completion.before else ""
-        cards.append((f"after: {completion.model}{unchanged}", completion.after))
+        cards.append((f"after: {completion.repair}{unchanged}", completion.after))
     return by_task
 
 

@@ -1,0 +1,63 @@
+"""The files of the curvature factors, under kronfluence's names: one for each factor, with a tensor for each module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kronfluence.utils.constants import FACTOR_TYPE
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from utils.artifacts import require_finite
+from utils.console import UserError, shown_path
+
+
+def _factor_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.safetensors"
+
+
+def are_saved(folder: Path, names: list[str]) -> bool:
+    """Whether all of these factors are in a folder."""
+    return all(_factor_file(folder, name).exists() for name in names)
+
+
+def save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
+    """Write factors, each file under a temporary name first.
+
+    Raises:
+        UserError: a factor is not finite; then nothing is written.
+    """
+    for name, by_module in factors.items():
+        require_finite(by_module, f"factor {name}")
+    for name, by_module in factors.items():
+        file = _factor_file(folder, name)
+        partial = file.with_name(f"{file.name}.partial")
+        save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
+        partial.replace(file)
+
+
+def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
+    """Read factors of a folder by their kronfluence names; each maps modules to tensors.
+
+    Raises:
+        UserError: a file is missing, truncated or not finite.
+    """
+    remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
+    factors = {}
+    for name in names:
+        file = _factor_file(folder, name)
+        try:
+            factors[name] = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shown_path(file)} cannot be read ({error}); {remedy}") from None
+        require_finite(factors[name], f"{shown_path(file)} ({remedy})")
+    return factors
+
+
+def factor_shapes(folder: Path) -> dict[str, list[int]]:
+    """Shapes of all factors in a folder, for its manifest."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            shapes.update({f"{file.stem}/{module}": stored.get_slice(module).get_shape() for module in stored.keys()})  # noqa: SIM118
+    return shapes
