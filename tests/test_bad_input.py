@@ -359,12 +359,12 @@ GOOD_TOPIC = {"a": {"stereotype": ["x"], "antistereotype": ["y"]}}
         ("bias/templates.json", change_json(target_groups=[]), ["no groups"]),
         ("bias/templates.json", change_json(topics={"a": {"stereotype": ["x"]}}), ["lacks 'antistereotype'"]),
         ("bias/templates.json", change_json(topics={"a": ["x"]}), ["needs prompt, target_groups"]),
-        ("bias/templates.json", change_json(target_groups="women"), ["expected a list of strings and 'women'"]),
-        ("bias/templates.json", change_json(prompt=7), ["expected a list of strings and [7]"]),
+        ("bias/templates.json", change_json(target_groups="women"), ["expected a list of strings, got 'women'"]),
+        ("bias/templates.json", change_json(prompt=7), ["expected a list of strings, got [7]"]),
         (
             "bias/templates.json",
             change_json(topics={**GOOD_TOPIC, "b": {"stereotype": "xy", "antistereotype": ["z"]}}),
-            ["expected a list of strings and 'xy'"],
+            ["expected a list of strings, got 'xy'"],
         ),
     ],
 )
