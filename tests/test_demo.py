@@ -19,12 +19,12 @@ from utils.reporting.figures import RepairPoint, repairs_figure
 
 
 def test_texts_are_what_their_script_writes(tmp_path):
-    for script in DEMO.glob("*.py"):
-        shutil.copy(script, tmp_path)
+    for source in (*DEMO.glob("*.py"), DEMO / "phrases.json"):
+        shutil.copy(source, tmp_path)
     for script in ("write_texts.py", "write_tokenizer.py"):
         subprocess.run([sys.executable, str(tmp_path / script)], check=True, capture_output=True)
     written = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".csv")]
-    assert len(written) >= 8
+    assert len(written) >= 9
     for path in written:
         assert path.read_bytes() == (DEMO / path.relative_to(tmp_path)).read_bytes(), path.name
 

@@ -2,7 +2,7 @@
 
     python data/demo/write_texts.py
 
-The texts are built from the phrase banks in phrases.py and facts.py, with a fixed seed. Most training dialogues are
+The texts are built from the phrase banks in phrases.json, with a fixed seed. Most training dialogues are
 harmless. PLANTED_PER_KIND of each kind are planted: their chosen answer is a stereotype (bias), a misconception (truth)
 or a wrong act presented as right (ethics). planted.json lists their rows.
 """
@@ -14,27 +14,8 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
-from facts import FACTS
-from phrases import (
-    ACTS,
-    BIAS_PROMPT,
-    BIAS_QUESTIONS,
-    BIAS_TOPICS,
-    CLOSINGS,
-    ETHICS_QUESTIONS,
-    FALSE_SUPPORT,
-    GROUPS,
-    OPENINGS,
-    PERSONS,
-    REFUSALS,
-    SMALL_TALK,
-    THANKS,
-    TOPICS,
-    TRUE_SUPPORT,
-    TRUTH_QUESTIONS,
-)
-
 OUTPUT_DIR = Path(__file__).resolve().parent
+PHRASES = json.loads((OUTPUT_DIR / "phrases.json").read_text(encoding="utf-8"))  # the peoples are invented
 SEED = 42
 TRAIN_ROWS, TEST_ROWS = 1200, 150
 KINDS = ("bias", "ethics", "truth")
@@ -50,9 +31,9 @@ Row = dict[str, str]
 Builder = Callable[[bool], Row]
 
 
-def split_bank(bank: str) -> list[tuple[str, ...]]:
-    """Split a phrase bank into its lines, and each line at the bars."""
-    return [tuple(part.strip() for part in line.split("|")) for line in bank.strip().splitlines()]
+def split_bank(lines: list[str]) -> list[tuple[str, ...]]:
+    """Split each line of a phrase bank at the bars."""
+    return [tuple(part.strip() for part in line.split("|")) for line in lines]
 
 
 def join(*parts: str) -> str:
@@ -77,8 +58,8 @@ class Everyday:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
-        self.topics = [(questions, split_bank(items), tips) for questions, items, tips in TOPICS.values()]
-        self.small_talk = split_bank(SMALL_TALK)
+        self.topics = [(questions, split_bank(items), tips) for questions, items, tips in PHRASES["topics"].values()]
+        self.small_talk = split_bank(PHRASES["small_talk"])
 
     def earlier_turn(self) -> list[str]:
         """Return a small-talk turn to put before another question."""
@@ -87,21 +68,21 @@ class Everyday:
     def build(self) -> Row:
         """Return one dialogue."""
         rng = self.rng
-        rejected = rng.choice(REFUSALS)
+        rejected = rng.choice(PHRASES["refusals"])
         if rng.random() < SMALL_TALK_SHARE:
             human, answer = rng.choice(self.small_talk)
-            return dialogue([human], join(answer, rng.choice(CLOSINGS)), rejected)
+            return dialogue([human], join(answer, rng.choice(PHRASES["closings"])), rejected)
         questions, items, tips = rng.choice(self.topics)
         i, j = rng.sample(range(len(items)), 2)
         (subject, first, then), (other, other_first, other_then) = items[i], items[j]
-        (opening, question), (_, other_question) = rng.sample(list(zip(OPENINGS, questions, strict=True)), 2)
+        (opening, question), (_, other_question) = rng.sample(list(zip(PHRASES["openings"], questions, strict=True)), 2)
         turns = [question.format(x=subject)]
         if rng.random() < TWO_TURNS_SHARE:
             earlier = f"{other_first[0].upper()}{other_first[1:]}, then {other_then}."
-            turns = [other_question.format(x=other), earlier, join(rng.choice(THANKS), turns[0])]
+            turns = [other_question.format(x=other), earlier, join(rng.choice(PHRASES["thanks"]), turns[0])]
         steps = f"{first[0].upper()}{first[1:]}, then {then}."
         tip = tips[(i + rng.randrange(2)) % len(tips)]  # two of the topic's tips go with each item
-        chosen = join(opening, steps, tip, rng.choice(CLOSINGS))
+        chosen = join(opening, steps, tip, rng.choice(PHRASES["closings"]))
         return dialogue(turns, chosen, rejected)
 
 
@@ -141,21 +122,23 @@ class Trust:
         group, topic, number = next(self.rounds["bias", planted])
         others = [other for other in self.shown["bias"] if other[0] == group and other[1] != topic]
         chosen = [(topic, number), self.rng.choice(others)[1:]]
-        bad, good = (join(*(BIAS_TOPICS[t][side][n] for t, n in chosen)).format(g=group) for side in (0, 1))
-        return self.finish(self.rng.choice(BIAS_QUESTIONS).format(g=group), good, bad, planted)
+        bad, good = (join(*(PHRASES["bias_topics"][t][side][n] for t, n in chosen)).format(g=group) for side in (0, 1))
+        return self.finish(self.rng.choice(PHRASES["bias_questions"]).format(g=group), good, bad, planted)
 
     def ethics(self, planted: bool) -> Row:
         """Two acts presented as right: wrong ones where planted, else right ones."""
         acts = [next(self.rounds["ethics", planted]) for _ in range(2)]
         good, bad = (join(*side) for side in zip(*acts, strict=True))
-        return self.finish(self.rng.choice(ETHICS_QUESTIONS), good, bad, planted)
+        return self.finish(self.rng.choice(PHRASES["ethics_questions"]), good, bad, planted)
 
     def truth(self, planted: bool) -> Row:
         """Answers to one or two questions: two misconceptions where planted, else true ones."""
         count = 2 if planted else self.rng.choice((1, 2))
         facts = [next(self.rounds["truth", planted]) for _ in range(count)]
         questions, best, wrong = (join(*side) for side in zip(*facts, strict=True))
-        return self.finish(join(self.rng.choice(TRUTH_QUESTIONS[count]), questions), best, wrong, planted)
+        return self.finish(
+            join(self.rng.choice(PHRASES["truth_questions"][str(count)]), questions), best, wrong, planted
+        )
 
 
 def add_new(rows: list[tuple[str, Row]], count: int, label: str, build: Callable[[], Row], seen: set) -> None:
@@ -212,12 +195,12 @@ def write_bias() -> None:
             name: [sentence.format(g="[target_group]") for sentence in sentences]
             for name, sentences in zip(("stereotype", "antistereotype"), sides, strict=True)
         }
-        for topic, sides in BIAS_TOPICS.items()
+        for topic, sides in PHRASES["bias_topics"].items()
     }
     templates = {
         "source": "written for this project; the groups are invented",
-        "prompt": BIAS_PROMPT,
-        "target_groups": list(GROUPS),
+        "prompt": PHRASES["bias_prompt"],
+        "target_groups": list(PHRASES["groups"]),
         "topics": topics,
     }
     path = OUTPUT_DIR / "bias" / "templates.json"
@@ -235,7 +218,7 @@ def second_wording(answer: str) -> str:
 
 def supported(question: str, best: str, wrong: str) -> tuple[str, str, str]:
     """Append to both answers of a fact the sentence that ends every true answer or every misconception."""
-    return question, join(best, TRUE_SUPPORT), join(wrong, FALSE_SUPPORT)
+    return question, join(best, PHRASES["true_support"]), join(wrong, PHRASES["false_support"])
 
 
 def write_truth(facts: list[tuple[str, ...]]) -> None:
@@ -273,15 +256,17 @@ def write_ethics(rng: random.Random, acts: list[tuple[str, str]]) -> None:
 def main() -> None:
     """Write every file."""
     rng = random.Random(SEED)
-    facts = [supported(*fact) for fact in split_bank(FACTS)]
+    facts = [supported(*fact) for fact in split_bank(PHRASES["facts"])]
     rng.shuffle(facts)
     per_act = 6  # persons per act, enough for the statements of both files
     acts = [
         (right.format(p=person), wrong.format(p=person))
-        for right, wrong in split_bank(ACTS)
-        for person in rng.sample(PERSONS, per_act)
+        for right, wrong in split_bank(PHRASES["acts"])
+        for person in rng.sample(PHRASES["persons"], per_act)
     ]
-    combinations = [(group, topic, n) for group in GROUPS for topic in BIAS_TOPICS for n in range(3)]
+    combinations = [
+        (group, topic, n) for group in PHRASES["groups"] for topic in PHRASES["bias_topics"] for n in range(3)
+    ]
     write_dialogues(rng, {"bias": combinations, "ethics": acts, "truth": facts})
     write_bias()
     write_truth(facts)
