@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
+from utils import trunk as trunk_module
 from utils.artifacts import read_json
 from utils.batching import BatchLoader
 from utils.console import UserError
@@ -108,6 +109,63 @@ def test_a_model_that_shifts_what_is_embedded_has_no_trunk(tiny_models, monkeypa
     assert trunk.is_empty
     assert trunk.tail is loaded
     assert "every pass runs all of the model" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- blocks that differ by position
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A model whose last block alone sees all of a dialogue, without positions; the others see 40 tokens."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    more = {"sliding_window": 40, "layer_types": types, "initializer_range": 0.3}
+    return make_model(tmp_path_factory.mktemp("windowed") / "cohere2-tiny", "Cohere2Config", **more)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_the_tails_blocks_keep_their_types(windowed, small_data, num_blocks):
+    loaded = load_model(str(windowed), torch.device("cpu"))
+    trunk = Trunk(loaded, "auto", num_blocks)
+    assert not trunk.is_empty
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    assert loaded.config.layer_types == types
+    assert trunk.tail.base_model.config.layer_types == types[-num_blocks:]
+    states = HiddenStateCache(trunk)
+    sequences = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(windowed)))
+    assert max(len(sequence.input_ids) for sequence in sequences) > 2 * 40
+    with torch.no_grad():
+        own = torch.stack([own_nll(loaded, sequence) for sequence in sequences])
+        for batch in BatchLoader(sequences, 1_000, pad_token_id=0):
+            ours = sequence_nll(trunk.tail, states.add_to(batch)).total
+            torch.testing.assert_close(ours, own[batch["index"]], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("config_name", ["Cohere2Config", "Gemma2Config"])
+def test_a_tail_with_the_types_of_other_blocks_is_no_tail(config_name, tmp_path, monkeypatch):
+    """Their windows are longer than the 16 tokens on which models without windows are compared."""
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    folder = make_model(tmp_path / "model", config_name, sliding_window=300, layer_types=types, head_dim=8)
+    loaded = load_model(str(folder), torch.device("cpu"))
+    monkeypatch.setattr(trunk_module, "_settings_by_block", lambda *_: {})
+    assert Trunk(loaded, "auto", 1).is_empty
+
+
+def test_step_5_and_step_6_agree_about_a_windowed_model(windowed, small_data, tmp_path):
+    workspace = Workspace(windowed, small_data, tmp_path / "output")
+    workspace.run(STEP_1, "--TASK_NAME", "truth")
+    workspace.run(STEP_4, "--TASK_NAME", "truth", "--BOTTOM_K", 4)
+    workspace.run(STEP_5, "--TASK_NAME", "truth", "--BOTTOM_K", 4, "--LEARNING_RATE", 0.01)
+    (folder,) = (workspace.output / "gradient_ascent_models").iterdir()
+    measured = read_json(folder / "repair.json")["measurements"]
+    for model, moment in ((windowed, "before"), (folder, "after")):
+        fresh = Workspace(model, small_data, tmp_path / moment)
+        for script, metric, name, number in (
+            ("anthropic_eval", "anthropic", "perplexity", "perplexity"),
+            ("truth_loss", "truth", "truth", "loss"),
+        ):
+            fresh.run(f"evaluation_scripts/{script}.py")
+            alone = read_json(fresh.output / "results" / f"{model.name}_{metric}_test.json")
+            assert measured[name][moment] == pytest.approx(alone[number], rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- what is refused
