@@ -211,6 +211,20 @@ def test_attention_to_tokens_that_follow_is_refused(tmp_path):
         load_model(str(folder), torch.device("cpu"))
 
 
+def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path):
+    """Fewer blocks in config.json than in the weights; buffers that older versions saved do not count."""
+    folder = make_model(tmp_path / "model", "GPTNeoXConfig")
+    tensors = load_file(folder / "model.safetensors")
+    buffers = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    buffers["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file({**tensors, **buffers}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(folder), torch.device("cpu"))
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r": 12 tensors have no place .* config.json describes, first .*layers\.2\."):
+        load_model(str(folder), torch.device("cpu"))
+
+
 def test_weights_outside_of_linears_are_refused(tmp_path):
     folder = make_model(tmp_path / "gpt2", "GPT2Config", n_layer=3, n_embd=32, n_head=4)
     with pytest.raises(UserError, match="'gpt2' is not supported: .* is the weight of a Conv1D"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +32,9 @@ FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
 PROBE_TOKENS = 16
 LOGIT_TOLERANCE = 1e-5  # relative, in float32, between this project's logits and the model's own on a probe
 CAUSAL_TOLERANCE = 1e-3  # relative change of hidden states when tokens follow; that of rounding is far smaller
+
+# Tensors that a checkpoint may hold and a model may not: buffers that transformers computes itself.
+HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|self_attn)\.(masked_)?bias)$")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -124,6 +128,13 @@ def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel
         raise UserError(
             f"{model}: cannot load the weights: {len(unusable)} tensors are missing or do not fit config.json, "
             f"first {unusable[0]}; save the model again with save_pretrained"
+        )
+    # It drops, with at most a warning, what has no place in the model: blocks beyond config.json's number, biases.
+    unused = sorted(key for key in report["unexpected_keys"] if not HARMLESS_TENSORS.search(key))
+    if unused:
+        raise UserError(
+            f"{model}: {len(unused)} tensors have no place in the model that config.json describes, first {unused[0]}; "
+            "correct config.json (its number of blocks, say), or save the model again with save_pretrained"
         )
     say_read(model, f"{loaded.num_parameters():,} parameters")
     loaded = loaded.to(device).eval()
