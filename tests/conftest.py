@@ -15,16 +15,48 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second t
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from steps import load_script, run_step
 from utils.paths import PROJECT_ROOT
 
 DEMO = PROJECT_ROOT / "data" / "demo"
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data"
+SHARED_CASES = PROJECT_ROOT.parent / "shared" / "cases"
+SIZES = {
+    "vocab_size": 1_536,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+# Architectures whose forward pass scales, caps or transforms on the way to its logits; weights large enough to show it.
+OWN_LOGITS = {
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "final_logit_softcapping": 5.0, "initializer_range": 0.3}),
+    "granite": ("GraniteConfig", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "initializer_range": 0.3}),
+    "cohere": ("CohereConfig", {"logit_scale": 0.25, "initializer_range": 0.3}),
+    "modernbert": ("ModernBertDecoderConfig", {"local_attention": 16, "initializer_range": 0.3}),
+}
 
 needs_real_samples = pytest.mark.skipif(
     not SHARED_DATA.is_dir(), reason="the folder with real samples (../shared/data) is not here"
+)
+
+needs_cases = pytest.mark.skipif(
+    not SHARED_CASES.is_dir(), reason="the folder with inputs and their right values (../shared/cases) is not here"
 )
 
 
@@ -61,6 +93,20 @@ def make_tiny_model(family: str, folder: Path, seed: int = 0) -> Path:
         optimizer.zero_grad()
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_model(folder: Path, config_name: str, **more: object) -> Path:
+    """An untrained model of 3 blocks, hidden 32, of any architecture, saved to disk with the demo's tokenizer."""
+    torch.manual_seed(0)
+    if not hasattr(transformers, config_name):
+        pytest.skip(f"this version of transformers has no {config_name}")
+    config = getattr(transformers, config_name)(**{**SIZES, **more})
+    AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(DEMO / "tokenizer" / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
+    ).save_pretrained(folder)
     return folder
 
 

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 import transformers
-from conftest import DEMO, Workspace
+from conftest import OWN_LOGITS, SHARED_CASES, Workspace, make_model, needs_cases
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from torch.nn import functional as F  # noqa: N812
+from transformers import AutoModelForCausalLM
 
+from utils import trunk as trunk_module
 from utils.artifacts import read_json
 from utils.batching import BatchLoader
 from utils.console import UserError
+from utils.evaluation import EvaluationModel
+from utils.fine_tuning import completion_loss
 from utils.models import find_blocks, load_model, load_tokenizer, require_supported, traced_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.trunk import HiddenStateCache, Trunk
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
-SIZES = {
-    "vocab_size": 1_536,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
@@ -40,18 +34,8 @@ FAMILIES = {
     "olmo": ("OlmoConfig", {}),
     "phi": ("PhiConfig", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    **OWN_LOGITS,
 }
-
-
-def make_model(folder, config_name: str, **more):
-    torch.manual_seed(0)
-    config = getattr(transformers, config_name)(**{**SIZES, **more})
-    AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(DEMO / "tokenizer" / "tokenizer.json"), bos_token=end, eos_token=end, unk_token=end
-    ).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -68,11 +52,34 @@ def test_every_linear_of_the_last_block_is_traced_and_the_tail_is_the_model(mode
     assert len(tracked) == sum(isinstance(module, nn.Linear) for module in block.modules()) >= 6
     trunk = Trunk(loaded, "auto", 1)
     states = HiddenStateCache(trunk)
-    sequences = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(model)))
+    sequences = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(model)))[:20]
     with torch.no_grad():
-        for batch in BatchLoader(sequences[:20], 400, pad_token_id=0):
+        own = torch.stack([own_nll(loaded, sequence) for sequence in sequences])
+        for batch in BatchLoader(sequences, 400, pad_token_id=0):
             ours = sequence_nll(trunk.tail, states.add_to(batch)).total
             torch.testing.assert_close(ours, sequence_nll(loaded, batch).total, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(ours, own[batch["index"]], rtol=1e-5, atol=0)
+
+
+def own_nll(model, sequence) -> torch.Tensor:
+    """The NLL of one text's labels from the logits of the model's own forward pass."""
+    (batch,) = BatchLoader([sequence], 1 << 30, pad_token_id=0)
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+def test_fine_tuning_minimises_the_models_own_loss(model):
+    loaded = load_model(str(model), torch.device("cpu"))
+    tokens = torch.randint(1_536, (2, 50), generator=torch.Generator().manual_seed(0))
+    labels = tokens.masked_fill(torch.arange(50) < 20, -100)
+    ours, own = (
+        loss_of(input_ids=tokens, labels=labels)["loss"] for loss_of in (partial(completion_loss, loaded), loaded)
+    )
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=0)
+    parameters = [parameter for parameter in loaded.parameters() if parameter.requires_grad]
+    gradients = zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(own, parameters), strict=True)
+    for gradient, expected in gradients:
+        assert torch.norm(gradient - expected) <= 1e-4 * torch.norm(expected)
 
 
 def test_the_steps_repair_it(model, small_data, tmp_path):
@@ -102,6 +109,120 @@ def test_a_model_that_shifts_what_is_embedded_has_no_trunk(tiny_models, monkeypa
     assert trunk.is_empty
     assert trunk.tail is loaded
     assert "every pass runs all of the model" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- blocks that differ by position
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """A model whose last block alone sees all of a dialogue, without positions; the others see 40 tokens."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    more = {"sliding_window": 40, "layer_types": types, "initializer_range": 0.3}
+    return make_model(tmp_path_factory.mktemp("windowed") / "cohere2-tiny", "Cohere2Config", **more)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_the_tails_blocks_keep_their_types(windowed, small_data, num_blocks):
+    loaded = load_model(str(windowed), torch.device("cpu"))
+    trunk = Trunk(loaded, "auto", num_blocks)
+    assert not trunk.is_empty
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    assert loaded.config.layer_types == types
+    assert trunk.tail.base_model.config.layer_types == types[-num_blocks:]
+    states = HiddenStateCache(trunk)
+    sequences = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(windowed)))
+    assert max(len(sequence.input_ids) for sequence in sequences) > 2 * 40
+    with torch.no_grad():
+        own = torch.stack([own_nll(loaded, sequence) for sequence in sequences])
+        for batch in BatchLoader(sequences, 1_000, pad_token_id=0):
+            ours = sequence_nll(trunk.tail, states.add_to(batch)).total
+            torch.testing.assert_close(ours, own[batch["index"]], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("config_name", ["Cohere2Config", "Gemma2Config"])
+def test_a_tail_with_the_types_of_other_blocks_is_no_tail(config_name, tmp_path, monkeypatch):
+    """Their windows are longer than the 16 tokens on which models without windows are compared."""
+    types = ["sliding_attention", "full_attention", "full_attention"]
+    folder = make_model(tmp_path / "model", config_name, sliding_window=300, layer_types=types, head_dim=8)
+    loaded = load_model(str(folder), torch.device("cpu"))
+    monkeypatch.setattr(trunk_module, "_settings_by_block", lambda *_: {})
+    assert Trunk(loaded, "auto", 1).is_empty
+
+
+def test_step_5_and_step_6_agree_about_a_windowed_model(windowed, small_data, tmp_path):
+    workspace = Workspace(windowed, small_data, tmp_path / "output")
+    workspace.run(STEP_1, "--TASK_NAME", "truth")
+    workspace.run(STEP_4, "--TASK_NAME", "truth", "--BOTTOM_K", 4)
+    workspace.run(STEP_5, "--TASK_NAME", "truth", "--BOTTOM_K", 4, "--LEARNING_RATE", 0.01)
+    (folder,) = (workspace.output / "gradient_ascent_models").iterdir()
+    measured = read_json(folder / "repair.json")["measurements"]
+    for model, moment in ((windowed, "before"), (folder, "after")):
+        fresh = Workspace(model, small_data, tmp_path / moment)
+        for script, metric, name, number in (
+            ("anthropic_eval", "anthropic", "perplexity", "perplexity"),
+            ("truth_loss", "truth", "truth", "loss"),
+        ):
+            fresh.run(f"evaluation_scripts/{script}.py")
+            alone = read_json(fresh.output / "results" / f"{model.name}_{metric}_test.json")
+            assert measured[name][moment] == pytest.approx(alone[number], rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what is refused
+
+
+def test_logits_that_differ_from_the_models_own_are_refused(tmp_path, monkeypatch):
+    """A forward pass that does something nobody has thought of."""
+    folder = make_model(tmp_path / "model", "LlamaConfig")
+    original = transformers.LlamaForCausalLM.forward
+
+    def doubled(self, *arguments, **keywords):
+        output = original(self, *arguments, **keywords)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
+    with pytest.raises(
+        UserError, match="'llama' is not supported: its forward pass does other things .* by 0.5 "
+    ) as refusal:
+        load_model(str(folder), torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_scale_in_config_json_that_the_forward_pass_ignores_is_refused(tmp_path):
+    folder = make_model(tmp_path / "model", "LlamaConfig", logit_scale=0.5)
+    with pytest.raises(UserError, match="'llama' is not supported: its forward pass does other things"):
+        load_model(str(folder), torch.device("cpu"))
+
+
+def test_weights_that_give_no_finite_logits_are_refused(tmp_path):
+    folder = make_model(tmp_path / "model", "LlamaConfig")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its logits are NaN or infinite; the weights may be broken"):
+        load_model(str(folder), torch.device("cpu"))
+
+
+def test_attention_to_tokens_that_follow_is_refused(tmp_path):
+    """Padding on the right would change the loss."""
+    folder = make_model(tmp_path / "model", "BertGenerationConfig", initializer_range=0.3)
+    with pytest.raises(UserError, match="'bert-generation' is not supported: its attention is not causal"):
+        load_model(str(folder), torch.device("cpu"))
+
+
+def test_weights_that_the_model_has_no_place_for_are_refused(tmp_path):
+    """Fewer blocks in config.json than in the weights; buffers that older versions saved do not count."""
+    folder = make_model(tmp_path / "model", "GPTNeoXConfig")
+    tensors = load_file(folder / "model.safetensors")
+    buffers = {f"gpt_neox.layers.0.attention.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    buffers["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file({**tensors, **buffers}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(str(folder), torch.device("cpu"))
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r": 12 tensors have no place .* config.json describes, first .*layers\.2\."):
+        load_model(str(folder), torch.device("cpu"))
 
 
 def test_weights_outside_of_linears_are_refused(tmp_path):
@@ -160,6 +281,22 @@ def test_quantised_weights_encoders_and_adapters_are_refused(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="merge_and_unload"):
         require_supported(str(tmp_path / "adapter"), "auto")
+
+
+@needs_cases
+@pytest.mark.parametrize(
+    ("case", "loss"),
+    [
+        ("final_softcap_gemma2", 6.334147),
+        ("logits_scaling_granite", 6.887881),
+        ("head_transform_modernbert", 6.165887),
+    ],
+)
+def test_the_cases_have_their_right_values(case, loss):
+    model = str(SHARED_CASES / case / "model")
+    measured = EvaluationModel(load_model(model, torch.device("cpu")), load_tokenizer(model))
+    dialogues = load_dialogues(str(SHARED_CASES / "hh"), "test")
+    assert measured.measure("anthropic", dialogues)["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_family_that_is_insisted_on_must_be_the_models(tiny_models, tmp_path):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, Workspace
+from conftest import DEMO, OWN_LOGITS, Workspace, make_model
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.utils.dataset import DataLoaderKwargs
@@ -161,12 +161,17 @@ def test_factors_equal_kronfluence(tiny_models, small_data, tmp_path, strategy):
             assert torch.norm(mine - tensor) <= 1e-5 * torch.norm(tensor)
 
 
-def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_data, tmp_path):
-    subject = make_subject(tiny_models["qwen"], small_data)
+@pytest.mark.parametrize("family", ["qwen", *OWN_LOGITS])
+def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_data, tmp_path, family):
+    folder = tiny_models[family] if family == "qwen" else tmp_path / family
+    if family in OWN_LOGITS:
+        name, more = OWN_LOGITS[family]
+        make_model(folder, name, **more)
+    subject = make_subject(folder, small_data)
     curvature = Curvature("identity")
     gradients = subject.stacked_gradients(curvature)
     scores = subject.scores(curvature, tmp_path)
-    plain = load_model(str(tiny_models["qwen"]), CPU)
+    plain = load_model(str(folder), CPU)
     modules = {name: plain.get_submodule(name) for name in next(iter(subject.tasks.values())).tracked_modules}
     for parameter in plain.parameters():
         parameter.requires_grad_(False)
@@ -191,6 +196,7 @@ def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_d
         loss = plain(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), labels=labels).loss
         return loss * count, count
 
+    train_gradients = [gradient_of(plain_nll(sequence)[0]) for sequence in subject.train]
     for query, name in enumerate(subject.tasks):
         losses = []
         pairs = subject.queries[name]
@@ -201,10 +207,12 @@ def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_d
         expected = gradient_of(torch.stack(losses).mean())
         for module, tensor in expected.items():
             assert torch.norm(gradients[module][query] - tensor) <= 1e-4 * torch.norm(tensor)
+        dot_products = torch.stack(
+            [sum((expected[module] * gradient[module]).sum() for module in expected) for gradient in train_gradients]
+        )
         for position in (0, 17, 59):
-            train_gradient = gradient_of(plain_nll(subject.train[position])[0])
-            dot_product = sum((expected[module] * train_gradient[module]).sum() for module in expected)
-            assert scores[query, position] == pytest.approx(float(dot_product), rel=1e-3, abs=1e-5)
+            assert scores[query, position] == pytest.approx(float(dot_products[position]), rel=1e-3, abs=1e-5)
+        assert spearman(scores[query], dot_products) > 0.9999
 
 
 @pytest.mark.parametrize("family", ["pythia", "qwen"])

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from utils.batching import BatchLoader
 from utils.evaluation import EvaluationModel, evaluate_dialogues, evaluate_pairs, measured_nll
-from utils.models import load_model, load_tokenizer
+from utils.models import LogitMap, load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, truth
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll
@@ -220,23 +220,30 @@ def test_evaluation_does_not_depend_on_the_batches(tiny_models, small_data, toke
 
 @pytest.mark.parametrize("rows_in_a_chunk", [1, 7, 1_000])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_label_nll_equals_cross_entropy_on_full_logits(monkeypatch, rows_in_a_chunk, has_bias):
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.125, None), (2.0, 0.7)])
+def test_label_nll_equals_cross_entropy_on_full_logits(monkeypatch, rows_in_a_chunk, has_bias, scale, cap):
     monkeypatch.setattr(losses, "LOGIT_BYTES_ON_CPU", rows_in_a_chunk * 500 * 4)
     generator = torch.Generator().manual_seed(0)
     embedding = torch.nn.Linear(16, 500, bias=has_bias).requires_grad_(False)
     hidden = torch.randn(40, 16, generator=generator).requires_grad_(True)
     targets = torch.randint(500, (40,), generator=generator)
     importance = torch.rand(40, generator=generator)
-    nll = label_nll(embedding, hidden, targets)
-    expected = torch.nn.functional.cross_entropy(embedding(hidden), targets, reduction="none")
+    mapping = LogitMap(scale, cap)
+    nll = label_nll(embedding, hidden, targets, mapping=mapping)
+    logits = scale * embedding(hidden)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     torch.testing.assert_close(nll, expected)
     (ours,), (plain,) = (torch.autograd.grad((importance * loss).sum(), hidden) for loss in (nll, expected))
     torch.testing.assert_close(ours, plain)
     uniform = torch.rand(40, generator=generator, dtype=torch.float64)
-    drawn = losses.inverse_cdf_sample(embedding(hidden).detach().softmax(dim=1), uniform)
-    torch.testing.assert_close(
-        label_nll(embedding, hidden, uniform=uniform), label_nll(embedding, hidden, drawn), atol=1e-5, rtol=1e-5
+    drawn = losses.inverse_cdf_sample(logits.detach().softmax(dim=1), uniform)
+    sampled, plain = (
+        label_nll(embedding, hidden, **labels, mapping=mapping) for labels in ({"uniform": uniform}, {"targets": drawn})
     )
+    torch.testing.assert_close(sampled, plain, atol=1e-5, rtol=1e-5)
+    (ours,), (plain,) = (torch.autograd.grad(nll.sum(), hidden) for nll in (sampled, plain))
+    torch.testing.assert_close(ours, plain)
 
 
 def test_label_nll_refuses_an_output_embedding_that_is_trained():

@@ -9,7 +9,7 @@ import accelerate.tracking
 import pytest
 import torch
 import transformers
-from conftest import DEMO, read_rows, run_script, write_rows
+from conftest import DEMO, make_model, read_rows, run_script, write_rows
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -188,6 +188,12 @@ def test_a_base_that_could_not_be_repaired_is_refused(refusal, tmp_path, config,
     line = refusal("--BASE_MODEL", tmp_path / "base")
     assert line.startswith(f"error: {tmp_path / 'base'}: ")
     assert message in line
+
+
+def test_a_base_whose_own_loss_is_another_is_refused(refusal, tmp_path):
+    base = make_model(tmp_path / "base", "LlamaConfig", logit_scale=0.5)  # which the forward pass of Llama ignores
+    line = refusal("--BASE_MODEL", base)
+    assert line.startswith(f"error: {base}: model type 'llama' is not supported: its forward pass does other things ")
 
 
 @pytest.mark.parametrize(

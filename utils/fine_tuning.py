@@ -26,7 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from utils.batching import IGNORED_LABEL, LabelledSequence
 from utils.console import UserError, progress_bar, say, shown_path
-from utils.models import load_model
+from utils.models import load_model, output_logits
 from utils.performance_functions.losses import label_hidden_states
 from utils.settings import Settings
 from utils.tracker import Tracker
@@ -62,7 +62,7 @@ def completion_loss(
     targets = labels[:, 1:]
     is_label = targets != IGNORED_LABEL
     hidden, _ = label_hidden_states(self, {"input_ids": input_ids}, is_label)
-    total = F.cross_entropy(self.get_output_embeddings()(hidden), targets[is_label], reduction="sum")
+    total = F.cross_entropy(output_logits(self, hidden), targets[is_label], reduction="sum")
     return {"loss": total / (is_label.sum() if num_items_in_batch is None else num_items_in_batch)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,23 +16,52 @@ from torch import nn
 
 from utils.batching import Batch
 from utils.console import say
-from utils.models import first_traced_block, last_hidden_state
+from utils.models import PROBE_TOKENS, first_traced_block, last_hidden_state, probe
+from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 CACHE_BYTES_ON_CPU = 4 << 30  # hidden states beyond this are computed again
 CACHE_SHARE_OF_GPU_MEMORY = 0.25  # of the memory that is free
-CHECKED_TOKENS = 16  # sequence length on which trunk and tail are compared with the whole model
+WINDOW_SETTING = re.compile("window(_size)?$|chunk_size$|^local_")  # names in config.json of how far attention reaches
 
 
-def _with_submodule(module: nn.Module, path: list[str], replacement: nn.Module) -> nn.Module:
-    """A shallow copy of a module with one submodule replaced; all weights are shared."""
+def _with_blocks(module: nn.Module, path: list[str], part: slice) -> nn.Module:
+    """A shallow copy of a module with some of its blocks alone; all weights are shared.
+
+    The module that runs the blocks looks some of their settings up by position (their layer types, say), so it gets a
+    copy of its configuration whose lists of one entry a block are cut alike.
+    """
     name, *rest = path
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
-    clone._modules[name] = _with_submodule(module._modules[name], rest, replacement) if rest else replacement
+    if rest:
+        clone._modules[name] = _with_blocks(module._modules[name], rest, part)
+        return clone
+    blocks = module._modules[name]
+    clone._modules[name] = blocks[part]
+    if hasattr(module, "config"):
+        clone.config = copy.copy(module.config)
+        for setting, values in _settings_by_block(module.config, len(blocks)).items():
+            setattr(clone.config, setting, values[part])
     return clone
+
+
+def _settings_by_block(config: PretrainedConfig, num_blocks: int) -> dict[str, list]:
+    """The settings that have one entry for each block."""
+    return {name: value for name, value in vars(config).items() if isinstance(value, list) and len(value) == num_blocks}
+
+
+def _guard_length(config: PretrainedConfig, num_blocks: int) -> int:
+    """Tokens on which trunk and tail are compared with the whole model.
+
+    As many as the longest dialogue if blocks differ by position or an attention window is shorter, otherwise few.
+    """
+    differ = any(entry != values[0] for values in _settings_by_block(config, num_blocks).values() for entry in values)
+    windows = [value for name, value in vars(config).items() if WINDOW_SETTING.search(name) and isinstance(value, int)]
+    is_windowed = any(window < MAX_DIALOGUE_TOKENS for window in windows)
+    return MAX_DIALOGUE_TOKENS if differ or is_windowed else PROBE_TOKENS
 
 
 class Trunk:
@@ -57,11 +87,11 @@ class Trunk:
         self.tail = model
         if not self.is_empty:
             blocks = model.get_submodule(path)
-            self.tail = _with_submodule(model, path.split("."), blocks[first:])
-            self._below = _with_submodule(model, path.split("."), blocks[:first])
+            self.tail = _with_blocks(model, path.split("."), slice(first, None))
+            self._below = _with_blocks(model, path.split("."), slice(first))
             self._last_block = blocks[first - 1]
             if not self._equals_whole(model):
-                say("   embeddings are scaled or shifted outside of the blocks: every pass runs all of the model")
+                say("   the last blocks alone do not give what the model gives: every pass runs all of the model")
                 self.is_empty, self.tail = True, model
         self.caches: list[HiddenStateCache] = []
         self.clock = itertools.count()
@@ -71,12 +101,17 @@ class Trunk:
 
     @torch.no_grad()
     def _equals_whole(self, model: PreTrainedModel) -> bool:
-        """Whether trunk and tail together give what the model gives; some models scale or shift embeddings."""
-        tokens = torch.arange(CHECKED_TOKENS, device=model.device)[None] % model.config.get_text_config().vocab_size
-        whole = last_hidden_state(model, {"input_ids": tokens})
-        halves = last_hidden_state(self.tail, {"trunk_states": self.states({"input_ids": tokens}).to(whole.dtype)})
-        tolerance = 5e-2 if self.half_precision else 1e-4
-        return bool(torch.norm(halves - whole) <= tolerance * torch.norm(whole))
+        """Whether trunk and tail together give what the model gives at every token of a long sequence.
+
+        Some models scale or shift embeddings outside of the blocks, or look their blocks up by position in other ways.
+        """
+        length = _guard_length(model.config.get_text_config(), model.config.get_text_config().num_hidden_layers)
+        tokens = {"input_ids": probe(model, length)}
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=self.half_precision):
+            whole = last_hidden_state(model, tokens)
+            halves = last_hidden_state(self.tail, {"trunk_states": self.states(tokens)})
+        tolerance = 1e-2 if self.half_precision else 1e-4
+        return bool(((halves - whole).norm(dim=-1) <= tolerance * whole.norm(dim=-1)).all())
 
     @torch.no_grad()
     def states(self, batch: Batch) -> torch.Tensor:

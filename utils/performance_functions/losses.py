@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from utils.batching import IGNORED_LABEL, Batch
-from utils.models import last_hidden_state
+from utils.models import PLAIN_LOGITS, LogitMap, last_hidden_state, logit_map, prediction_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,8 @@ class SequenceNLL(NamedTuple):
 class _LabelNLL(torch.autograd.Function):
     """NLL of labels straight from hidden states; the gradient is computed with the loss, chunk by chunk.
 
-    grad_hidden NLL_t = (softmax(logits_t) - onehot(label_t)) W, so no logits need to be kept for the backward pass.
+    grad_hidden NLL_t = (slope_t * (softmax(logits_t) - onehot(label_t))) W, so no logits need to be kept for the
+    backward pass; slope = d logits / d(W h + b), 1 unless the model scales or caps its logits.
     """
 
     @staticmethod
@@ -60,6 +61,7 @@ class _LabelNLL(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor | None,
         uniform: torch.Tensor | None,
+        mapping: LogitMap,
     ) -> torch.Tensor:
         at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
         nll = hidden.new_empty(len(hidden), dtype=at_least_float32)
@@ -68,7 +70,8 @@ class _LabelNLL(torch.autograd.Function):
         rows = max(1, logit_bytes // (len(weight) * nll.element_size()))
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            logits = F.linear(hidden[chunk], weight, bias).to(at_least_float32)  # (rows, vocabulary)
+            logits = mapping.apply(F.linear(hidden[chunk], weight, bias).to(at_least_float32))  # (rows, vocabulary)
+            slope = mapping.slope(logits) if gradient is not None else None  # (rows, vocabulary) or a number
             logits -= logits.amax(dim=1, keepdim=True)
             labels = None if targets is None else targets[chunk, None]
             label_logits = None if targets is None else logits.gather(1, labels)
@@ -81,6 +84,8 @@ class _LabelNLL(torch.autograd.Function):
             if gradient is not None:
                 probabilities = unnormalised.div_(normaliser)
                 probabilities.scatter_add_(1, labels, -torch.ones_like(normaliser))
+                if mapping != PLAIN_LOGITS:
+                    probabilities *= slope
                 gradient[chunk] = probabilities.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return nll
@@ -88,7 +93,7 @@ class _LabelNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None, None
+        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None, None, None
 
 
 def label_nll(
@@ -96,6 +101,7 @@ def label_nll(
     hidden: torch.Tensor,
     targets: torch.Tensor | None = None,
     uniform: torch.Tensor | None = None,
+    mapping: LogitMap = PLAIN_LOGITS,
 ) -> torch.Tensor:
     """NLL of one label for each hidden state; differentiable in the hidden states alone.
 
@@ -105,6 +111,7 @@ def label_nll(
         targets: (n,) labels.
         uniform: (n,) float64 in [0, 1), in place of targets: labels are drawn from the model by inverting its
             distribution function.
+        mapping: from the output embedding's product to the model's logits.
 
     Returns:
         (n,) nats, float32 or wider.
@@ -114,13 +121,13 @@ def label_nll(
     """
     if torch.is_grad_enabled() and output_embedding.weight.requires_grad:
         raise ValueError("label_nll has no gradient for the output embedding; freeze it")
-    return _LabelNLL.apply(hidden, output_embedding.weight, output_embedding.bias, targets, uniform)
+    return _LabelNLL.apply(hidden, output_embedding.weight, output_embedding.bias, targets, uniform, mapping)
 
 
 def label_hidden_states(
     model: PreTrainedModel, batch: Batch, predicts_label: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last hidden states that predict a label.
+    """The last hidden states that predict a label, ready for the output embedding.
 
     Args:
         predicts_label: (B, T - 1) bool, True at t where the token at t + 1 is a label.
@@ -128,7 +135,8 @@ def label_hidden_states(
     Returns:
         Hidden states (n, hidden size), and the row in the batch (n,) that each belongs to.
     """
-    return last_hidden_state(model, batch)[:, :-1][predicts_label], predicts_label.nonzero()[:, 0]
+    hidden = last_hidden_state(model, batch)[:, :-1][predicts_label]
+    return prediction_states(model, hidden), predicts_label.nonzero()[:, 0]
 
 
 def sequence_nll(model: PreTrainedModel, batch: Batch) -> SequenceNLL:
@@ -136,7 +144,8 @@ def sequence_nll(model: PreTrainedModel, batch: Batch) -> SequenceNLL:
     targets = batch["labels"][:, 1:]
     is_label = targets != IGNORED_LABEL
     hidden, rows = label_hidden_states(model, batch, is_label)
-    token_nll = label_nll(model.get_output_embeddings(), hidden, targets[is_label])  # (n,)
+    mapping = logit_map(model.config)
+    token_nll = label_nll(model.get_output_embeddings(), hidden, targets[is_label], mapping=mapping)  # (n,)
     total = token_nll.new_zeros(len(targets)).index_add(0, rows, token_nll)
     return SequenceNLL(total, is_label.sum(dim=1))
 
@@ -181,7 +190,8 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
     counts = torch.bincount(rows, minlength=len(predicts_label)).tolist()
     draws = [fisher_draws(seed, index, n) for index, n in zip(batch["index"].tolist(), counts, strict=True)]
     uniform = torch.from_numpy(np.concatenate(draws)).to(hidden.device)
-    return label_nll(model.get_output_embeddings(), hidden, uniform=uniform).sum()
+    mapping = logit_map(model.config)
+    return label_nll(model.get_output_embeddings(), hidden, uniform=uniform, mapping=mapping).sum()
 
 
 def inverse_cdf_sample(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
