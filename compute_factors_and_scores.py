@@ -32,7 +32,7 @@ from utils.influence.scores import Scores, mean_measurement_gradient, preconditi
 from utils.influence.traced_model import TracedModel, load_traced_model
 from utils.models import resolve_device
 from utils.paths import STEP_2, resolve_path
-from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, tokenize_dialogues
+from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, tasks_of
@@ -66,7 +66,9 @@ def fit(
     started = time.monotonic()
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
-    pad_to = MAX_DIALOGUE_TOKENS if settings.FISHER_POSITIONS == "all" else None
+    require_labels([examples[i] for i in indices], f"NUM_FACTOR_EXAMPLES = {count} of {settings.HH_DATASET}")
+    longest = min(MAX_DIALOGUE_TOKENS, traced.tokenizer.model_max_length)
+    pad_to = longest if settings.FISHER_POSITIONS == "all" else None
     loader = traced.loader(examples, cached=True, indices=indices, pad_to=pad_to)
     with output.staging_folder() as folder:
         fit_factors(traced, task, loader, folder)

@@ -145,7 +145,7 @@ class SteppableModel:
         name = self.settings.MODEL_NAME
         model = load_model(name, resolve_device(self.settings.DEVICE))
         trunk = Trunk(model, self.settings.MODEL_FAMILY, self.num_blocks)
-        return EvaluationModel(model, load_tokenizer(name), trunk)
+        return EvaluationModel(model, load_tokenizer(name, model), trunk)
 
     def at(self, repair: RepairRecord, learning_rate: float) -> EvaluationModel:
         """The model updated at a learning rate; 0 gives the POST-SFT model."""

@@ -39,7 +39,7 @@ from utils.influence.traced_model import Gradients, TracedModel, load_traced_mod
 from utils.models import resolve_device
 from utils.paths import STEP_3, STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.hh import tokenize_dialogues
+from utils.performance_functions.hh import require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
 from utils.registry import ModelArtifacts
 from utils.selection import (
@@ -177,6 +177,7 @@ def subset_gradient(
     traced: TracedModel, task: BackwardTask, examples: list[LabelledSequence], indices: list[int], reduction: str
 ) -> Gradients:
     """mean_{i in S} grad Lbar(z_i), or the sum over S divided by 100; (1, out, in) for each Linear."""
+    require_labels([examples[i] for i in indices], f"the subset of BOTTOM_K = {len(indices)}")
     loader = traced.loader(examples, indices=indices, description="subset")
     factor = 1.0 if reduction == "mean" else len(indices) / SUM_DIVISOR
     return {name: mean * factor for name, mean in mean_measurement_gradient(traced, task, loader).items()}

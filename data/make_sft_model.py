@@ -90,7 +90,8 @@ def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedMod
         UserError: a bare architecture without TOKENIZER, or a base that cannot be loaded.
     """
     if settings.BASE_MODEL not in ARCHITECTURES:
-        return load_model(settings.BASE_MODEL, device), load_tokenizer(settings.BASE_MODEL)
+        model = load_model(settings.BASE_MODEL, device)
+        return model, load_tokenizer(settings.BASE_MODEL, model)
     if settings.TOKENIZER is None:
         raise UserError(
             f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from steps import next_command, run_step
 from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
-from utils.console import banner
+from utils.console import banner, say
+from utils.labels import require_embeddings
 from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
 from utils.paths import STEP_3, resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -64,8 +65,12 @@ def represent(
     Returns:
         (N, hidden) float32, in the texts' order.
     """
+    if tokenizer.model_max_length < max_length:
+        max_length = tokenizer.model_max_length
+        say(f"   texts are cut at {max_length:,} tokens, the model's max_position_embeddings")
     input_ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
     sequences = [LabelledSequence(np.asarray(ids, dtype=np.int32), 0, len(ids)) for ids in input_ids]
+    require_embeddings(sequences, tokenizer)
     budget = token_budget(model, tokens_per_batch)
     loader = BatchLoader(sequences, budget, tokenizer.pad_token_id, model.device, description="representations")
     representations = torch.zeros(len(sequences), model.config.hidden_size)
@@ -98,7 +103,8 @@ def main(settings: Settings) -> None:
         outputs.append((output, untrustworthy_texts(pairs)))
     unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
-        model, tokenizer = load_model(settings.MODEL_NAME, device), load_tokenizer(settings.MODEL_NAME)
+        model = load_model(settings.MODEL_NAME, device)
+        tokenizer = load_tokenizer(settings.MODEL_NAME, model)
     for output, texts in unfinished:
         started = time.monotonic()
         representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)

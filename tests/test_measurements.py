@@ -160,7 +160,8 @@ def test_truth_split_files_win_over_the_seeded_split(small_data, tmp_path):
     splits = tmp_path / "truthfulness" / "splits"
     splits.mkdir(parents=True)
     row = 'Question,Best Answer,Incorrect Answers\n"Is it, so?",Yes,; No ; Never\n'
-    (splits / "TruthfulQA_test.csv").write_text(row, encoding="utf-8-sig")
+    for split in ("train", "test"):
+        (splits / f"TruthfulQA_{split}.csv").write_text(row, encoding="utf-8-sig")
     assert truth.read_pairs(tmp_path, "test") == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
 
 

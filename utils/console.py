@@ -55,6 +55,19 @@ def shown_path(path: Path) -> str:
         return str(path)
 
 
+def require_encodable(text: object, where: str) -> None:
+    """Refuse half of a character outside the basic plane: JSON can escape one, but no tokenizer can read it.
+
+    Raises:
+        UserError: `where` and the half, a lone surrogate.
+    """
+    if isinstance(text, str) and (half := re.search("[\ud800-\udfff]", text)):
+        raise UserError(
+            f"{where} has half a character (\\u{ord(half[0]):04x} alone) at position {half.start()}, which is not "
+            "valid Unicode; complete the character or delete the half"
+        )
+
+
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
     """A progress bar with a total; use it in a `with` statement and advance it with `update`."""
     return tqdm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class EvaluationModel:
             output = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=min(MAX_NEW_TOKENS, self.tokenizer.model_max_length - inputs["input_ids"].shape[1]),
                 do_sample=False,
                 pad_token_id=self.tokenizer.eos_token_id,
             )
@@ -223,13 +224,13 @@ def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
     """Step 6: one measurement of every model in MODEL_NAMES."""
     device = resolve_device(settings.DEVICE)
     evaluator = Evaluator(settings, settings.SPLIT)
+
+    def load(name: str) -> EvaluationModel:
+        model = load_model(name, device)
+        return EvaluationModel(model, load_tokenizer(name, model))
+
     return [
-        evaluator.result(
-            metric,
-            paths.model_short_name(name),
-            model_fingerprint(name),
-            lambda name=name: EvaluationModel(load_model(name, device), load_tokenizer(name)),
-        )
+        evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name))
         for name in settings.MODEL_NAMES
     ]
 

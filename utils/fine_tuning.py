@@ -63,7 +63,8 @@ def completion_loss(
     is_label = targets != IGNORED_LABEL
     hidden, _ = label_hidden_states(self, {"input_ids": input_ids}, is_label)
     total = F.cross_entropy(output_logits(self, hidden), targets[is_label], reduction="sum")
-    return {"loss": total / (is_label.sum() if num_items_in_batch is None else num_items_in_batch)}
+    num_labels = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch)
+    return {"loss": total / num_labels.clamp(min=1)}  # prompts that fill the whole context leave no label
 
 
 class Progress(TrainerCallback):

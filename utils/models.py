@@ -177,8 +177,14 @@ def require_own_logits(model: transformers.PreTrainedModel) -> None:
         raise refusal("its attention is not causal: what it says of a token depends on the tokens that follow")
 
 
-def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, loaded: transformers.PreTrainedModel | None = None
+) -> transformers.PreTrainedTokenizerBase:
     """Load the model's tokenizer; its pad token is its end-of-sequence token.
+
+    Args:
+        loaded: the model that will read the tokens; the tokenizer takes on its limits, which utils/labels.py keeps:
+            `model_max_length`, the number of its positions, and `num_embeddings`.
 
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
@@ -188,7 +194,27 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.model_max_length = int(1e30)  # lengths are cut by this project's own limits
+    if loaded is not None:
+        tokenizer.num_embeddings = loaded.get_input_embeddings().num_embeddings
+        tokenizer.model_max_length = position_limit(loaded) or tokenizer.model_max_length
     return tokenizer
+
+
+def position_limit(model: transformers.PreTrainedModel) -> int | None:
+    """How many tokens a model with a table of positions can read (OPT, GPT-2); None if it computes them (rotary)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    # Some tables have rows in front that no token uses: 2 in OPT's, those up to the padding's in RoBERTa's.
+    limits = [
+        min(limit, table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
+        for table in tables
+        if limit <= table.num_embeddings <= limit + 2
+    ]
+    # GPT-J and CodeGen compute their table once.
+    limits += [len(table) for name, table in model.named_buffers() if name.endswith("embed_positions")]
+    return min(limits, default=None)
 
 
 def copy_tokenizer(model: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,8 +101,13 @@ class TracedModel:
         on_gradient: Callable[[Batch, str, torch.Tensor, torch.Tensor], None],
     ) -> None:
         """Forward and backward over every batch; `on_gradient(batch, name, inputs, output_gradients)` as it comes."""
+
+        def on_tokens(batch: Batch, name: str, *tokens: torch.Tensor) -> None:
+            # OPT runs its last two Linears on (B T, hidden).
+            on_gradient(batch, name, *(rows.reshape(*batch["attention_mask"].shape, -1) for rows in tokens))
+
         for batch in loader:
-            with hook_linears(self.linears, lambda *seen, batch=batch: on_gradient(batch, *seen)):
+            with hook_linears(self.linears, partial(on_tokens, batch)):
                 with self.curvature.autocast(self.model.device):
                     loss = loss_of(batch)
                 loss.backward()
@@ -147,7 +153,7 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
         model=trunk.tail,
         linears=linears,
         curvature=Curvature(settings.FACTOR_STRATEGY, settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION),
-        tokenizer=load_tokenizer(model),
+        tokenizer=load_tokenizer(model, loaded),
         tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears.values())),
         cache=HiddenStateCache(trunk),
     )

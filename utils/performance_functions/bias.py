@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.artifacts import read_json
-from utils.console import UserError, shown_path
+from utils.console import UserError, require_encodable, shown_path
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement
 
 PLACEHOLDER = "[target_group]"
@@ -43,6 +44,8 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
         ) from None
     if not groups or not statements:
         raise UserError(f"{shown_path(path)} has no groups or no topics; it needs at least one of each")
+    for text in (prompt, *groups, *chain.from_iterable(statements)):
+        require_encodable(text, f"{shown_path(path)}: {text!r}")
     shuffler = random.Random(SPLIT_SEED)
     pairs: list[AnswerPair] = []
     for group in sorted(groups):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,15 +13,15 @@ import numpy as np
 
 from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
-from utils.console import UserError, say_read, shown_path
+from utils.console import UserError, require_encodable, say_read, shown_path
+from utils.hub import hub_access
+from utils.labels import label_texts
 from utils.paths import may_be_hub_id, resolve_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from utils.hub import hub_access
 
 MAX_DIALOGUE_TOKENS = 1_024
-TOKENIZED_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,19 @@ class Dialogues:
     Attributes:
         prompts: each ends with the last "Assistant:".
         completions: each begins with a space.
+        source: where they were read from, for messages.
     """
 
     prompts: list[str]
     completions: list[str]
+    source: str = field(default="the dialogues", compare=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def at(self, rows: Sequence[int]) -> Dialogues:
         """Some of the dialogues."""
-        return Dialogues([self.prompts[row] for row in rows], [self.completions[row] for row in rows])
+        return Dialogues([self.prompts[row] for row in rows], [self.completions[row] for row in rows], self.source)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -81,23 +83,27 @@ def read_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogue
                 )
             if not isinstance(row[column], str):
                 raise UserError(f"{source}, row {position}: {column!r} is {row[column]!r}; it must be a text")
-    return Dialogues([row["prompt"] for row in rows], [row["chosen"] for row in rows])
+    return Dialogues([row["prompt"] for row in rows], [row["chosen"] for row in rows], source)
 
 
 def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
     if not file.is_file():
         raise UserError(f"{source}: {shown_path(file)} is missing; the folder needs train.jsonl and test.jsonl")
     rows = []
-    try:
-        with file.open(encoding="utf-8") as lines:  # not splitlines(), which also breaks at U+2028 inside a text
-            for number, line in enumerate(lines, start=1):
-                rows.append(json.loads(line))
-                if not isinstance(rows[-1], dict):
-                    raise UserError(f"{shown_path(file)}, line {number} is not a JSON object with prompt and chosen")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{shown_path(file)}, line {number} is not valid JSON ({error})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{shown_path(file)} is not UTF-8 ({error})") from None
+    with file.open("rb") as lines:  # not splitlines(), which also breaks at U+2028 inside a text
+        for number, line in enumerate(lines, start=1):
+            where = f"{shown_path(file)}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is not valid JSON ({error})") from None
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8 ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object with prompt and chosen")
+            for column in ("prompt", "chosen"):
+                require_encodable(row.get(column), f"{where}: {column!r}")
+            rows.append(row)
     return rows
 
 
@@ -116,21 +122,42 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
 
 
 def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
-    """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens.
+    """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens or the model's limit.
 
-    Labels are the completion's tokens: those after as many as the prompt alone has. The final EOS is not a label.
+    Labels are the completion's tokens (`label_texts`). The final EOS is not a label. A dialogue may have no label.
+
+    Raises:
+        UserError: none of the dialogues has a label, or as `label_texts`.
     """
-    sequences: list[LabelledSequence] = []
-    for start in range(0, len(dialogues), TOKENIZED_AT_ONCE):
-        prompts = dialogues.prompts[start : start + TOKENIZED_AT_ONCE]
-        completions = dialogues.completions[start : start + TOKENIZED_AT_ONCE]
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        prompt_ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-        text_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for prompt, text in zip(prompt_ids, text_ids, strict=True):
-            cut = np.asarray([*text, tokenizer.eos_token_id][:MAX_DIALOGUE_TOKENS], dtype=np.int32)
-            sequences.append(LabelledSequence(cut, len(prompt), min(len(text), MAX_DIALOGUE_TOKENS)))
+    sequences = label_texts(
+        dialogues.prompts,
+        dialogues.completions,
+        tokenizer,
+        MAX_DIALOGUE_TOKENS,
+        special_tokens=False,
+        suffix=[tokenizer.eos_token_id],
+    )
+    require_labels(sequences, dialogues.source)
     return sequences
+
+
+def require_labels(sequences: Sequence[LabelledSequence], source: str) -> None:
+    """Refuse dialogues that have no label at all: their losses, scores and curvature would be 0 or NaN.
+
+    Args:
+        sequences: as `tokenize_dialogues` gives them.
+        source: where they come from, for the message.
+
+    Raises:
+        UserError: no dialogue has a label.
+    """
+    if any(sequence.num_labels for sequence in sequences):
+        return
+    num_cut = sum(sequence.label_start >= len(sequence.input_ids) for sequence in sequences)
+    raise UserError(
+        f"{source}: none of {len(sequences):,} dialogues has a completion token that counts: in {num_cut:,} the prompt "
+        f"fills the context, in {len(sequences) - num_cut:,} 'chosen' is empty (or one token, without a prompt)"
+    )
 
 
 def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
@@ -147,5 +174,6 @@ def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
 
     order = Dataset.from_dict({"index": list(range(len(totals)))}).shuffle(seed=42)["index"]
     totals, num_tokens = np.asarray(totals)[list(order)], np.asarray(num_tokens)[list(order)]
-    batches = range(0, len(totals), 8)
-    return float(np.mean([totals[i : i + 8].sum() / num_tokens[i : i + 8].sum() for i in batches]))
+    batches = [slice(start, start + 8) for start in range(0, len(totals), 8)]
+    # A batch without a label token would be 0 / 0; it counts nothing, as its dialogues do.
+    return float(np.mean([totals[i].sum() / num_tokens[i].sum() for i in batches if num_tokens[i].any()]))

@@ -11,6 +11,7 @@ import numpy as np
 
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
+from utils.labels import label_texts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,28 +77,21 @@ class TokenizedPairs:
 def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TokenizedPairs:
     """Tokenize prompt + answer with the tokenizer's defaults, cut at `max_tokens`; labels are the answer's tokens.
 
-    The answer's tokens are those after as many as the prompt alone has.
-
     Raises:
-        UserError: the cut leaves nothing of an answer.
+        UserError: an answer has no token that counts, or as `label_texts`.
     """
     position_of: dict[tuple[str, str], int] = {}
     chosen, rejected = (
         np.array([position_of.setdefault((pair.prompt, answer), len(position_of)) for pair, answer in side])
         for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
     )
-    prompts = list(dict.fromkeys(prompt for prompt, _ in position_of))
-    prompt_lengths = {prompt: len(ids) for prompt, ids in zip(prompts, tokenizer(prompts)["input_ids"], strict=True)}
-    texts = [prompt + answer for prompt, answer in position_of]
-    sequences = [
-        LabelledSequence(
-            np.asarray(ids[:max_tokens], dtype=np.int32), prompt_lengths[prompt], min(len(ids), max_tokens)
-        )
-        for (prompt, _), ids in zip(position_of, tokenizer(texts)["input_ids"], strict=True)
-    ]
-    for (prompt, _), sequence in zip(position_of, sequences, strict=True):
+    prompts, answers = zip(*position_of, strict=True)
+    sequences = label_texts(prompts, answers, tokenizer, max_tokens, special_tokens=True)
+    for prompt, answer, sequence in zip(prompts, answers, sequences, strict=True):
         if sequence.num_labels == 0:
-            raise UserError(f"no token of an answer is left after the cut at {max_tokens} tokens; prompt: {prompt!r}")
+            limit = min(max_tokens, tokenizer.model_max_length)
+            reason = f"is left after the cut at {limit} tokens" if answer else "is there: the answer is empty"
+            raise UserError(f"no token of an answer {reason}; prompt: {prompt!r}")
     return TokenizedPairs(sequences, chosen, rejected)
 
 

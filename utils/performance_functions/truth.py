@@ -19,16 +19,22 @@ TRAIN_SHARE = 0.8
 def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
     """The best answer of each question against the first incorrect one.
 
-    The split is that of `truthfulness/splits/TruthfulQA_SPLIT.csv` where it exists, else a seeded 80/20 split of
-    `truthfulness/TruthfulQA.csv`.
+    The split is that of `truthfulness/splits/TruthfulQA_SPLIT.csv` where both of them exist, else a seeded 80/20 split
+    of `truthfulness/TruthfulQA.csv`.
 
     Raises:
-        UserError: the file is missing, lacks a column, or a question lacks an answer.
+        UserError: the file is missing, lacks a column, a question lacks an answer, or one split file is there alone.
     """
     folder = data_dir / "truthfulness"
-    split_path = folder / "splits" / f"TruthfulQA_{split}.csv"
-    if split_path.is_file():
-        return _pairs(read_csv(split_path, COLUMNS), split_path)
+    split_paths = {name: folder / "splits" / f"TruthfulQA_{name}.csv" for name in ("train", "test")}
+    missing = [path for path in split_paths.values() if not path.is_file()]
+    if not missing:
+        return _pairs(read_csv(split_paths[split], COLUMNS), split_paths[split])
+    if len(missing) == 1:
+        raise UserError(
+            f"{shown_path(missing[0])} is missing, and the other split is there; give both or none: a split of "
+            "TruthfulQA.csv has questions of both"
+        )
     path = folder / "TruthfulQA.csv"
     pairs = _pairs(read_csv(path, COLUMNS), path)
     random.Random(SPLIT_SEED).shuffle(pairs)
