@@ -361,15 +361,10 @@ def last_hidden_state(model: transformers.PreTrainedModel, batch: Batch) -> torc
     return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
-def position_limit(model: transformers.PreTrainedModel) -> int:
-    """Most tokens of a sequence that the model has positions for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-
 def probe(model: transformers.PreTrainedModel, length: int) -> torch.Tensor:
     """Different tokens to compare two ways through a model on, (1, T): at most `length`, within its positions."""
     vocabulary = model.config.get_text_config().vocab_size
-    return torch.arange(min(length, position_limit(model)), device=model.device)[None] % vocabulary
+    return torch.arange(min(length, position_limit(model) or length), device=model.device)[None] % vocabulary
 
 
 class LogitMap(NamedTuple):
