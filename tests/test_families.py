@@ -21,12 +21,13 @@ from utils.batching import BatchLoader
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.fine_tuning import completion_loss
-from utils.models import find_blocks, load_model, load_tokenizer, require_supported, traced_linear_names
+from utils.models import find_blocks, load_config, load_model, load_tokenizer, require_supported, traced_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.trunk import HiddenStateCache, Trunk
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
+TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 8}),
@@ -140,6 +141,13 @@ def test_the_tails_blocks_keep_their_types(windowed, small_data, num_blocks):
             torch.testing.assert_close(ours, own[batch["index"]], rtol=1e-5, atol=0)
 
 
+def test_only_models_with_windows_are_compared_on_a_long_sequence(tiny_models, windowed):
+    """Others would pay for it at every start."""
+    for folder, length in ((tiny_models["pythia"], 16), (tiny_models["qwen"], 16), (windowed, 1_024)):
+        assert trunk_module._guard_length(load_config(str(folder)), 3) == length
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="blocks looked up their own types until transformers 5")
 @pytest.mark.parametrize("config_name", ["Cohere2Config", "Gemma2Config"])
 def test_a_tail_with_the_types_of_other_blocks_is_no_tail(config_name, tmp_path, monkeypatch):
     """Their windows are longer than the 16 tokens on which models without windows are compared."""
@@ -231,7 +239,7 @@ def test_weights_outside_of_linears_are_refused(tmp_path):
         require_supported(str(folder), "auto")
 
 
-@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="experts were Linears until transformers 5")
+@pytest.mark.skipif(TRANSFORMERS_4, reason="experts were Linears until transformers 5")
 def test_fused_experts_are_refused(tmp_path):
     folder = make_model(tmp_path / "mixtral", "MixtralConfig", num_local_experts=2)
     with pytest.raises(UserError, match="is the weight of a Mixtral"):
@@ -284,6 +292,7 @@ def test_quantised_weights_encoders_and_adapters_are_refused(tmp_path):
 
 
 @needs_cases
+@pytest.mark.skipif(TRANSFORMERS_4, reason="the models were saved with transformers 5")
 @pytest.mark.parametrize(
     ("case", "loss"),
     [

@@ -59,7 +59,8 @@ def _guard_length(config: PretrainedConfig, num_blocks: int) -> int:
     As many as the longest dialogue if blocks differ by position or an attention window is shorter, otherwise few.
     """
     differ = any(entry != values[0] for values in _settings_by_block(config, num_blocks).values() for entry in values)
-    windows = [value for name, value in vars(config).items() if WINDOW_SETTING.search(name) and isinstance(value, int)]
+    # Not isinstance: Qwen2's use_sliding_window is a bool.
+    windows = [value for name, value in vars(config).items() if WINDOW_SETTING.search(name) and type(value) is int]
     is_windowed = any(window < MAX_DIALOGUE_TOKENS for window in windows)
     return MAX_DIALOGUE_TOKENS if differ or is_windowed else PROBE_TOKENS
 
