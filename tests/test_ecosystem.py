@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import subprocess
 import sys
 
 import accelerate.tracking
+import pandas as pd
 import pytest
 from accelerate.utils import LoggerType
-from conftest import Workspace, write_rows
+from conftest import Workspace, contents, load_script, write_rows
 from huggingface_hub import ModelCard
 
 from utils.artifacts import read_json
@@ -103,6 +106,85 @@ def test_lm_evaluation_harness_measures_a_repaired_checkpoint(repaired, tmp_path
     assert finished.returncode == 0, finished.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
     assert 0 <= json.loads(results.read_text())["results"]["local_truth"]["acc,none"] <= 1
+
+
+HARNESS = "evaluation_scripts/harness_eval.py"
+
+
+@pytest.fixture
+def local_tasks(tmp_path):
+    """A folder with a task of 12 documents, whose second choice is right in every other one."""
+    rows = [
+        {
+            "question": f"Is {number} an even number?",
+            "choices": [" Yes, it is.", " No, it is odd."],
+            "label": number % 2,
+        }
+        for number in range(12)
+    ]
+    write_rows(tmp_path / "tasks" / "rows.jsonl", rows)
+    task = LOCAL_TASK.format(rows=tmp_path / "tasks" / "rows.jsonl")
+    (tmp_path / "tasks" / "local_truth.yaml").write_text(task, encoding="utf-8")
+    return ["--HARNESS_TASKS", "local_truth", "--INCLUDE_PATH", tmp_path / "tasks"]
+
+
+def test_the_harness_before_and_after_a_repair(repaired, local_tasks, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    repaired.run(HARNESS, *local_tasks, "--DEVICE", "cpu")
+    assert re.search(r"\| +local_truth \| +acc \|", capsys.readouterr().out)
+    results = repaired.output / "results"
+    names = (repaired.model.name, checkpoint(repaired).name)
+    before, after = (read_json(results / f"{name}_harness_local_truth.json")["metrics"]["acc"] for name in names)
+    assert len(before["documents"]) == 12
+    assert before["higher_is_better"]
+    assert before["value"] == pytest.approx(sum(before["documents"]) / 12)
+    (row,) = pd.read_csv(results / "tables" / "harness.csv").to_dict("records")
+    assert (row["model"], row["before"], row["after"]) == (names[1], before["value"], after["value"])
+    changes = [new - old for old, new in zip(before["documents"], after["documents"], strict=True)]
+    assert row["difference"] == pytest.approx(sum(changes) / 12)
+    assert row["standard_error"] == pytest.approx(statistics.stdev(changes) / 12**0.5)
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: pytest.fail("it is evaluated again"))
+    unchanged = contents(repaired.output)
+    repaired.run(HARNESS, *local_tasks, "--DEVICE", "cpu")
+    assert contents(repaired.output) == unchanged
+
+
+def test_the_paired_standard_error_is_that_of_the_differences():
+    script = load_script(HARNESS)
+    old, new = [0.0, 1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0, 1.0]
+    results = [{"value": sum(values) / 5, "documents": values} for values in (old, new)]
+    change, error = script.difference(*results)
+    assert change == pytest.approx(0.2)
+    assert error == pytest.approx(statistics.stdev([1, 0, -1, 1, 0]) / 5**0.5)
+    not_a_mean = {"value": 0.9, "documents": new}
+    assert script.difference(results[0], not_a_mean) == (pytest.approx(0.3), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--HARNESS_TASKS", "truthfulqa_mc3"], "has no task 'truthfulqa_mc3'; similar names: truthfulqa_mc"),
+        (["--HARNESS_TASKS", "truthfulqa_mc1", "--OUTPUT_DIR", "EMPTY"], "run gradient_ascent_and_save.py first"),
+        (["--HARNESS_TASKS", "truthfulqa_mc1"], "truthfulqa_mc1 cannot be evaluated ("),
+    ],
+)
+def test_what_the_harness_cannot_do_is_one_line(repaired, tmp_path, capsys, arguments, told):
+    pytest.importorskip("lm_eval")
+    with pytest.raises(SystemExit) as stop:
+        repaired.run(HARNESS, *(str(tmp_path) if word == "EMPTY" else word for word in arguments))
+    assert stop.value.code == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert told in error[0]
+
+
+def test_the_harness_is_optional(repaired, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    load_script(HARNESS).task_manager.cache_clear()
+    with pytest.raises(SystemExit):
+        repaired.run(HARNESS)
+    assert 'pip install "lm_eval[hf]"' in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- trackers

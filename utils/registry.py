@@ -193,3 +193,15 @@ def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:
     constants = settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
     path = paths.resolve_path(settings.SFT_MODEL_DIR)
     return Artifact(path, paths.STEP_0, constants, {"base": base, "dataset": dataset}, is_folder=True)
+
+
+def harness_result(settings: Settings, model_name: str, fingerprint: str, task: str) -> Artifact:
+    """evaluation_scripts/harness_eval.py: one task of lm-evaluation-harness, of any model.
+
+    Args:
+        model_name: its short name, or that of its checkpoint.
+        fingerprint: of its weights.
+    """
+    path = paths.result_file(settings.OUTPUT_DIR, model_name, "harness", task)
+    made_by = "evaluation_scripts/harness_eval.py"
+    return Artifact(path, made_by, {"task": task, **settings.pick("LIMIT")}, {"model": fingerprint})

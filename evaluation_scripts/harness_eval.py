@@ -1,0 +1,224 @@
+"""After step 5: other people's benchmarks before and after the repairs, by EleutherAI's lm-evaluation-harness.
+
+    python evaluation_scripts/harness_eval.py
+    python evaluation_scripts/harness_eval.py --REPAIRED_MODEL_NAMES gradient_ascent_models/NAME --LIMIT 200
+
+Evaluates the POST-SFT model and its repaired checkpoints on every task. Writes results/MODEL_harness_TASK.json with the
+value of every document, prints the differences with their standard errors, paired over the documents, and writes them
+to results/tables/harness.md, .tex and .csv. Needs the optional package: pip install "lm_eval[hf]".
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from steps import run_step
+from utils import paths
+from utils.artifacts import Artifact, read_json
+from utils.console import UserError, banner, say
+from utils.models import locate, model_fingerprint, resolve_device
+from utils.registry import harness_result
+from utils.reporting.tables import Row, Table
+from utils.settings import PositiveInt, Settings
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+# ------------------------------------------------------------------------------------------------ constants
+MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
+REPAIRED_MODEL_NAMES: list[str] | None = None  # hub ids or local folders; None = all repairs of it below OUTPUT_DIR
+HARNESS_TASKS: list[str] = [  # names of the harness's tasks
+    "truthfulqa_mc1",
+    "truthfulqa_mc2",
+    "ethics_cm",
+    "ethics_deontology",
+    "ethics_justice",
+    "ethics_utilitarianism",
+    "ethics_virtue",
+    "crows_pairs_english",
+    "bbq",
+    "hellaswag",
+    "arc_easy",
+]
+INCLUDE_PATH: str | None = None  # folder with task files of your own
+LIMIT: PositiveInt | None = None  # documents of each task, the first ones; None = all
+BATCH_SIZE: PositiveInt = 8  # requests that the model runs at once
+OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+OVERWRITE: bool = False  # True replaces results that were made from other weights or settings
+# -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def task_manager(include_path: str | None, include_defaults: bool = True) -> TaskManager:
+    """The harness's tasks; reading its thousands of task files takes a while.
+
+    Raises:
+        UserError: the harness is not installed.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f'lm-evaluation-harness is not installed ({error}): pip install "lm_eval[hf]"') from None
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def find_tasks(settings: Settings) -> TaskManager:
+    """The harness's tasks, after checking that all HARNESS_TASKS are among them.
+
+    Raises:
+        UserError: the harness is not installed, or it has no task of that name.
+    """
+    own = str(paths.resolve_path(settings.INCLUDE_PATH)) if settings.INCLUDE_PATH else None
+    if own and set(settings.HARNESS_TASKS) <= set(task_manager(own, include_defaults=False).all_tasks):
+        return task_manager(own, include_defaults=False)
+    manager = task_manager(own)
+    for task in settings.HARNESS_TASKS:
+        if task not in manager.all_tasks:
+            similar = ", ".join(difflib.get_close_matches(task, manager.all_tasks)) or "none"
+            raise UserError(f"HARNESS_TASKS: the harness has no task {task!r}; similar names: {similar}")
+    return manager
+
+
+def repaired_models(settings: Settings) -> list[str]:
+    """REPAIRED_MODEL_NAMES, or every checkpoint below OUTPUT_DIR that step 5 made from MODEL_NAME.
+
+    Raises:
+        UserError: there is none.
+    """
+    if settings.REPAIRED_MODEL_NAMES:
+        return settings.REPAIRED_MODEL_NAMES
+    folder = paths.resolve_path(settings.OUTPUT_DIR) / "gradient_ascent_models"
+    fingerprint = model_fingerprint(settings.MODEL_NAME)
+    manifests = sorted(folder.glob("*/manifest.json"))
+    found = [str(path.parent) for path in manifests if read_json(path)["inputs"].get("model") == fingerprint]
+    if not found:
+        raise UserError(
+            f"REPAIRED_MODEL_NAMES = None: {folder} has no repaired checkpoint of {settings.MODEL_NAME}; run "
+            f"{paths.STEP_5} first, or name one"
+        )
+    return found
+
+
+def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, dict[str, Any]]:
+    """The results of one model on every task, by task; stored results are read."""
+    outputs = {
+        task: harness_result(settings, paths.model_short_name(model), model_fingerprint(model), task)
+        for task in settings.HARNESS_TASKS
+    }
+    unfinished = [task for task, output in outputs.items() if not output.is_finished(settings.OVERWRITE)]
+    if unfinished:
+        from lm_eval.models.huggingface import HFLM
+
+        device = str(resolve_device(settings.DEVICE))
+        loaded = HFLM(pretrained=locate(model), dtype="float32", device=device, batch_size=settings.BATCH_SIZE)
+    for task in unfinished:
+        evaluate_task(settings, loaded, task, manager, outputs[task])
+    return {task: read_json(output.path) for task, output in outputs.items()}
+
+
+def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManager, output: Artifact) -> None:  # noqa: ANN401
+    """Evaluate a loaded model on one task, and store every metric with the value of every document.
+
+    Raises:
+        UserError: the task's data cannot be loaded.
+    """
+    from lm_eval import simple_evaluate
+
+    started = time.monotonic()
+    try:
+        evaluated = simple_evaluate(loaded, tasks=[task], limit=settings.LIMIT, task_manager=manager, bootstrap_iters=0)
+    except (OSError, ValueError, RuntimeError) as error:  # no network, or a data set that has moved
+        raise UserError(f"HARNESS_TASKS: {task} cannot be evaluated ({' '.join(str(error).split())[:300]})") from error
+    metrics = {}
+    for name, numbers in evaluated["results"].items():  # a group has several
+        documents = sorted(evaluated["samples"].get(name, []), key=lambda document: document["doc_id"])
+        for key, value in numbers.items():
+            metric, _, filter_name = key.partition(",")
+            if filter_name and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+                values = [document.get(metric) for document in documents if document["filter"] == filter_name]
+                are_numbers = all(isinstance(number, (int, float)) for number in values)
+                metrics[f"{name}/{metric}" if name != task else metric] = {
+                    "value": float(value),
+                    "higher_is_better": evaluated["higher_is_better"].get(name, {}).get(metric),
+                    "documents": [float(number) for number in values] if are_numbers else [],
+                }
+    output.save_json({"task": task, "metrics": metrics}, started)
+
+
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float | None]:
+    """after - before of one metric, and its standard error, paired over the documents (Miller 2024, section 4.2).
+
+    SE = sd(d) / sqrt(n), d_i = after_i - before_i; None for a metric that is not the mean of its documents' values.
+    """
+    pairs = list(zip(before["documents"], after["documents"], strict=True))
+    change = after["value"] - before["value"]
+    changes = [new - old for old, new in pairs]
+    if len(changes) < 2 or not math.isclose(statistics.fmean(changes), change, abs_tol=1e-6):
+        return change, None
+    return change, statistics.stdev(changes) / math.sqrt(len(changes))
+
+
+def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One row for each repaired model, task and metric.
+
+    Args:
+        before: results of the POST-SFT model, by task.
+        after: results of the repaired models, by name and task.
+    """
+    header = ["repaired model", "task", "metric", "before", "after", "difference", "95 % interval"]
+    rows: list[list[str]] = []
+    data: list[Row] = []
+    for model, results in after.items():
+        for task, result in results.items():
+            for metric, new in result["metrics"].items():
+                old = before[task]["metrics"][metric]
+                change, error = difference(old, new)
+                interval = f"± {1.96 * error:.4f}" if error is not None else "–"
+                numbers = [
+                    f"{value:{form}}"
+                    for value, form in zip((old["value"], new["value"], change), (".4f", ".4f", "+.4f"), strict=True)
+                ]
+                rows.append([model, task, metric, *numbers, interval])
+                data.append(
+                    {
+                        "model": model,
+                        "task": task,
+                        "metric": metric,
+                        "before": old["value"],
+                        "after": new["value"],
+                        "difference": change,
+                        "standard_error": error,
+                        "documents": len(new["documents"]),
+                        "higher_is_better": new["higher_is_better"],
+                    }
+                )
+    caption = "lm-evaluation-harness before and after each repair; intervals are paired over the documents."
+    return Table(caption, header, rows, data)
+
+
+def main(settings: Settings) -> None:
+    """Evaluate the model and its repairs, and compare."""
+    repaired, manager = repaired_models(settings), find_tasks(settings)
+    results = {}
+    for model in (settings.MODEL_NAME, *repaired):
+        banner("lm-evaluation-harness", model)
+        results[paths.model_short_name(model)] = evaluate(settings, model, manager)
+    before = results.pop(paths.model_short_name(settings.MODEL_NAME))
+    table = comparison(before, results)
+    table.write(paths.tables_dir(settings.OUTPUT_DIR) / "harness")
+    say(f"\n{table.markdown()}")
+
+
+if __name__ == "__main__":
+    run_step(main)
