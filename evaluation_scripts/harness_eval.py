@@ -176,33 +176,25 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]
         before: results of the POST-SFT model, by task.
         after: results of the repaired models, by name and task.
     """
-    header = ["repaired model", "task", "metric", "before", "after", "difference", "95 % interval"]
-    rows: list[list[str]] = []
     data: list[Row] = []
     for model, results in after.items():
         for task, result in results.items():
             for metric, new in result["metrics"].items():
                 old = before[task]["metrics"][metric]
-                change, error = difference(old, new)
-                interval = f"± {1.96 * error:.4f}" if error is not None else "–"
-                numbers = [
-                    f"{value:{form}}"
-                    for value, form in zip((old["value"], new["value"], change), (".4f", ".4f", "+.4f"), strict=True)
-                ]
-                rows.append([model, task, metric, *numbers, interval])
-                data.append(
-                    {
-                        "model": model,
-                        "task": task,
-                        "metric": metric,
-                        "before": old["value"],
-                        "after": new["value"],
-                        "difference": change,
-                        "standard_error": error,
-                        "documents": len(new["documents"]),
-                        "higher_is_better": new["higher_is_better"],
-                    }
-                )
+                row = {"model": model, "task": task, "metric": metric, "before": old["value"], "after": new["value"]}
+                row["difference"], row["standard_error"] = difference(old, new)
+                row |= {"documents": len(new["documents"]), "higher_is_better": new["higher_is_better"]}
+                data.append(row)
+    rows = [
+        [
+            *(row[name] for name in ("model", "task", "metric")),
+            *(f"{row[name]:.4f}" for name in ("before", "after")),
+            f"{row['difference']:+.4f}",
+            "–" if row["standard_error"] is None else f"± {1.96 * row['standard_error']:.4f}",
+        ]
+        for row in data
+    ]
+    header = ["repaired model", "task", "metric", "before", "after", "difference", "95 % interval"]
     caption = "lm-evaluation-harness before and after each repair; intervals are paired over the documents."
     return Table(caption, header, rows, data)
 

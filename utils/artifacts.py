@@ -91,12 +91,10 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def write_if_changed(path: Path, text: str) -> bool:
-    """Write a text file, unless it says the same already; gives whether it was written."""
-    is_new = not path.exists() or path.read_text(encoding="utf-8") != text
-    if is_new:
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a text file, unless it says the same already."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_atomically(path, text)
-    return is_new
 
 
 def to_json(value: Any) -> str:  # noqa: ANN401

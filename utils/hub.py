@@ -51,11 +51,8 @@ def require_hub_access(settings: Settings) -> HubAccess:
     return access
 
 
-def push_folder(folder: Path, username: str, access: HubAccess) -> str:
+def push_folder(folder: Path, username: str, access: HubAccess) -> None:
     """Upload a checkpoint to `username/folder-name`, which is created if it does not exist.
-
-    Returns:
-        The repository's id.
 
     Raises:
         UserError: the hub refused or could not be reached; the message does not contain the token.
@@ -70,4 +67,3 @@ def push_folder(folder: Path, username: str, access: HubAccess) -> str:
     except Exception as error:  # the hub's client raises many types; all become one redacted line
         raise UserError(f"pushing to {repo_id} failed: {access.reason(error)}") from None
     say(f"   pushed to {repo_id}")
-    return repo_id

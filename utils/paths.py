@@ -45,10 +45,6 @@ def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
 
 
-def _precision_suffix(half_precision: bool) -> str:
-    return "_half" if half_precision else ""
-
-
 def repair_name(scores_type: str, bottom_k: int, if_weight: float, preserve_perplexity: bool = False) -> str:
     """The part of a name that identifies a repair of a task: `dpp_ifweight10_bottom100`, `direct_preserve`.
 
@@ -61,14 +57,14 @@ def repair_name(scores_type: str, bottom_k: int, if_weight: float, preserve_perp
 
 def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
     """Step 1: kronfluence's factor files, shared by all tasks."""
-    return _influence_dir(output_dir, seed) / model_name / f"factors_{strategy}{_precision_suffix(half_precision)}"
+    return _influence_dir(output_dir, seed) / model_name / f"factors_{strategy}{'_half' * half_precision}"
 
 
 def scores_file(
     output_dir: str | Path, task: str, model_name: str, strategy: str, half_precision: bool, seed: int
 ) -> Path:
     """Step 1: influence scores of one task, tensor `all_modules` (1, N_train)."""
-    folder = f"scores_{strategy}{_precision_suffix(half_precision)}"
+    folder = f"scores_{strategy}{'_half' * half_precision}"
     return _influence_dir(output_dir, seed) / f"{task}_{model_name}" / folder / "pairwise_scores.safetensors"
 
 
