@@ -33,8 +33,9 @@ def run_step(
         hint: gives the command that the user is told to run next.
         several_processes: whether the script supports `accelerate launch` with several processes.
     """
-    if not several_processes:
-        refuse_several_processes()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and not several_processes:  # results would be wrong
+        _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")
     try:
         settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
         if hasattr(settings, "OUTPUT_DIR"):
@@ -51,13 +52,6 @@ def run_step(
         _exit_with(f"error: {remedy} ({str(error)[:300]})")
     except KeyboardInterrupt:
         _exit_with("stopped; finished work is kept, run the same command to continue", code=130)
-
-
-def refuse_several_processes() -> None:
-    """Refuse `torchrun` or `accelerate launch` with several processes, which would give wrong results."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")
 
 
 def require_writable(constant: str, value: str) -> None:

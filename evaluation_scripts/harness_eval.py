@@ -112,10 +112,8 @@ def repaired_models(settings: Settings) -> list[str]:
 
 def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, dict[str, Any]]:
     """The results of one model on every task, by task; stored results are read."""
-    outputs = {
-        task: harness_result(settings, paths.model_short_name(model), model_fingerprint(model), task)
-        for task in settings.HARNESS_TASKS
-    }
+    name, fingerprint = paths.model_short_name(model), model_fingerprint(model)
+    outputs = {task: harness_result(settings, name, fingerprint, task) for task in settings.HARNESS_TASKS}
     unfinished = [task for task, output in outputs.items() if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
         from lm_eval.models.huggingface import HFLM

@@ -25,8 +25,9 @@ from steps import next_command, run_step
 from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
+from utils.forward import last_hidden_state
 from utils.labels import require_embeddings
-from utils.models import last_hidden_state, load_model, load_tokenizer, resolve_device
+from utils.models import load_model, load_tokenizer, resolve_device
 from utils.paths import STEP_3, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues

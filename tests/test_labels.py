@@ -25,7 +25,8 @@ from transformers import (
 from utils.batching import LabelledSequence
 from utils.console import UserError
 from utils.fine_tuning import completion_loss
-from utils.models import load_model, load_tokenizer, position_limit
+from utils.forward import position_limit
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, read_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPair, tokenize_pairs

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from utils.batching import BatchLoader
 from utils.evaluation import EvaluationModel, evaluate_dialogues, evaluate_pairs, measured_nll
-from utils.models import LogitMap, load_model, load_tokenizer
+from utils.forward import LogitMap
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, truth
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll

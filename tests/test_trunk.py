@@ -11,7 +11,8 @@ from conftest import Workspace
 
 from utils import trunk as trunk_module
 from utils.batching import BatchLoader
-from utils.models import last_hidden_state, load_model, load_tokenizer
+from utils.forward import last_hidden_state
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.trunk import HiddenStateCache, Trunk

@@ -131,6 +131,15 @@ def read_json(path: Path, remedy: str = "delete it and run the step again") -> A
         raise UserError(f"{shown_path(path)} is not valid JSON ({error}); {remedy}") from None
 
 
+def differing_values(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "there") -> list[str]:
+    """Both values of every name that differs, in words; a missing one is None."""
+    return [
+        f"{name} = {theirs.get(name)!r} {where}, {ours.get(name)!r} now"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
 def _shape_in_words(shapes: dict[str, list[int]]) -> str:
     return " x ".join(map(str, next(iter(shapes.values())))) if len(shapes) == 1 else f"{len(shapes)} tensors"
 
@@ -181,12 +190,8 @@ class Artifact:
         if not self.manifest_path.exists() or not self.path.exists():
             return False
         manifest = self._read_manifest()
-        differences = [
-            f"{name} = {theirs.get(name)!r} there, {ours.get(name)!r} now"
-            for theirs, ours in ((manifest["settings"], self.settings), (manifest["inputs"], self.inputs))
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name) != ours.get(name)
-        ]
+        differences = differing_values(manifest["settings"], self.settings)
+        differences += differing_values(manifest["inputs"], self.inputs)
         if differences and not overwrite:
             raise UserError(
                 f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "

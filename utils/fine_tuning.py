@@ -26,7 +26,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from utils.batching import IGNORED_LABEL, LabelledSequence
 from utils.console import UserError, progress_bar, say, shown_path
-from utils.models import load_model, output_logits
+from utils.forward import output_logits
+from utils.models import load_model
 from utils.performance_functions.losses import label_hidden_states
 from utils.settings import Settings
 from utils.tracker import Tracker

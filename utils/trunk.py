@@ -16,7 +16,8 @@ from torch import nn
 
 from utils.batching import Batch
 from utils.console import say
-from utils.models import PROBE_TOKENS, first_traced_block, last_hidden_state, probe
+from utils.forward import PROBE_TOKENS, last_hidden_state, probe
+from utils.models import first_traced_block
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import Artifact, fingerprint_of_files, write_atomically
+from utils.artifacts import Artifact, differing_values, fingerprint_of_files, write_atomically
 from utils.console import UserError, say, shown_path
 
 
@@ -36,11 +36,7 @@ class PreparedFile(Artifact):
         manifest = self._read_manifest()
         recorded = {**manifest["settings"], **manifest["inputs"], "content": manifest.get("content")}
         ours = {**self.settings, **self.inputs, "content": fingerprint_of_files([self.path])}
-        differences = [
-            f"{name} = {recorded.get(name)!r} recorded, {ours.get(name)!r} now"
-            for name in sorted({*ours, *recorded})
-            if ours.get(name) != recorded.get(name)
-        ]
+        differences = differing_values(recorded, ours, "recorded")
         if not differences:
             say(f"   finished before: {shown_path(self.path)}")
         elif not overwrite:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from utils.batching import IGNORED_LABEL, Batch
-from utils.models import PLAIN_LOGITS, LogitMap, last_hidden_state, logit_map, prediction_states
+from utils.forward import PLAIN_LOGITS, LogitMap, last_hidden_state, logit_map, prediction_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

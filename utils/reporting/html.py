@@ -17,7 +17,7 @@ from typing import Any
 
 from utils.artifacts import write_atomically
 from utils.console import UserError, say, shown_path
-from utils.reporting.tables import Table, is_missing, is_number_column, leading_number
+from utils.reporting.tables import Table, is_missing, leading_number
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
 LARGEST_BYTES = 3_000_000  # of the whole file, so that it can be mailed and opened on a phone
@@ -118,7 +118,6 @@ def render(report: Report) -> str:
         "paragraphs": re.split(r"\n\s*\n", report.introduction.strip()),
         "pictures": [_embedded(picture) for picture in report.pictures],
         "completions": _by_prompt(report.completions),
-        "number_columns": _number_columns,
         "is_missing": is_missing,
         "leading_number": leading_number,
     }
@@ -137,11 +136,6 @@ def _embedded(picture: Picture) -> tuple[str, str, int, int]:
     png = picture.png.read_bytes()
     width, height = struct.unpack(">II", png[16:24])
     return picture.caption, f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}", width, height
-
-
-def _number_columns(table: Table) -> list[bool]:
-    """Whether each column holds numbers; a ValueError if a row is longer or shorter than the header."""
-    return [is_number_column(cells) for _, *cells in zip(table.header, *table.rows, strict=True)]
 
 
 def _by_prompt(completions: list[Completion]) -> dict[str, dict[tuple[str, str], list[tuple[str, str]]]]:

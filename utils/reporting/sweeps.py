@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils import paths
-from utils.artifacts import read_json, to_json, write_atomically, write_if_changed
+from utils.artifacts import differing_values, read_json, to_json, write_atomically, write_if_changed
 from utils.console import UserError, say, shown_path
 from utils.performance_functions import MEASUREMENTS
 from utils.reporting.figures import RepairPoint, repairs_figure
@@ -39,11 +39,7 @@ def earlier_rates(
     if not file.exists():
         return {}
     earlier = read_json(file)
-    differences = [
-        f"{name} = {earlier['inputs'].get(name)!r} there, {inputs.get(name)!r} now"
-        for name in sorted({*earlier["inputs"], *inputs})
-        if earlier["inputs"].get(name) != inputs.get(name)
-    ]
+    differences = differing_values(earlier["inputs"], inputs)
     if differences and not overwrite:
         raise UserError(
             f"{shown_path(file)} was made from other inputs: {'; '.join(differences)}. "

@@ -31,6 +31,11 @@ class Table:
     rows: list[list[str]]
     data: list[Row] = field(default_factory=list)
 
+    @property
+    def number_columns(self) -> list[bool]:
+        """Whether each column holds numbers; a ValueError if a row is longer or shorter than the header."""
+        return [is_number_column(cells) for _, *cells in zip(self.header, *self.rows, strict=True)]
+
     def markdown(self) -> str:
         """The caption, then the table."""
         return f"{self.caption}\n\n{markdown_table(self.header, self.rows)}\n"
@@ -41,8 +46,7 @@ class Table:
         def line(cells: Sequence[str]) -> str:
             return " & ".join(cell.translate(LATEX_ESCAPES) for cell in cells) + r" \\"
 
-        columns = zip(self.header, *self.rows, strict=True)
-        alignment = "".join("r" if is_number_column(cells) else "l" for _, *cells in columns)
+        alignment = "".join("r" if is_number else "l" for is_number in self.number_columns)
         lines = [
             r"\begin{table}",
             r"\centering",
