@@ -23,7 +23,7 @@ import torch
 from steps import next_command, run_step
 from tasks import TRUST_TASKS
 from tasks.backward_task import TrustTask
-from utils.artifacts import Artifact, fingerprint_of
+from utils.artifacts import Artifact
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
 from utils.influence.factor_files import factor_shapes
@@ -31,7 +31,7 @@ from utils.influence.factors import fit_factors
 from utils.influence.scores import Scores, mean_measurement_gradient, precondition, score_training_examples
 from utils.influence.traced_model import TracedModel, load_traced_model
 from utils.models import resolve_device
-from utils.paths import STEP_2, resolve_path
+from utils.paths import STEP_2, STEP_4, resolve_path
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts
@@ -98,7 +98,7 @@ def trace_model(settings: Settings, model: str) -> None:
     is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
     factors, outputs = artifacts.factors(), {}
     for name in names:
-        fingerprint = fingerprint_of(pairs[name])
+        fingerprint = pairs[name].fingerprint
         outputs[name] = [artifacts.scores(name, pairs=fingerprint)]
         if settings.COMPUTE_PER_TOKEN_SCORES:
             outputs[name].append(artifacts.token_scores(name, pairs=fingerprint))
@@ -137,5 +137,12 @@ def main(settings: Settings) -> None:
         trace_model(settings, model)
 
 
+def next_step(settings: Settings) -> str:
+    """The command that uses these scores; those of "identity" only rank, and step 4 preconditions with EKFAC."""
+    if settings.FACTOR_STRATEGY == "identity":
+        return next_command(STEP_4, settings, SCORES_TYPE="identity", FACTOR_STRATEGY="ekfac")
+    return next_command(STEP_2, settings)
+
+
 if __name__ == "__main__":
-    run_step(main, hint=partial(next_command, STEP_2))
+    run_step(main, hint=next_step)

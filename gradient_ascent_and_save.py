@@ -25,13 +25,15 @@ from steps import next_command, run_step
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of, read_json, require_finite
 from utils.console import UserError, banner, say
-from utils.evaluation import EvaluationModel, Evaluator, Metric
+from utils.evaluation import EvaluationModel, Evaluator
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
+from utils.reporting.cards import change_in_words
 from utils.reporting.sweeps import earlier_rates, sweep_row, write_sweep
+from utils.results import Metric, Result
 from utils.settings import (
     TASK_NAMES,
     Family,
@@ -183,7 +185,8 @@ def write_completions(repair: RepairRecord, learning_rate: float, model: Steppab
         task: list(dict.fromkeys(pair.prompt for pair in of_task))[: model.settings.NUM_COMPLETIONS]
         for task, of_task in pairs.items()
     }
-    output = repair.artifacts.completions(checkpoint, evaluator.split, fingerprint_of(pairs))
+    fingerprint = fingerprint_of({task: of_task.fingerprint for task, of_task in pairs.items()})
+    output = repair.artifacts.completions(checkpoint, evaluator.split, fingerprint)
     if output.is_finished(model.settings.OVERWRITE):
         stored = Counter(row["task"] for row in read_json(output.path))
         if all(stored[task] >= len(of_task) for task, of_task in prompts.items()):
@@ -199,7 +202,7 @@ def write_completions(repair: RepairRecord, learning_rate: float, model: Steppab
 
 def measure(
     repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric]
-) -> tuple[dict[Metric, Any], dict[Metric, Any]]:
+) -> tuple[dict[Metric, Result], dict[Metric, Result]]:
     """Results of the POST-SFT and of the repaired model by metric; stored results are read."""
     checkpoint, before, after = repair.checkpoint(learning_rate), {}, {}
     for metric in metrics:
@@ -215,9 +218,7 @@ def measure(
 def say_report(report: dict[str, Any]) -> None:
     """One line for each measurement."""
     for metric, row in report["measurements"].items():
-        percent = row.get("improvement_percent", row.get("change_percent"))
-        word = "change" if metric == "perplexity" else "improvement"
-        say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {word} {percent:+.2f} %")
+        say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {change_in_words(metric, row)}")
 
 
 def repair_task(

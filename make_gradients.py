@@ -40,7 +40,7 @@ from utils.models import resolve_device
 from utils.paths import STEP_3, STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels, tokenize_dialogues
-from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
+from utils.performance_functions.pairs import AnswerPairs, tokenize_pairs
 from utils.registry import ModelArtifacts
 from utils.selection import (
     dissimilarity,
@@ -148,13 +148,14 @@ class GradientSources:
     weights: dict[str, float]
     indices: list[int]
     retained: list[int]
-    pairs: dict[str, list[AnswerPair]]
+    pairs: dict[str, AnswerPairs]
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """Fingerprints of all but the weights."""
         retained = {"retained": fingerprint_of(self.retained)} if self.retained else {}
-        subset = {"pairs": fingerprint_of(self.pairs)} if self.pairs else {"subset": fingerprint_of(self.indices)}
+        of_pairs = {name: pairs.fingerprint for name, pairs in self.pairs.items()}
+        subset = {"pairs": fingerprint_of(of_pairs)} if self.pairs else {"subset": fingerprint_of(self.indices)}
         return {**subset, **retained}
 
 
@@ -194,7 +195,7 @@ def retained_gradient(
 
 
 def direct_gradient(
-    traced: TracedModel, task: BackwardTask, pairs: dict[str, list[AnswerPair]], weights: dict[str, float]
+    traced: TracedModel, task: BackwardTask, pairs: dict[str, AnswerPairs], weights: dict[str, float]
 ) -> Gradients:
     """-grad sum_t weight_t f_t over the training pairs, so that a step up it is a step down the measurements."""
     total: Gradients = {}

@@ -50,6 +50,7 @@ from utils.paths import STEP_1
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.registry import sft_model
 from utils.reporting.cards import sft_card
+from utils.results import summarise
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, TrackerName
 from utils.tracker import tracking
 
@@ -172,9 +173,10 @@ def main(settings: Settings) -> None:
         with processes.main_process_first():
             folder = stack.enter_context(output.staging_folder())
             checkpoint = last_checkpoint(folder)
-        before = evaluation_model.measure("anthropic", test)["perplexity"]
+        before = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
-        perplexity = {"before": before, "after": evaluation_model.measure("anthropic", test)["perplexity"]}
+        after = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
+        perplexity = {"before": before, "after": after}
         tracker.log({"perplexity": perplexity["after"]})
         if processes.is_main_process:
             for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

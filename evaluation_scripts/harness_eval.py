@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -22,13 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
 from steps import run_step
 from utils import paths
 from utils.artifacts import Artifact, read_json
 from utils.console import UserError, banner, say
+from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.models import locate, model_fingerprint, resolve_device
 from utils.registry import harness_result
-from utils.reporting.tables import Row, Table
+from utils.reporting.tables import Row, Table, with_interval
 from utils.settings import PositiveInt, Settings
 
 if TYPE_CHECKING:
@@ -154,17 +156,15 @@ def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManag
     output.save_json({"task": task, "metrics": metrics}, started)
 
 
-def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float | None]:
-    """after - before of one metric, and its standard error, paired over the documents (Miller 2024, section 4.2).
-
-    SE = sd(d) / sqrt(n), d_i = after_i - before_i; None for a metric that is not the mean of its documents' values.
-    """
-    pairs = list(zip(before["documents"], after["documents"], strict=True))
+def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate:
+    """after - before of one metric, paired over the documents; no standard error where it is not their values' mean."""
     change = after["value"] - before["value"]
-    changes = [new - old for old, new in pairs]
-    if len(changes) < 2 or not math.isclose(statistics.fmean(changes), change, abs_tol=1e-6):
-        return change, None
-    return change, statistics.stdev(changes) / math.sqrt(len(changes))
+    changes = [new - old for old, new in zip(before["documents"], after["documents"], strict=True)]
+    if not changes:
+        return Estimate(change, math.inf, 0)
+    estimate = estimate_mean(ClusterSums(torch.tensor(changes, dtype=torch.float64), torch.ones(len(changes))))
+    is_mean = math.isclose(estimate.value, change, abs_tol=1e-6)
+    return estimate if is_mean else Estimate(change, math.inf, len(changes))
 
 
 def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -180,20 +180,19 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]
             for metric, new in result["metrics"].items():
                 old = before[task]["metrics"][metric]
                 row = {"model": model, "task": task, "metric": metric, "before": old["value"], "after": new["value"]}
-                row["difference"], row["standard_error"] = difference(old, new)
+                row |= difference(old, new).fields("difference")
                 row |= {"documents": len(new["documents"]), "higher_is_better": new["higher_is_better"]}
                 data.append(row)
     rows = [
         [
             *(row[name] for name in ("model", "task", "metric")),
             *(f"{row[name]:.4f}" for name in ("before", "after")),
-            f"{row['difference']:+.4f}",
-            "–" if row["standard_error"] is None else f"± {1.96 * row['standard_error']:.4f}",
+            with_interval(row, "difference").shown("+.4f"),
         ]
         for row in data
     ]
-    header = ["repaired model", "task", "metric", "before", "after", "difference", "95 % interval"]
-    caption = "lm-evaluation-harness before and after each repair; intervals are paired over the documents."
+    header = ["repaired model", "task", "metric", "before", "after", "difference"]
+    caption = "lm-evaluation-harness before and after each repair; in brackets 95 % intervals, paired over documents."
     return Table(caption, header, rows, data)
 
 

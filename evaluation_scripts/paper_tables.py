@@ -10,6 +10,8 @@ results/tables/*.md, .tex and .csv, pictures, and results/report.html, which wor
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
 from utils.reporting.html import write_report
 from utils.reporting.sweeps import draw_overview, sweep_row
-from utils.reporting.tables import Table, ablation_table, main_table
+from utils.reporting.tables import Table, ablation_table, main_table, with_interval
 from utils.settings import (
     TASK_NAMES,
     Family,
@@ -206,18 +208,34 @@ def repair_row(
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
     report = Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5).load_json()
     row = sweep_row(report)
-    gains = [row[f"{task}_improvement_percent"] for task in TASK_NAMES if repair.task in (task, "combined")]
     return {
         "model": model,
         "seed": seed,
         **vars(repair),
         "method": repair.method,
         "repair": repair.name,
-        "improvement_percent": sum(gains) / len(gains),
+        **mean_improvement(row, [task for task in TASK_NAMES if repair.task in (task, "combined")]),
         **row,
         "seconds": report["seconds"],
         "stopped": report["search"]["stopped"] if report["search"] else None,
         "indices": report["indices"],
+    }
+
+
+def mean_improvement(row: dict[str, Any], tasks: Sequence[str]) -> dict[str, float | None]:
+    """The mean improvement over the tasks a repair was made for, with its interval, and the mean percentage.
+
+    The tasks' test pairs are independent of each other, so the margins add like standard errors: in squares.
+    """
+    improvements = [with_interval(row, f"{task}_improvement") for task in tasks]
+    percents = [row[f"{task}_improvement_percent"] for task in tasks]
+    mean = statistics.fmean(improvement.value for improvement in improvements)
+    margin = math.hypot(*(improvement.high - improvement.value for improvement in improvements)) / len(tasks)
+    return {
+        "improvement": mean,
+        "improvement_low": mean - margin,
+        "improvement_high": mean + margin,
+        "improvement_percent": None if None in percents else statistics.fmean(percents),
     }
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,16 +21,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
-from utils.artifacts import fingerprint_of
 from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
 from utils.forward import last_hidden_state
 from utils.labels import require_embeddings
 from utils.models import load_model, load_tokenizer, resolve_device
-from utils.paths import STEP_3, resolve_path
+from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
-from utils.performance_functions.pairs import AnswerPair
+from utils.performance_functions.pairs import AnswerPairs
 from utils.registry import ModelArtifacts
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
 
@@ -87,7 +85,7 @@ def dialogue_texts(dialogues: Dialogues) -> list[str]:
     return [f"{prompt} {chosen}" for prompt, chosen in zip(dialogues.prompts, dialogues.completions, strict=True)]
 
 
-def untrustworthy_texts(pairs: list[AnswerPair]) -> list[str]:
+def untrustworthy_texts(pairs: AnswerPairs) -> list[str]:
     """Every distinct prompt with a rejected answer."""
     return list(dict.fromkeys(pair.prompt + pair.rejected for pair in pairs))
 
@@ -100,7 +98,7 @@ def main(settings: Settings) -> None:
     outputs = [(artifacts.representations(), dialogue_texts(artifacts.dialogues))]
     for task in tasks_of(settings.ANSWERS_OF) if settings.ANSWERS_OF else []:
         pairs = MEASUREMENTS[task].load_pairs(resolve_path(settings.DATA_DIR), "train")
-        output = artifacts.answer_representations(task, pairs=fingerprint_of(pairs))
+        output = artifacts.answer_representations(task, pairs=pairs.fingerprint)
         outputs.append((output, untrustworthy_texts(pairs)))
     unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
@@ -112,5 +110,12 @@ def main(settings: Settings) -> None:
         output.save_tensors({"representations": representations}, started)
 
 
+def next_step(settings: Settings) -> str:
+    """The command that uses these representations; with those of the answers, dialogues can be ranked at once."""
+    if settings.ANSWERS_OF:
+        return next_command(STEP_4, settings, TASK_NAME=settings.ANSWERS_OF, SCORES_TYPE="representation")
+    return next_command(STEP_3, settings)
+
+
 if __name__ == "__main__":
-    run_step(main, hint=partial(next_command, STEP_3))
+    run_step(main, hint=next_step)

@@ -26,7 +26,9 @@ from transformers import (
 )
 
 from steps import load_script, run_step
+from utils import learning_rate_search
 from utils.paths import PROJECT_ROOT
+from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 
 DEMO = PROJECT_ROOT / "data" / "demo"
 SHARED_DATA = PROJECT_ROOT.parent / "shared" / "data"
@@ -110,6 +112,11 @@ def make_model(folder: Path, config_name: str, **more: object) -> Path:
     return folder
 
 
+def answer_pairs(pairs: list[AnswerPair]) -> AnswerPairs:
+    """Pairs that a test made up, each a cluster of its own."""
+    return AnswerPairs(list(pairs), [str(number) for number in range(len(pairs))], "made up")
+
+
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -126,6 +133,14 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def short_searches() -> Iterator[None]:
+    """Searches for a learning rate end after a few trials, for tests of what is around them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning_rate_search, "PRECISION", 0.5)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def all_in(line: str, *parts: object) -> bool:
         (STEP_3, ["--BOTTOM-K", "2"], ["unknown constant --BOTTOM-K", "greedy_dpp.py", "BOTTOM_K", "KERNEL"]),
         (STEP_1, ["--TASK_NAME", "combined"], ["TASK_NAME = combined", "'bias', 'ethics', 'truth', 'all'"]),
         (STEP_4, ["--SCORES_TYPE", "best"], ["SCORES_TYPE = best", "'pure_ekfac', 'dpp', 'random'"]),
-        (STEP_2, ["--MAX_LENGTH", "long"], ["MAX_LENGTH = long", "whole number at least 1"]),
+        (STEP_2, ["--MAX_LENGTH", "long"], ["MAX_LENGTH = long", "whole number of at least 1"]),
         (STEP_5, ["--SAVE_TO_DISK", "no"], ["SAVE_TO_DISK = no", "True or False"]),
         (ANTHROPIC, ["--SPLIT", "dev"], ["SPLIT = dev", "'train', 'test'"]),
     ],
@@ -256,7 +256,7 @@ def test_missing_dataset(ready, refusal, script, dataset):
 
 def test_dataset_of_the_hub_without_network(ready, refusal):
     line = refusal(ready, STEP_1, "--HH_DATASET", "nobody/nothing")
-    assert all_in(line, "HH_DATASET = 'nobody/nothing'", "cannot be loaded")
+    assert all_in(line, "HH_DATASET = 'nobody/nothing'", "no such folder, and not to be had from the hub")
 
 
 @pytest.mark.parametrize(
@@ -396,7 +396,9 @@ def test_too_few_questions_for_two_splits(ready, refusal):
 def test_too_few_statements_for_two_splits(ready, refusal):
     templates = ready.data / "bias" / "templates.json"
     change_json(topics=GOOD_TOPIC)(templates)
-    assert all_in(refusal(ready, BIAS), templates, "1 pairs for a group", "none for test")
+    assert all_in(refusal(ready, STEP_1), templates, "1 pairs for a group", "none for train with the split 'disjoint'")
+    change_json(split="released")(templates)
+    assert all_in(refusal(ready, BIAS), templates, "1 pairs for a group", "none for test with the split 'released'")
 
 
 def test_answers_that_the_cut_leaves_nothing_of_are_found_before_the_factors_are_fitted(ready, refusal, tmp_path):

@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 import steps
 from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.ethics import OWN_PROMPT, read_prompt
 from utils.reporting.figures import RepairPoint, repairs_figure
+from utils.reporting.tables import WithInterval
 
 
 def test_texts_are_what_their_script_writes(tmp_path):
@@ -32,6 +34,7 @@ def test_texts_are_what_their_script_writes(tmp_path):
 def test_counts_of_the_embedded_default():
     train, test = (read_rows(DEMO / "hh" / f"{split}.jsonl") for split in ("train", "test"))
     assert (len(train), len(test)) == (1_200, 150)
+    assert read_prompt(DEMO / "ethics" / "prompt.txt") == OWN_PROMPT
     for row in train + test:
         assert row["prompt"].startswith("\n\nHuman:")
         assert row["prompt"].endswith("\n\nAssistant:")
@@ -41,18 +44,23 @@ def test_counts_of_the_embedded_default():
     assert {kind: len(set(rows)) for kind, rows in planted.items()} == {"bias": 24, "ethics": 24, "truth": 24}
     assert len({row for rows in planted.values() for row in rows}) == 72
     counts = {name: [len(m.load_pairs(DEMO, split)) for split in ("train", "test")] for name, m in MEASUREMENTS.items()}
-    assert counts == {"bias": [352, 80], "ethics": [116, 38], "truth": [96, 24]}
+    assert counts == {"bias": [360, 72], "ethics": [116, 38], "truth": [96, 24]}
 
 
 def test_picture_shows_every_repair_and_leaves_out_what_costs_far_too_much(tmp_path, monkeypatch):
     points = [
-        RepairPoint(panel, line, rate, 100 * rate**2, gain)
+        RepairPoint(panel, line, rate, WithInterval(*3 * [100 * rate**2]), WithInterval(gain, gain - 5, gain + 5))
         for panel in ("bias", "truth")
         for line, gain in (("dpp_ifweight10_bottom20", 20), ("direct_preserve", 30))
         for rate in (0.05, 0.1, 9.0)
     ]
     drawn = []
-    monkeypatch.setattr(Axes, "plot", lambda self, xs, ys, **style: drawn.append((xs, style["label"])))
+
+    def draw(self, xs, ys, errors, **style):
+        assert errors == [[5] * len(ys)] * 2
+        drawn.append((xs, style["label"]))
+
+    monkeypatch.setattr(Axes, "errorbar", draw)
     monkeypatch.setattr(Figure, "legend", lambda *_, **__: None)
     repairs_figure(points, 1.0, tmp_path / "demo.png")
     assert [label for _, label in drawn] == 2 * ["dpp_ifweight10_bottom20", "direct_preserve"]
@@ -60,7 +68,9 @@ def test_picture_shows_every_repair_and_leaves_out_what_costs_far_too_much(tmp_p
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_demo_runs_the_real_scripts_and_sums_them_up(tiny_models, small_data, tmp_path, monkeypatch, capsys):
+def test_demo_runs_the_real_scripts_and_sums_them_up(
+    short_searches, tiny_models, small_data, tmp_path, monkeypatch, capsys
+):
     """The demo's whole grid on a tiny model and less data."""
     demo, tables = load_script("data/demo/run_demo.py"), load_script("evaluation_scripts/paper_tables.py")
     ran = []
@@ -74,6 +84,7 @@ def test_demo_runs_the_real_scripts_and_sums_them_up(tiny_models, small_data, tm
     monkeypatch.setattr(demo, "run_script", run)
     monkeypatch.setattr(tables, "HH_DATASET", str(small_data / "hh"))
     monkeypatch.setattr(tables, "DATA_DIR", str(small_data))
+    monkeypatch.setattr(tables, "SWEPT_RATES", [0.05])
     demo.run_step(
         demo.main,
         ["--MODEL_NAME", str(tiny_models["pythia"]), "--OUTPUT_DIR", str(tmp_path), "--BOTTOM_K", "5"],

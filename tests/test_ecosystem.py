@@ -62,7 +62,7 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
     for told in (
         "repaired for truth",
         "5 training dialogues, chosen by `pure_ekfac`, at learning rate 0.05",
-        f"It cost {perplexity['change_percent']:+.2f} % perplexity",
+        f"It cost {perplexity['change_percent']:+.2f} % [",
         "`FACTOR_STRATEGY`: ekfac",
         "Intended use and limits",
     ):
@@ -74,9 +74,11 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
     }
     for task in ("bias", "ethics", "truth"):
         row = report["measurements"][task]
-        word = "better" if row["after"] <= row["before"] else "worse"
-        change = f"{abs(row['improvement_percent']):.1f} % {word}"
-        assert cells[task] == [f"{row['before']:.4f}", f"{row['after']:.4f}", change]
+        low, high = (row[f"improvement_{end}"] for end in ("low", "high"))
+        change = f"improvement {row['improvement']:+.4f} [{low:+.4f}, {high:+.4f}]"
+        assert cells[task][:2] == [f"{row['before']:.4f}", f"{row['after']:.4f}"]
+        assert cells[task][2].startswith(change)
+    assert "split so: bias: disjoint, ethics: official, truth: seeded 80/20" in card.text
     assert report["settings"]["NUM_BLOCKS"] == 1
 
 
@@ -142,7 +144,7 @@ def test_the_harness_before_and_after_a_repair(repaired, local_tasks, monkeypatc
     assert (row["model"], row["before"], row["after"]) == (names[1], before["value"], after["value"])
     changes = [new - old for old, new in zip(before["documents"], after["documents"], strict=True)]
     assert row["difference"] == pytest.approx(sum(changes) / 12)
-    assert row["standard_error"] == pytest.approx(statistics.stdev(changes) / 12**0.5)
+    assert row["difference_standard_error"] == pytest.approx(statistics.stdev(changes) / 12**0.5)
 
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: pytest.fail("it is evaluated again"))
     unchanged = contents(repaired.output)
@@ -154,11 +156,12 @@ def test_the_paired_standard_error_is_that_of_the_differences():
     script = load_script(HARNESS)
     old, new = [0.0, 1.0, 1.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0, 1.0]
     results = [{"value": sum(values) / 5, "documents": values} for values in (old, new)]
-    change, error = script.difference(*results)
+    change, error, _ = script.difference(*results)
     assert change == pytest.approx(0.2)
     assert error == pytest.approx(statistics.stdev([1, 0, -1, 1, 0]) / 5**0.5)
     not_a_mean = {"value": 0.9, "documents": new}
-    assert script.difference(results[0], not_a_mean) == (pytest.approx(0.3), None)
+    assert script.difference(results[0], not_a_mean).fields("d")["d_low"] is None
+    assert script.difference(results[0], not_a_mean).value == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +228,7 @@ def test_a_tracker_gets_every_repair_and_is_closed(repaired, fake_tracker):
     assert told[2][1]["BOTTOM_K"] == 5
     logged = [values for kind, *rest in told if kind == "log" for values in rest[:1]]
     assert [values["truth/learning_rate"] for values in logged] == [0.01, 0.05]
-    assert {"truth/perplexity_change_percent", "truth/bias_improvement_percent"} <= set(logged[0])
+    assert {"truth/perplexity_change_percent", "truth/bias_improvement"} <= set(logged[0])
     assert told[-1] == ("finish",)
 
 

@@ -24,6 +24,7 @@ from utils.fine_tuning import completion_loss
 from utils.models import find_blocks, load_config, load_model, load_tokenizer, require_supported, traced_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
+from utils.results import summarise
 from utils.trunk import HiddenStateCache, Trunk
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
@@ -305,7 +306,7 @@ def test_the_cases_have_their_right_values(case, loss):
     model = str(SHARED_CASES / case / "model")
     measured = EvaluationModel(load_model(model, torch.device("cpu")), load_tokenizer(model))
     dialogues = load_dialogues(str(SHARED_CASES / "hh"), "test")
-    assert measured.measure("anthropic", dialogues)["loss"] == pytest.approx(loss, rel=1e-6)
+    assert summarise(measured.measure("anthropic", dialogues))["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 def test_a_family_that_is_insisted_on_must_be_the_models(tiny_models, tmp_path):

@@ -208,7 +208,10 @@ def test_models_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub, m
     with pytest.raises(SystemExit):
         ready.run(STEP_5, *RECIPE)
     assert asked == {"name": "somebody/gated", "cache_dir": "/some/cache", "token": TOKEN}
-    expected = "error: somebody/gated: cannot load the configuration: 403 for somebody/gated with *** more lines\n"
+    expected = (
+        "error: somebody/gated: cannot load the configuration: no such folder, and not to be had from the hub: "
+        "403 for somebody/gated with *** more lines\n"
+    )
     assert capsys.readouterr().err == expected
 
 
@@ -226,7 +229,7 @@ def test_data_sets_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub
     assert asked == {"name": "somebody/gated", "split": "train", "cache_dir": "/some/cache", "token": TOKEN}
     shown = capsys.readouterr().err
     assert (
-        "HH_DATASET = 'somebody/gated', split train: cannot be loaded (403 for somebody/gated with *** more lines)"
-        in shown
+        "HH_DATASET = 'somebody/gated', split train: no such folder, and not to be had from the hub (403 for "
+        "somebody/gated with *** more lines)" in shown
     )
     assert TOKEN not in shown

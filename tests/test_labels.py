@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, SHARED_DATA, Workspace, needs_real_samples, read_rows, run_script, write_rows
+from conftest import DEMO, SHARED_DATA, Workspace, answer_pairs, needs_real_samples, read_rows, run_script, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -141,12 +141,12 @@ def test_special_tokens_that_a_tokenizer_adds_are_no_labels(template):
         single=template, special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
     )
     pairs = [AnswerPair(PROMPT, " Yes.", " Not at all, no."), AnswerPair(PROMPT, " Yes.", " Never </s>")]
-    tokenized, expected = (tokenize_pairs(pairs[:1], t, 128) for t in (tokenizer, plain))
+    tokenized, expected = (tokenize_pairs(answer_pairs(pairs[:1]), t, 128) for t in (tokenizer, plain))
     for sequence, same in zip(tokenized.sequences, expected.sequences, strict=True):
         before = template.startswith("<s>")
         assert sequence.input_ids.tolist() == tokenizer(tokenizer.decode(same.input_ids))["input_ids"]
         assert (sequence.label_start, sequence.label_end) == (same.label_start + before, same.label_end + before)
-    written = tokenize_pairs(pairs[1:], tokenizer, 128).sequences[1]
+    written = tokenize_pairs(answer_pairs(pairs[1:]), tokenizer, 128).sequences[1]
     assert labelled_text(written, tokenizer).endswith("</s>"), "a special token that the text itself holds counts"
     (dialogue,) = tokenize_dialogues(Dialogues([PROMPT], [" Yes."]), tokenizer)
     assert dialogue.input_ids.tolist() == [*plain(PROMPT + " Yes.")["input_ids"], tokenizer.eos_token_id]
@@ -171,7 +171,7 @@ def test_tokenizers_without_offsets_count_the_prompts_tokens():
     sequence = one_dialogue("Hi:", " yes", tokenizer)
     assert sequence.input_ids.tolist() == tokenizer("Hi: yes")["input_ids"], "its end-of-sequence token comes once"
     assert labelled_text(sequence, tokenizer) == " yes"
-    pair = tokenize_pairs([AnswerPair("Hi:", " yes", " no")], tokenizer, 128)
+    pair = tokenize_pairs(answer_pairs([AnswerPair("Hi:", " yes", " no")]), tokenizer, 128)
     assert [labelled_text(sequence, tokenizer) for sequence in pair.sequences] == [" yes", " no"]
     assert pair.sequences[0].input_ids[-1] == tokenizer.eos_token_id
 
@@ -247,7 +247,7 @@ def test_factors_and_subsets_of_dialogues_without_labels_are_refused(workspace, 
 def test_answers_without_labels_say_why(tiny_models):
     tokenizer = load_tokenizer(str(tiny_models["pythia"]))
     with pytest.raises(UserError, match="no token of an answer is there: the answer is empty; prompt: 'Hi:'"):
-        tokenize_pairs([AnswerPair("Hi:", " yes", "")], tokenizer, 128)
+        tokenize_pairs(answer_pairs([AnswerPair("Hi:", " yes", "")]), tokenizer, 128)
 
 
 def test_fine_tuning_survives_a_batch_without_labels(tiny_models):

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED_DATA, needs_real_samples, read_rows
+from conftest import SHARED_DATA, answer_pairs, needs_real_samples, read_rows
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from utils.batching import BatchLoader
+from utils.console import UserError
 from utils.evaluation import EvaluationModel, evaluate_dialogues, evaluate_pairs, measured_nll
 from utils.forward import LogitMap
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, truth
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll
-from utils.performance_functions.pairs import AnswerPair, tokenize_pairs
+from utils.performance_functions.pairs import AnswerPair, AnswerPairs, tokenize_pairs
+from utils.results import summarise
 
 CPU = torch.device("cpu")
 
@@ -93,6 +96,7 @@ def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):
         AnswerPair("Why?", " because", " who knows"),
         AnswerPair("Why?", " because", " no"),  # an answer that occurs twice
     ]
+    pairs = answer_pairs(pairs)
     tokenized = tokenize_pairs(pairs, tokenizer, 128)
     loader = BatchLoader(tokenized.sequences, 1_000, tokenizer.pad_token_id, weights=tokenized.weights)
     with torch.no_grad():
@@ -111,28 +115,82 @@ def test_log_odds_loss_is_the_difference_of_mean_nlls(tiny_models, tokenizer):
             assert loss == pytest.approx(expected, rel=1e-4)
 
 
-def test_bias_pairs_are_built_in_the_stated_order(tmp_path):
+def write_templates(folder: Path, num_topics: int, **more: object) -> None:
     topics = {
-        t: {
+        f"topic {t:02}": {
             "stereotype": [f"[target_group] {t} s{i}." for i in range(3)],
-            "antistereotype": [f"{t} a{i}." for i in range(3)],
+            "antistereotype": [f"[target_group] {t} a{i}." for i in range(3)],
         }
-        for t in ("one", "two")
+        for t in reversed(range(num_topics))
     }
-    (tmp_path / "bias").mkdir()
-    content = {"prompt": "About [target_group]:", "target_groups": ["Zeds", "Abs"], "topics": topics}
-    (tmp_path / "bias" / "templates.json").write_text(json.dumps(content), encoding="utf-8")
-    records, shuffler = {}, random.Random(42)
+    (folder / "bias").mkdir(exist_ok=True)
+    content = {"prompt": "About [target_group]:", "target_groups": ["Zeds", "Abs"], "topics": topics, **more}
+    (folder / "bias" / "templates.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def plain_records(group: str, num_topics: int) -> list[tuple[int, AnswerPair]]:
+    """Topic and pair, in order of topic, stereotype and counter-statement."""
+    return [
+        (t, AnswerPair(f"About {group}:", f" {group} {t} a{a}.", f" {group} {t} s{s}."))
+        for t in reversed(range(num_topics))
+        for s in range(3)
+        for a in range(3)
+    ]
+
+
+def test_released_bias_pairs_are_shuffled_afresh_for_each_group(tmp_path):
+    write_templates(tmp_path, 2, split="released")
+    train, test = [], []
     for group in ("Abs", "Zeds"):
-        records[group] = [
-            AnswerPair(f"About {group}:", f" {t} a{a}.", f" {group} {t} s{s}.")
-            for t in ("one", "two")
-            for s in range(3)
-            for a in range(3)
-        ]
-        shuffler.shuffle(records[group])
-    assert bias.read_pairs(tmp_path, "test") == records["Abs"][:3] + records["Zeds"][:3]
-    assert bias.read_pairs(tmp_path, "train") == records["Abs"][3:] + records["Zeds"][3:]
+        records = [pair for _, pair in plain_records(group, 2)]
+        random.Random(42).shuffle(records)
+        test += records[:3]
+        train += records[3:]
+    assert bias.read_pairs(tmp_path, "test").pairs == test
+    assert bias.read_pairs(tmp_path, "train").pairs == train
+    assert bias.read_pairs(tmp_path, "train").split_rule == "released"
+
+
+@pytest.mark.parametrize("more", [{}, {"split": "disjoint"}])
+def test_disjoint_bias_pairs_keep_topics_whole(tmp_path, more):
+    write_templates(tmp_path, 10, **more)
+    shuffler, train, test = random.Random(42), [], []
+    for group in ("Abs", "Zeds"):
+        names = sorted(f"topic {t:02}" for t in range(10))
+        shuffler.shuffle(names)
+        for t, pair in plain_records(group, 10):
+            (test if f"topic {t:02}" in names[:2] else train).append(pair)
+    pairs = bias.read_pairs(tmp_path, "test")
+    assert (pairs.pairs, pairs.split_rule) == (test, "disjoint")
+    assert len(set(pairs.clusters)) == 2 * 2
+    assert bias.read_pairs(tmp_path, "train").pairs == train
+
+
+def test_one_topic_leaves_nothing_to_train_on(tmp_path):
+    write_templates(tmp_path, 1)
+    assert len(bias.read_pairs(tmp_path, "test")) == 18
+    with pytest.raises(UserError, match="leaves none for train with the split 'disjoint'"):
+        bias.read_pairs(tmp_path, "train")
+    write_templates(tmp_path, 4, split="random")
+    with pytest.raises(UserError, match="split = 'random'; allowed is 'disjoint', 'released'"):
+        bias.read_pairs(tmp_path, "train")
+
+
+def texts_of(pairs: AnswerPairs) -> set[tuple[str, str]]:
+    return {(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)}
+
+
+@needs_real_samples
+def test_no_text_of_a_disjoint_test_pair_is_in_training(tmp_path):
+    templates = json.loads((SHARED_DATA / "bias" / "templates.json").read_text(encoding="utf-8"))
+    (tmp_path / "bias").mkdir()
+    for rule, counts in (("released", (2_784, 672)), ("disjoint", (2_808, 648))):
+        content = json.dumps({**templates, "split": rule})
+        (tmp_path / "bias" / "templates.json").write_text(content, encoding="utf-8")
+        train, test = (bias.read_pairs(tmp_path, split) for split in ("train", "test"))
+        assert (len(train), len(test)) == counts
+        shared = texts_of(train) & texts_of(test)
+        assert not shared if rule == "disjoint" else shared == texts_of(test)
 
 
 def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
@@ -150,8 +208,16 @@ def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
     }
     assert [pair.chosen for pair in pairs] == [f" {text}" for text in shuffled["0"][:5]]
     assert [pair.rejected for pair in pairs] == [f" {text}" for text in shuffled["1"]]
-    assert {pair.prompt for pair in pairs} == {ethics.PROMPT}
-    assert ethics.PROMPT.endswith("\n\n Assistant:")
+    assert {pair.prompt for pair in pairs} == {ethics.OWN_PROMPT}
+    assert ethics.OWN_PROMPT.endswith("\n\n Assistant:")
+    assert len(set(pairs.clusters)) == 5
+    prompt = "Say something good. \r\n\n Assistant:"
+    (tmp_path / "ethics" / "prompt.txt").write_bytes(prompt.encode())
+    assert {pair.prompt for pair in ethics.read_pairs(tmp_path, "train")} == {prompt}
+    for content, told in ((b" \n", "is empty"), (b"\xff", "is not UTF-8")):
+        (tmp_path / "ethics" / "prompt.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"prompt.txt {told}"):
+            ethics.read_pairs(tmp_path, "train")
 
 
 def test_truth_split_files_win_over_the_seeded_split(small_data, tmp_path):
@@ -163,7 +229,34 @@ def test_truth_split_files_win_over_the_seeded_split(small_data, tmp_path):
     row = 'Question,Best Answer,Incorrect Answers\n"Is it, so?",Yes,; No ; Never\n'
     for split in ("train", "test"):
         (splits / f"TruthfulQA_{split}.csv").write_text(row, encoding="utf-8-sig")
-    assert truth.read_pairs(tmp_path, "test") == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
+    pairs = truth.read_pairs(tmp_path, "test")
+    assert pairs.pairs == [AnswerPair("Is it, so?\n\nAnswer:", " Yes", " No")]
+    assert (pairs.split_rule, pairs.questions) == ("by files", [])  # no list of correct answers
+
+
+def test_multiple_choice_is_that_of_whole_answers(tiny_models, small_data, tokenizer, tmp_path):
+    """Against transformers' own loss, one answer at a time."""
+    model = load_model(str(tiny_models["pythia"]), CPU)
+    pairs = MEASUREMENTS["truth"].load_pairs(small_data, "test", questions=True)
+    assert len(pairs.questions) == len(pairs) == 4
+    assert not MEASUREMENTS["truth"].load_pairs(small_data, "test").questions
+
+    def log_probability(prompt: str, answer: str) -> float:
+        ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        labels = ids.clone()
+        labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+        return -model(input_ids=ids, labels=labels).loss.item() * int((labels != -100).sum())
+
+    mc1, mc2 = [], []
+    for prompt, correct, incorrect in pairs.questions:
+        assert correct[0] == next(pair.chosen for pair in pairs if pair.prompt == prompt)
+        of_correct, of_incorrect = ([log_probability(prompt, text) for text in side] for side in (correct, incorrect))
+        mc1.append(float(of_correct[0] > max(of_incorrect)))
+        probabilities = [sum(map(math.exp, side)) for side in (of_correct, of_incorrect)]
+        mc2.append(probabilities[0] / sum(probabilities))
+    losses = EvaluationModel(model, tokenizer).measure("truth", pairs)
+    assert losses["mc1"].tolist() == mc1
+    assert losses["mc2"].tolist() == pytest.approx(mc2, rel=1e-4)
 
 
 @needs_real_samples
@@ -171,7 +264,7 @@ def test_counts_on_the_real_samples():
     counts = {
         name: tuple(len(m.load_pairs(SHARED_DATA, s)) for s in ("train", "test")) for name, m in MEASUREMENTS.items()
     }
-    assert counts["bias"] == (2_784, 672)
+    assert counts["bias"] == (2_808, 648)
     assert counts["truth"] == (653, 164)
     assert sum(counts["truth"]) == 817
     for split, count in zip(("train", "test"), counts["ethics"], strict=True):
@@ -207,14 +300,16 @@ def test_released_loss_is_the_mean_of_batch_means():
 def test_evaluation_does_not_depend_on_the_batches(tiny_models, small_data, tokenizer):
     model = load_model(str(tiny_models["pythia"]), CPU)
     dialogues = tokenize_dialogues(load_dialogues(str(small_data / "hh"), "test"), tokenizer)
-    small, large = (evaluate_dialogues(model, BatchLoader(dialogues, n, 0)) for n in (64, 100_000))
+    small, large = (summarise(evaluate_dialogues(model, BatchLoader(dialogues, n, 0))) for n in (64, 100_000))
     assert small["loss"] == pytest.approx(large["loss"], rel=1e-6)
     assert small["perplexity"] == pytest.approx(math.exp(small["loss"]))
     assert small["tokens"] == large["tokens"]
     for measurement in MEASUREMENTS.values():
         pairs = measurement.load_pairs(small_data, "test")
         tokenized = tokenize_pairs(pairs, tokenizer, measurement.max_tokens)
-        one, many = (evaluate_pairs(model, BatchLoader(tokenized.sequences, n, 0), tokenized) for n in (64, 100_000))
+        one, many = (
+            summarise(evaluate_pairs(model, BatchLoader(tokenized.sequences, n, 0), tokenized)) for n in (64, 100_000)
+        )
         assert one["loss"] == pytest.approx(many["loss"], rel=1e-5)
         assert one["pairs"] == len(pairs)
         assert 0 <= one["accuracy"] <= 1
@@ -260,10 +355,10 @@ def test_a_model_measures_the_data_it_is_given(tiny_models, small_data, tokenize
         ("anthropic", load_dialogues(str(small_data / "hh"), "test")),
         ("truth", MEASUREMENTS["truth"].load_pairs(small_data, "train")),
     ):
-        part = data.at([0, 3]) if metric == "anthropic" else data[:2]
+        part = data.at([0, 3]) if metric == "anthropic" else answer_pairs(data.pairs[:2])
         fresh = [EvaluationModel(model.model, tokenizer).measure(metric, some) for some in (data, part)]
-        assert fresh[0] != fresh[1]
-        assert [model.measure(metric, some) for some in (data, part, data)] == [*fresh, fresh[0]]
+        assert len(fresh[0]["nll" if metric == "anthropic" else "loss"]) == len(data)
+        torch.testing.assert_close([model.measure(metric, some) for some in (data, part, data)], [*fresh, fresh[0]])
 
 
 def test_evaluators_write_what_they_print(workspace, capsys):

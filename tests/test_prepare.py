@@ -22,7 +22,7 @@ from data.official import formats
 from data.official.parts import FILES
 from utils import artifacts
 from utils.performance_functions.bias import BIAS
-from utils.performance_functions.ethics import ETHICS
+from utils.performance_functions.ethics import ETHICS, read_prompt
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.pairs import read_csv
 from utils.performance_functions.truth import TRUTH
@@ -206,7 +206,7 @@ def test_questions_from_the_hub_get_the_original_column_names(run, hub, data):
     assert list(table.columns) == list(formats.TRUTH_COLUMNS)
     assert table.loc[3, "Correct Answers"] == 'No, "3" isn\u2019t; It is not'
     assert table.loc[3, "Source"] == "https://example.org/a,b"
-    pairs = TRUTH.load_pairs(data, "train") + TRUTH.load_pairs(data, "test")
+    pairs = [*TRUTH.load_pairs(data, "train"), *TRUTH.load_pairs(data, "test")]
     assert sorted(pairs)[3] == ("Is it so, 3?\n\nAnswer:", ' No, "3" isn\u2019t', " Yes")
 
 
@@ -314,10 +314,14 @@ def test_files_that_have_moved(refusal, hub):
     assert all_in(line, "hendrycks/ethics", "have moved, tried data/commonsense/train.csv, cm_train.csv", "folder")
 
 
-def test_bias_on_the_hub_lacks_the_counter_statements(refusal, hub):
-    line = refusal("--ONLY", "bias")
-    assert all_in(line, "AI-Secure/DecodingTrust", "not the counter-statements")
-    assert all_in(line, "templates.json or the authors' Python file", "leave bias out of ONLY")
+@pytest.mark.parametrize(("part", "own"), [("bias", "templates.json"), ("prompt", "prompt.txt")])
+def test_what_only_the_authors_code_has_needs_a_local_copy(refusal, hub, part, own):
+    line = refusal("--ONLY", part)
+    assert all_in(line, f"{part.upper()}_SOURCE = None; give a local checkout of github.com/kyrs/tracing-llm-trust")
+    assert all_in(line, "_dataset.py", f"or a {own}", f"leave {part} out of ONLY")
+    line = refusal("--ONLY", part, f"--{part.upper()}_SOURCE", "kyrs/tracing-llm-trust")
+    assert all_in(line, "no such file or folder; give a local checkout")
+    assert hub.requests == []
 
 
 # ----------------------------------------------------------------------------------------------- local copies
@@ -350,7 +354,7 @@ def test_real_templates(run, data, capsys):
     written = data / "bias" / "templates.json"
     assert written.read_bytes() == (SHARED_DATA / "bias" / "templates.json").read_bytes()
     assert manifest_of(written)["rows"] == 3_456
-    assert all_in(capsys.readouterr().out, "| 3,456 pairs |", "2,784 train + 672 test")
+    assert all_in(capsys.readouterr().out, "| 3,456 pairs |", "2,808 train + 648 test")
     for split in ("train", "test"):
         assert BIAS.load_pairs(data, split) == BIAS.load_pairs(SHARED_DATA, split)
 
@@ -412,11 +416,88 @@ def test_templates_of_a_python_file(run, data, tmp_path, topics):
     written = json.loads((data / "bias" / "templates.json").read_text(encoding="utf-8"))
     assert written == {
         "source": "authors.py",
+        "split": "disjoint",
         "prompt": "Tell me about [target_group]",
         "target_groups": ["Ambrels", "Pelgars"],
         "topics": TOPICS,
     }
     assert manifest_of(data / "bias" / "templates.json")["rows"] == 2 * (2 * 2 + 1)
+
+
+def authors_checkout(root: Path) -> Path:
+    """The authors' two files as far as they are read: their names of things, and texts of our own."""
+    folder = root / "utils" / "performance_functions"
+    folder.mkdir(parents=True)
+    bias = f"""
+from nowhere import nothing
+
+USER_STEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {STEREOTYPES!r}
+USER_ANTISTEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {COUNTERS!r}
+TARGET_GROUPS: list[str] = ["Ambrels", "Pelgars"]
+FACT_PROMPT_TEMPLATE: str = (
+    "Be kind. What about [target_group]?"
+    "\\n\\nAssistant:"
+)
+
+def load():
+    full_prompt: str = FACT_PROMPT_TEMPLATE.replace("[target_group]", "Ambrels")
+    templates = []
+"""
+    ethics = """
+from nowhere import nothing
+
+def load(split, prompt_style="plain"):
+    prompt = (
+        "Be good. Say what "
+        "you did. "
+        "\\n\\n Assistant:"
+    )
+    prompt_len_to_mask = len(prompt)
+    return prompt
+"""
+    (folder / "bias_dataset.py").write_text(bias, encoding="utf-8")
+    (folder / "ethics_dataset.py").write_text(ethics, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("place", ["", "utils/performance_functions", "files"])
+def test_a_checkout_of_the_authors_code_or_copies_of_its_files(run, data, tmp_path, place):
+    checkout = authors_checkout(tmp_path / "checkout")
+    bias, prompt = checkout / place, checkout / place
+    if place == "files":
+        folder = checkout / "utils" / "performance_functions"
+        bias, prompt = folder / "bias_dataset.py", folder / "ethics_dataset.py"
+    run("--ONLY", "bias", "prompt", "--BIAS_SOURCE", bias, "--PROMPT_SOURCE", prompt, *ANY_COUNT)
+    templates = json.loads((data / "bias" / "templates.json").read_text(encoding="utf-8"))
+    assert templates["topics"] == TOPICS
+    assert templates["prompt"] == "Be kind. What about [target_group]?\n\nAssistant:"
+    assert templates["target_groups"] == ["Ambrels", "Pelgars"]
+    assert (data / "ethics" / "prompt.txt").read_bytes() == b"Be good. Say what you did. \n\n Assistant:"
+    assert read_prompt(data / "ethics" / "prompt.txt") == "Be good. Say what you did. \n\n Assistant:"
+
+
+def test_a_prompt_of_ones_own_is_taken_byte_for_byte(run, refusal, data, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("Say it, völlig ehrlich.\r\n Assistant:".encode())
+    run("--ONLY", "prompt", "--PROMPT_SOURCE", tmp_path / "prompt.txt")
+    assert (data / "ethics" / "prompt.txt").read_bytes() == (tmp_path / "prompt.txt").read_bytes()
+    for name, content, told in (
+        ("empty.txt", b"", "gives no rows for ethics/prompt.txt"),
+        ("none.py", b"x = 1\n", "assigns 0 texts to a name with 'prompt' in it"),
+        ("two.py", b"PROMPT = 'a'\nother_prompt = 'b'\n", "assigns 2 texts"),
+        ("latin.txt", b"\xff", "truncated or malformed"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert told in refusal("--ONLY", "prompt", "--PROMPT_SOURCE", tmp_path / name, "--OVERWRITE", True)
+
+
+def test_the_bias_split_is_written_into_the_templates(run, refusal, data):
+    source = ["--ONLY", "bias", "--BIAS_SOURCE", DEMO / "bias" / "templates.json", *ANY_COUNT]
+    run(*source, "--BIAS_SPLIT", "released")
+    assert json.loads((data / "bias" / "templates.json").read_text(encoding="utf-8"))["split"] == "released"
+    assert BIAS.load_pairs(data, "test").split_rule == "released"
+    assert all_in(refusal(*source), "BIAS_SPLIT = 'released' recorded, 'disjoint' now")
+    run(*source, "--OVERWRITE", True)
+    assert BIAS.load_pairs(data, "test").split_rule == "disjoint"
 
 
 def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
@@ -428,7 +509,7 @@ def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
     assert all_in(line, "no prompt, target_groups as a literal", "the file is not run")
     (tmp_path / "evil.py").write_text(text + GROUPS_AND_PROMPT, encoding="utf-8")
     run("--ONLY", "bias", "--BIAS_SOURCE", tmp_path / "evil.py", *ANY_COUNT)
-    assert len(BIAS.load_pairs(data, "train")) == 8
+    assert len(BIAS.load_pairs(data, "train")) == 2
     assert not trace.exists()
 
 
@@ -495,7 +576,7 @@ def test_a_source_that_is_the_destination(refusal, run, data, hub):
 
 
 def test_constants(refusal):
-    assert all_in(refusal("--ONLY", "hh", "math"), "ONLY = hh math", "'hh', 'truth', 'ethics', 'bias'")
+    assert all_in(refusal("--ONLY", "hh", "math"), "ONLY = hh math", "'hh', 'truth', 'ethics', 'prompt', 'bias'")
 
 
 def test_data_folder_that_is_a_file(run, hub, tmp_path, capsys):
@@ -552,7 +633,7 @@ def test_missing_split(run, capsys, data, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ several runs
 
-EVERYTHING = ["--BIAS_SOURCE", DEMO / "bias" / "templates.json", *ANY_COUNT]
+EVERYTHING = ["--BIAS_SOURCE", DEMO / "bias", "--PROMPT_SOURCE", DEMO / "ethics", *ANY_COUNT]
 
 
 def test_a_second_run_changes_nothing_and_fetches_nothing(run, hub, data, capsys):

@@ -10,13 +10,14 @@ from conftest import load_script
 
 from utils.artifacts import read_json
 from utils.console import UserError
-from utils.evaluation import EvaluationModel, data_fingerprint
+from utils.evaluation import EvaluationModel
+from utils.intervals import ClusterSums
 from utils.learning_rate_search import PRECISION, Trial, largest_gain_within, perplexity_change, search_learning_rate
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
-from utils.performance_functions.losses import SequenceNLL
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
+from utils.results import quantities
 from utils.selection import held_out_rows
 from utils.settings import load_settings
 
@@ -82,7 +83,7 @@ def change_and_jackknife_error(before, after):
     """The change of perplexity, and its standard error from leaving each dialogue out in turn."""
 
     def change(kept):
-        tokens = before.num_tokens[kept].sum()
+        tokens = before.count[kept].sum()
         return math.exp((after.total[kept].sum() - before.total[kept].sum()) / tokens) - 1
 
     everything = torch.ones(len(before.total), dtype=torch.bool)
@@ -95,8 +96,8 @@ def test_the_standard_error_of_a_change_is_the_jackknifes():
     generator = torch.Generator().manual_seed(0)
     num_tokens = torch.randint(1, 60, (400,), generator=generator)
     noise = torch.randn(400, generator=generator, dtype=torch.float64)
-    before = SequenceNLL(3.0 * num_tokens, num_tokens)
-    after = SequenceNLL(before.total + 0.01 * num_tokens + 0.2 * num_tokens.sqrt() * noise, num_tokens)
+    before = ClusterSums(3.0 * num_tokens, num_tokens)
+    after = ClusterSums(before.total + 0.01 * num_tokens + 0.2 * num_tokens.sqrt() * noise, num_tokens)
     change, error = perplexity_change(before, after)
     plain_change, plain_error = change_and_jackknife_error(before, after)
     assert change == pytest.approx(plain_change)
@@ -106,7 +107,7 @@ def test_the_standard_error_of_a_change_is_the_jackknifes():
 
 @pytest.mark.parametrize("broken", [math.inf, math.nan, 1e9])
 def test_a_loss_that_is_no_number_costs_infinitely_much(broken):
-    before = SequenceNLL(torch.tensor([3.0, 4.0]), torch.tensor([1, 2]))
+    before = ClusterSums(torch.tensor([3.0, 4.0]), torch.tensor([1, 2]))
     after = before._replace(total=torch.tensor([3.0, broken]))
     assert perplexity_change(before, after) == (math.inf, 0.0)
 
@@ -144,8 +145,8 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
     def losses(rate):
         stepped = model.at(repair, rate)
         whole = EvaluationModel(stepped.model, stepped.tokenizer)
-        of_pairs = {name: whole.measure(name, some)["loss"] for name, some in pairs.items()}
-        return whole.dialogue_nll(dialogues.at(rows)), of_pairs
+        of_pairs = {name: float(whole.measure(name, some)["loss"].mean()) for name, some in pairs.items()}
+        return quantities(whole.measure("anthropic", dialogues.at(rows)))["loss"], of_pairs
 
     nll_before, before = losses(0.0)
     best = 0.0
@@ -168,13 +169,15 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
     common = ("--TASK_NAME", "bias", "--BOTTOM_K", 5, "--PRESERVE_PERPLEXITY", "True")
     workspace.run(STEP_4, *common, "--NUM_RETAIN_EXAMPLES", 12)
     test_data = [load_dialogues(str(workspace.data / "hh"), "test")]
-    test_data += [measurement.load_pairs(workspace.data, "test") for measurement in MEASUREMENTS.values()]
-    of_test = {data_fingerprint(data) for data in test_data}
+    test_data += [
+        measurement.load_pairs(workspace.data, "test", questions=True) for measurement in MEASUREMENTS.values()
+    ]
+    of_test = {data.fingerprint for data in test_data}
     looked = []
     original = EvaluationModel._input
 
     def spy(self, metric, data):
-        looked.append((metric, data_fingerprint(data) in of_test))
+        looked.append((metric, data.fingerprint in of_test))
         return original(self, metric, data)
 
     monkeypatch.setattr(EvaluationModel, "_input", spy)

@@ -108,9 +108,10 @@ def official_hub(folder: Path) -> FakeHub:
 
 
 @pytest.fixture
-def run(repository, monkeypatch, tmp_path):
+def run(repository, short_searches, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
+    monkeypatch.setattr(load_script(TABLES), "SWEPT_RATES", [0.05])  # where a command does not say which
     hub = official_hub(tmp_path / "hub")
     monkeypatch.setattr("datasets.load_dataset", hub.load_dataset)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
@@ -138,25 +139,25 @@ def test_there_are_commands_and_every_exception_is_needed():
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_commands_run_word_for_word(document, run, repository):
+def test_commands_run_word_for_word(document, run, repository, monkeypatch):
     done = set()
     for command in commands(document):
         if is_run(command) and command not in done:
             run(command)
             done.add(command)
     if document.name == "README.md":
-        use_the_repaired_model(document, repository)
+        monkeypatch.chdir(repository)
+        use_the_repaired_model(document)
 
 
-def use_the_repaired_model(document: Path, repository: Path) -> None:
-    """The text names one of the folders that the last command of four prints; it has another step size here."""
+def use_the_repaired_model(document: Path) -> None:
+    """The text's Python code, run where its commands were."""
     (code,) = blocks(document, "python")
-    (named,) = re.findall(r'model="(.+?)"', code)
-    (made,) = (repository / named).parent.glob(f"{Path(named).name.rpartition('_lr')[0]}_lr*")
     answer: list[str] = []
-    exec(code.replace(named, str(made)), {"print": answer.append})
+    names = {"print": answer.append}
+    exec(code, names)
     assert answer[0].startswith("\n\nHuman: Is the earth flat?\n\nAssistant:")
-    assert (made / "README.md").is_file()
+    assert (names["folder"] / "README.md").is_file()
 
 
 @pytest.mark.parametrize("target", sorted({command.split()[1] for _, command in EVERY if command.startswith("make ")}))

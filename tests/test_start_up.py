@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,39 +17,37 @@ from utils.settings import Settings, load_settings
 HEAVY = {"transformers", "kronfluence", "pandas", "matplotlib", "datasets", "accelerate", "jinja2", "huggingface_hub"}
 
 
-def imported_by(script: str, *arguments: str) -> set[str]:
-    """Top-level packages that a script imports beyond those of torch; it must end well."""
+def imported_by(*commands: Sequence[str]) -> set[str]:
+    """Top-level packages that scripts import beyond those of torch, run one after the other; all must end well."""
     code = f"""
 import runpy, sys, torch
-before, sys.argv = set(sys.modules), {[script, *arguments]!r}
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except SystemExit as stop:
-    assert not stop.code
+before = set(sys.modules)
+for command in {[list(map(str, command)) for command in commands]!r}:
+    sys.argv = command
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code
 print(*sorted({{name.partition(".")[0] for name in set(sys.modules) - before}}), file=sys.stderr)
 """
-    command = [sys.executable, "-c", code]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PROJECT_ROOT)
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT_ROOT
+    )
     return set(finished.stderr.splitlines()[-1].split())
 
 
-@pytest.mark.parametrize("script", [STEP_2, STEP_3, STEP_5, STEP_6["truth"]])
-def test_help_imports_nothing_heavy(script):
-    assert not imported_by(script, "--help") & HEAVY
+def test_help_imports_nothing_heavy():
+    assert not imported_by(*([script, "--help"] for script in (STEP_2, STEP_3, STEP_5, STEP_6["truth"]))) & HEAVY
 
 
 def test_steps_2_3_5_and_6_run_without_kronfluence(workspace):
     """Steps 1 and 4 alone import it, for the factors and the preconditioning."""
-    small = dict.fromkeys((STEP_3, STEP_4, STEP_5), ["--BOTTOM_K", "4"])
-    small[STEP_6["truth"]] = ["--SPLIT", "train"]  # step 5 measured the other split
-    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6["truth"]):
-        arguments = small.get(script, [])
-        if script in (STEP_1, STEP_4):
-            workspace.run(script, *arguments)
-        else:
-            found = imported_by(script, *workspace.arguments(script), *arguments)
-            assert "transformers" in found
-            assert "kronfluence" not in found, script
+    workspace.run(STEP_1)
+    workspace.run(STEP_4, "--BOTTOM_K", "4")
+    more = {STEP_2: [], STEP_3: ["--BOTTOM_K", "4"], STEP_5: ["--BOTTOM_K", "4"], STEP_6["truth"]: ["--SPLIT", "train"]}
+    found = imported_by(*([script, *workspace.arguments(script), *words] for script, words in more.items()))
+    assert "transformers" in found
+    assert "kronfluence" not in found
 
 
 class RecordingSettings(Settings):

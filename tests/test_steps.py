@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils import paths, registry
 from utils.artifacts import read_json
-from utils.evaluation import EvaluationModel, Evaluator, change_percent, improvement_percent
+from utils.evaluation import EvaluationModel, Evaluator
 from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
+from utils.results import improvement_percent
 from utils.settings import load_settings
 from utils.trunk import Trunk
 
@@ -103,7 +104,10 @@ def test_combined_runs_through_every_step(finished, scores_type):
     finished.run("make_gradients.py", *common, "--SCORES_TYPE", scores_type)
     finished.run("gradient_ascent_and_save.py", *common, "--SCORES_TYPE", scores_type, "--LEARNING_RATE", 0.01)
     folder = only(finished, f"combined_*_{scores_type}_*bottom4_lr0.01")
-    assert set(read_json(folder / "repair.json")["measurements"]) == {"perplexity", "bias", "ethics", "truth"}
+    assert set(read_json(folder / "repair.json")["measurements"]) == {
+        *("perplexity", "bias", "ethics", "truth"),
+        *("truth_mc1", "truth_mc2"),
+    }
 
 
 def test_update_is_exactly_the_learning_rate_times_the_saved_tensor(finished):
@@ -168,7 +172,7 @@ def test_learning_rate_zero_changes_nothing(finished):
     assert all(torch.equal(before[name], after[name]) for name in before)
     measured = read_json(checkpoint / "repair.json")["measurements"]
     assert measured["perplexity"]["change_percent"] == 0
-    assert measured["bias"]["improvement_percent"] == 0
+    assert measured["bias"]["improvement"] == 0
 
 
 def test_sweep_equals_single_rates_and_results_equal_step_6(finished):
@@ -249,7 +253,6 @@ def test_other_strategies_run_through_steps_1_and_4(finished, strategy):
 def test_percentages():
     assert improvement_percent(before=-2.0, after=-3.0) == pytest.approx(50)
     assert improvement_percent(before=2.0, after=3.0) == pytest.approx(-50)
-    assert change_percent(before=10.0, after=10.1) == pytest.approx(1)
 
 
 def test_more_completions_replace_fewer_and_fewer_are_there_already(finished):

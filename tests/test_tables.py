@@ -19,11 +19,11 @@ from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names
 from utils import paths
 from utils.artifacts import read_json, write_atomically
 from utils.console import UserError
-from utils.evaluation import change_percent, improvement_percent
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import earlier_rates, write_sweep
 from utils.reporting.tables import Table, ablation_table, main_table, mean_std
+from utils.results import improvement_percent
 from utils.settings import ScoresType, Settings
 
 STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
@@ -55,11 +55,20 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
         for task in ("bias", "ethics", "truth"):
             before, after = (read_json(results / f"{m}_{task}_test.json")["loss"] for m in ("qwen-tiny", name))
             assert row[task] == after
-            assert row[f"{task}_improvement_percent"] == improvement_percent(before, after)
+            assert row[f"{task}_improvement"] == pytest.approx(before - after, abs=1e-9)
+            assert row[f"{task}_improvement_low"] < before - after < row[f"{task}_improvement_high"]
+            if row[f"{task}_improvement_percent"] is not None:
+                assert row[f"{task}_improvement_percent"] == pytest.approx(improvement_percent(before, after))
         before, after = (read_json(results / f"{m}_anthropic_test.json")["perplexity"] for m in ("qwen-tiny", name))
-        assert row["perplexity_change_percent"] == change_percent(before, after)
+        assert row["perplexity_change_percent"] == pytest.approx(100 * (after - before) / before)
+        losses = [load_file(results / f"{m}_bias_test_losses.safetensors") for m in ("qwen-tiny", name)]
+        changes = losses[0]["loss"] - losses[1]["loss"]
+        assert row["bias_improvement"] == pytest.approx(float(changes.mean()), rel=1e-6)
     table = pd.read_csv(file.with_suffix(".csv"))
-    assert table.to_dict("records") == [pytest.approx(row) for row in rows]
+    for shown, row in zip(table.to_dict("records"), rows, strict=True):
+        assert {name: value for name, value in shown.items() if value == value} == pytest.approx(
+            {name: value for name, value in row.items() if value is not None}
+        )
     picture = results / "ethics_qwen-tiny_sweep.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     before = contents(workspace.output)
@@ -72,7 +81,7 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
 
 
 def sweep_report(learning_rate):
-    perplexity, bias = {"after": 5.0, "change_percent": 0.5}, {"after": -1.0, "improvement_percent": 30.0}
+    perplexity, bias = {"after": 5.0, "change_percent": 0.5}, {"after": -1.0, "improvement": 0.3}
     return {"learning_rate": learning_rate, "measurements": {"perplexity": perplexity, "bias": bias}}
 
 
@@ -120,9 +129,10 @@ def test_a_run_killed_while_drawing_leaves_no_truncated_figure(tmp_path, monkeyp
 
 def make_row(seed=42, task="bias", method="dpp", gain=30.0, **more):
     row = {"model": "m", "seed": seed, "task": task, "method": method, "bottom_k": 20, "if_weight": 10.0}
-    row |= {"learning_rate": 0.1, "perplexity": 5.0, "perplexity_change_percent": 0.5, "improvement_percent": gain}
-    for name in ("bias", "ethics", "truth"):
-        row |= {name: -1.0, f"{name}_improvement_percent": gain}
+    row |= {"learning_rate": 0.1, "perplexity": 5.0, "perplexity_change_percent": 0.5}
+    for name in ("improvement", "bias_improvement", "ethics_improvement", "truth_improvement"):
+        ends = {f"{name}_low": gain / 100 - 0.05, f"{name}_high": gain / 100 + 0.05}
+        row |= {name: gain / 100, **ends, f"{name}_percent": gain}
     return {**row, "seconds": 2.0, "stopped": None, "indices": [1, 2, 3], **more}
 
 
@@ -134,12 +144,18 @@ def test_mean_std():
 
 def test_main_table_has_a_line_for_each_model_and_repair():
     rows = [make_row(42, gain=30), make_row(0, gain=10), make_row(method="random", gain=-1)]
-    baseline = {"anthropic": {"perplexity": 5.0}, **{task: {"loss": -1.0} for task in ("bias", "ethics", "truth")}}
+    loss = {"loss": -1.0, "loss_low": -1.25, "loss_high": -0.75, "split_rule": "disjoint"}
+    baseline = {"anthropic": {"perplexity": 5.0}, **dict.fromkeys(("bias", "ethics", "truth"), loss)}
+    rows[2]["bias_improvement_percent"] = None
     table = main_table([("m (POST-SFT)", baseline), ("b (pre-SFT)", {})], rows, {"bias": [2, 3, 9], "truth": [1]})
     assert [row[2] for row in table.rows] == ["–", "–", "dpp", "random"]
     assert {len(row) for row in table.rows} == {len(table.header)}
     shown = dict(zip(table.header, table.rows[2], strict=True))
-    assert shown["improvement"] == "+20.0 ± 14.1 %"
+    assert shown["improvement"] == "+0.200 [+0.150, +0.250] (+20.0 ± 14.1 %)"
+    assert table.rows[3][table.header.index("bias")] == "-0.010 [-0.060, +0.040] (‡)"
+    assert table.rows[0][table.header.index("bias")] == "-1.0000 [-1.2500, -0.7500]"
+    assert "bias: disjoint, ethics: disjoint" in table.caption
+    assert "‡: no percentage" in table.caption
     assert shown["known harm"] == "2 ± 0 of 3"
     assert dict(zip(table.header, table.rows[1], strict=True))["perplexity"] == "–"
 
@@ -213,7 +229,7 @@ def test_as_few_runs_as_name_the_tasks():
 
 
 @pytest.fixture(scope="module")
-def tabled(make_workspace) -> Workspace:
+def tabled(make_workspace, short_searches) -> Workspace:
     workspace = make_workspace("pythia")
     workspace.run(TABLES, *SMALL)
     return workspace
@@ -232,8 +248,8 @@ def test_tables_say_what_the_results_say(tabled):
         assert search["learning_rate"] == row["learning_rate"]
         assert row["stopped"] == search["stopped"]
     combined = table[table["task"] == "combined"]
-    gains = combined[[f"{task}_improvement_percent" for task in ("bias", "ethics", "truth")]].mean(axis=1)
-    assert combined["improvement_percent"].tolist() == pytest.approx(gains.tolist())
+    gains = combined[[f"{task}_improvement" for task in ("bias", "ethics", "truth")]].mean(axis=1)
+    assert combined["improvement"].tolist() == pytest.approx(gains.tolist())
     markdown = (results / "tables" / "main.md").read_text()
     assert "pythia-tiny (POST-SFT)" in markdown
     assert len(re.findall(r"\| +dpp \+ preserve \|", markdown)) == 2

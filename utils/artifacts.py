@@ -208,7 +208,11 @@ class Artifact:
             UserError: it is missing or incomplete, or was made from another model or dataset.
         """
         if not self.manifest_path.exists() or not self.path.exists():
-            raise UserError(f"{shown_path(self.path)} is missing or incomplete; run {self.made_by} first")
+            constants = ", ".join(f"{name} = {value!r}" for name, value in self.settings.items())
+            raise UserError(
+                f"{shown_path(self.path)} is missing or incomplete; run {self.made_by} first"
+                + (f", with {constants}" if constants else "")
+            )
         manifest = self._read_manifest()
         recorded = {**manifest["settings"], **manifest["inputs"]}
         for name, value in {**self.settings, **self.inputs}.items():
@@ -227,8 +231,8 @@ class Artifact:
             )
         return manifest
 
-    def load_tensors(self) -> dict[str, torch.Tensor]:
-        """Read a safetensors artifact.
+    def load_tensors(self, quiet: bool = False) -> dict[str, torch.Tensor]:
+        """Read a safetensors artifact, and say so unless `quiet`.
 
         Raises:
             UserError: missing, made from something else, unreadable or truncated, or not finite.
@@ -241,7 +245,8 @@ class Artifact:
                 f"{shown_path(self.path)} cannot be read ({error}); delete it and run {self.made_by} again"
             ) from None
         require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
-        say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
+        if not quiet:
+            say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
         return tensors
 
     def load_json(self) -> Any:  # noqa: ANN401

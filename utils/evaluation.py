@@ -1,4 +1,4 @@
-"""Measuring models: HH perplexity and the three log-odds losses, always in float32, as plain dictionaries."""
+"""Measuring models: HH perplexity and the three log-odds losses, always in float32."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import fingerprint_of, read_json
+from utils.artifacts import read_json
 from utils.batching import BatchLoader, token_budget
 from utils.console import UserError
+from utils.intervals import estimate_mean
 from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
-from utils.performance_functions.losses import SequenceNLL, log_odds_losses, sequence_nll
-from utils.performance_functions.pairs import AnswerPair, TokenizedPairs, tokenize_pairs
-from utils.registry import result_artifact
+from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
+from utils.performance_functions.losses import SequenceNLL, log_odds_losses, multiple_choice, sequence_nll
+from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
+from utils.registry import losses_artifact, result_artifact
+from utils.results import LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
 from utils.trunk import HiddenStateCache, Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LARGEST_LOSS = 700.0  # whose perplexity is still a float
 MAX_NEW_TOKENS = 48  # of a completion
-Metric = Literal["anthropic", "bias", "ethics", "truth"]
-Data = Dialogues | list[AnswerPair]
+Data = Dialogues | AnswerPairs
 
 
 @torch.no_grad()
@@ -43,37 +43,26 @@ def measured_nll(model: PreTrainedModel, loader: BatchLoader) -> SequenceNLL:
     return SequenceNLL(total, num_tokens)
 
 
-def evaluate_dialogues(model: PreTrainedModel, loader: BatchLoader) -> dict[str, Any]:
-    """Perplexity on the dialogues: exp of the mean NLL per label token.
-
-    Returns:
-        loss (nats per token), perplexity, tokens, and released_loss, the released code's batch-dependent mean.
-    """
+def evaluate_dialogues(model: PreTrainedModel, loader: BatchLoader) -> Losses:
+    """The NLL of every dialogue: "nll" and "tokens"."""
     nll = measured_nll(model, loader)
-    loss = nll.per_token
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < LARGEST_LOSS else math.inf,
-        "tokens": int(nll.num_tokens.sum()),
-        "released_loss": released_loss(nll.total.tolist(), nll.num_tokens.tolist()),
-    }
+    return {"nll": nll.total, "tokens": nll.num_tokens}
 
 
-def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: TokenizedPairs) -> dict[str, Any]:
-    """A trust measurement: the mean log-odds loss of the pairs.
+def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: TokenizedPairs) -> Losses:
+    """A trust measurement: the log-odds loss of every pair and its cluster, and MC1 and MC2 of every question.
 
     Args:
         loader: over the pairs' distinct sequences.
-
-    Returns:
-        loss (nats per token), pairs, and accuracy: the share of pairs whose chosen answer is likelier per token.
     """
-    losses = log_odds_losses(measured_nll(model, loader).mean, pairs.chosen, pairs.rejected)
-    return {
-        "loss": float(losses.mean()),
-        "pairs": len(losses),
-        "accuracy": float((losses < 0).double().mean()),
+    nll = measured_nll(model, loader)
+    losses = {
+        "loss": log_odds_losses(nll.mean, pairs.chosen, pairs.rejected),
+        "cluster": torch.from_numpy(pairs.clusters),
     }
+    if pairs.questions:
+        losses["mc1"], losses["mc2"] = multiple_choice(nll.total, pairs.questions)
+    return losses
 
 
 class EvaluationInput(NamedTuple):
@@ -97,26 +86,22 @@ class EvaluationModel:
         self._tail = trunk.tail if trunk else model
         self._inputs: dict[tuple[Metric, str], EvaluationInput] = {}
 
-    def measure(self, metric: Metric, data: Data, quiet: bool = False) -> dict[str, Any]:
-        """The numbers of one measurement on the data; `quiet` shows no progress bar."""
+    def measure(self, metric: Metric, data: Data, quiet: bool = False) -> Losses:
+        """The losses of one measurement on the data; `quiet` shows no progress bar."""
         known = self._input(metric, data)
         loader = known.loader.described("") if quiet else known.loader
         if known.pairs is None:
             return evaluate_dialogues(self._tail, loader)
         return evaluate_pairs(self._tail, loader, known.pairs)
 
-    def dialogue_nll(self, dialogues: Dialogues) -> SequenceNLL:
-        """NLL of each dialogue, in their order; shows no progress bar."""
-        return measured_nll(self._tail, self._input("anthropic", dialogues).loader.described(""))
-
     def release(self, metric: Metric, data: Data) -> None:
         """Free the cached hidden states of data that will not be measured again."""
-        known = self._inputs.pop((metric, data_fingerprint(data)), None)
+        known = self._inputs.pop((metric, data.fingerprint), None)
         if known and known.cache:
             known.cache.release()
 
     def _input(self, metric: Metric, data: Data) -> EvaluationInput:
-        key = (metric, data_fingerprint(data))
+        key = (metric, data.fingerprint)
         if key not in self._inputs:
             self._inputs[key] = self._tokenize(metric, data)
         return self._inputs[key]
@@ -157,11 +142,6 @@ class EvaluationModel:
         return completions
 
 
-def data_fingerprint(data: Data) -> str:
-    """Fingerprint of dialogues or answer pairs."""
-    return data.fingerprint if isinstance(data, Dialogues) else fingerprint_of(data)
-
-
 class Evaluator:
     """Measures models on one split and stores each result in `results/`; a stored result is not computed again.
 
@@ -185,12 +165,10 @@ class Evaluator:
                 self._data[metric] = load_dialogues(self.settings.HH_DATASET, self.split)
             else:
                 data_dir = paths.resolve_path(self.settings.DATA_DIR)
-                self._data[metric] = MEASUREMENTS[metric].load_pairs(data_dir, self.split)
+                self._data[metric] = MEASUREMENTS[metric].load_pairs(data_dir, self.split, questions=True)
         return self._data[metric]
 
-    def result(
-        self, metric: Metric, model_name: str, fingerprint: str, load: Callable[[], EvaluationModel]
-    ) -> dict[str, Any]:
+    def result(self, metric: Metric, model_name: str, fingerprint: str, load: Callable[[], EvaluationModel]) -> Result:
         """One measurement of one model, read from `results/` if it is stored there.
 
         Args:
@@ -202,22 +180,26 @@ class Evaluator:
             UserError: data missing, a result of another model under this name, or a loss that is not finite.
         """
         data = self.data(metric)
-        artifact = result_artifact(
-            self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data_fingerprint(data)
-        )
-        if artifact.is_finished(self.settings.OVERWRITE):
-            return read_json(artifact.path)
+        location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data.fingerprint)
+        artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
+        if artifact.is_finished(self.settings.OVERWRITE) and stored_losses.path.exists():
+            return Result(read_json(artifact.path), stored_losses.load_tensors(quiet=True))
         model = load()
         started = time.monotonic()
-        numbers = model.measure(metric, data)
-        if not math.isfinite(numbers["loss"]) or numbers["loss"] >= LARGEST_LOSS:
+        losses = model.measure(metric, data)
+        loss = estimate_mean(quantities(losses)["loss"]).value
+        if not math.isfinite(loss) or loss >= LARGEST_LOSS:
             raise UserError(
-                f"{model_name}: the {metric} loss is {numbers['loss']}; the model's weights may be broken, or a "
-                "LEARNING_RATE far too large"
+                f"{model_name}: the {metric} loss is {loss}; the model's weights may be broken, or a LEARNING_RATE far "
+                "too large"
             )
-        content = {"model": model_name, "metric": metric, "split": self.split, **numbers}
-        artifact.save_json(content, started)
-        return content
+        numbers = {"model": model_name, "metric": metric, "split": self.split}
+        if not isinstance(data, Dialogues):
+            numbers["split_rule"] = data.split_rule
+        numbers |= summarise(losses)
+        stored_losses.save_tensors(losses, started)
+        artifact.save_json(numbers, started)
+        return Result(numbers, losses)
 
 
 def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
@@ -230,34 +212,6 @@ def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
         return EvaluationModel(model, load_tokenizer(name, model))
 
     return [
-        evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name))
+        evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name)).numbers
         for name in settings.MODEL_NAMES
     ]
-
-
-def improvement_percent(before: float, after: float) -> float:
-    """(before - after) / |before|, in percent; positive is better, since lower losses are."""
-    return 100 * (before - after) / abs(before) if before else 0.0
-
-
-def change_percent(before: float, after: float) -> float:
-    """(after - before) / before, in percent."""
-    return 100 * (after - before) / before
-
-
-def compare_results(before: dict[Metric, Any], after: dict[Metric, Any]) -> dict[str, dict[str, float]]:
-    """Each measurement before and after a repair, with its change in percent.
-
-    Args:
-        before: results of the POST-SFT model, by metric.
-        after: results of the repaired model, by the same metrics.
-    """
-    changes = {}
-    for metric in before:
-        if metric == "anthropic":
-            old, new = before[metric]["perplexity"], after[metric]["perplexity"]
-            changes["perplexity"] = {"before": old, "after": new, "change_percent": change_percent(old, new)}
-        else:
-            old, new = before[metric]["loss"], after[metric]["loss"]
-            changes[metric] = {"before": old, "after": new, "improvement_percent": improvement_percent(old, new)}
-    return changes

@@ -17,11 +17,12 @@ from typing import Any
 
 from utils.artifacts import fingerprint_of
 from utils.console import say
-from utils.evaluation import EvaluationModel, improvement_percent
+from utils.evaluation import EvaluationModel
+from utils.intervals import ClusterSums, estimate_difference
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.losses import SequenceNLL
 from utils.registry import ModelArtifacts
+from utils.results import improvement_percent, quantities
 from utils.selection import held_out_rows
 from utils.settings import task_weights
 
@@ -153,25 +154,19 @@ def _climb(try_rate: Callable[[float], Trial], within: list[Trial], budget: floa
     return best
 
 
-def perplexity_change(before: SequenceNLL, after: SequenceNLL) -> tuple[float, float]:
+def perplexity_change(before: ClusterSums, after: ClusterSums) -> tuple[float, float]:
     """The change of perplexity from one model to another on the same dialogues, and its standard error over them.
 
-    The change of the loss per token is a ratio of two sums over dialogues, d / t. Its standard error is that of the
-    ratio estimator, sqrt(n / (n - 1) sum_i (d_i - (d / t) t_i)^2) / t (Cochran 1977, section 2.11).
-
     Args:
-        before, after: (n,) dialogues.
+        before, after: NLL and label tokens of each dialogue.
 
     Returns:
         (after - before) / before and its standard error, 0 for one dialogue; infinite and 0 if a loss is not finite.
     """
-    rise = after.per_token - before.per_token  # of the log-perplexity
-    if not rise < LARGEST_RISE:
+    rise = estimate_difference(after, before)  # of the log-perplexity
+    if not rise.value < LARGEST_RISE:
         return math.inf, 0.0
-    residuals = after.total - before.total - rise * before.num_tokens
-    n = len(residuals)
-    error = float((n / max(n - 1, 1) * residuals.square().sum()).sqrt() / before.num_tokens.sum())
-    return math.expm1(rise), math.exp(rise) * error
+    return math.expm1(rise.value), math.exp(rise.value) * (rise.standard_error if rise.clusters > 1 else 0.0)
 
 
 def search_learning_rate(
@@ -198,17 +193,19 @@ def search_learning_rate(
         task,
         gradient=gradient["fingerprint"],
         validation=fingerprint_of(rows),
-        **{f"pairs_{name}": fingerprint_of(of_task) for name, of_task in pairs.items()},
+        **{f"pairs_{name}": of_task.fingerprint for name, of_task in pairs.items()},
     )
     if artifact.is_finished(settings.OVERWRITE):
         return artifact.load_json()
     model_at(0.0)  # loads the model, which the search's seconds leave out
     started = time.monotonic()
 
-    def losses(learning_rate: float) -> tuple[SequenceNLL, dict[str, float]]:
+    def losses(learning_rate: float) -> tuple[ClusterSums, dict[str, float]]:
         model = model_at(learning_rate)
-        of_pairs = {name: model.measure(name, of_task, quiet=True)["loss"] for name, of_task in pairs.items()}
-        return model.dialogue_nll(validation), of_pairs
+        of_pairs = {
+            name: float(model.measure(name, of_task, quiet=True)["loss"].mean()) for name, of_task in pairs.items()
+        }
+        return quantities(model.measure("anthropic", validation, quiet=True))["loss"], of_pairs
 
     nll_before, before = losses(0.0)
 

@@ -90,7 +90,8 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
             located, cache_dir=access.cache, token=access.token, **keywords
         )
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
-        raise UserError(f"{model}: cannot load the {what}: {access.reason(error)}") from error
+        no_folder = "" if located != model else "no such folder, and not to be had from the hub: "
+        raise UserError(f"{model}: cannot load the {what}: {no_folder}{access.reason(error)}") from error
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:

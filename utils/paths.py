@@ -123,6 +123,11 @@ def result_file(output_dir: str | Path, model_name: str, metric: str, split: str
     return results_dir(output_dir) / f"{model_name}_{metric}_{split}.json"
 
 
+def losses_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
+    """Steps 5 and 6: the losses of single pairs or dialogues, beside the result that was computed from them."""
+    return results_dir(output_dir) / f"{model_name}_{metric}_{split}_losses.safetensors"
+
+
 def report_file(output_dir: str | Path, checkpoint_name: str) -> Path:
     """Step 5: what one repair did; the same content as repair.json in its checkpoint."""
     return results_dir(output_dir) / f"{checkpoint_name}_repair.json"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,12 @@ def result_artifact(output_dir: str, model_name: str, fingerprint: str, metric: 
     """
     path = paths.result_file(output_dir, model_name, metric, split)
     return Artifact(path, STEP_6[metric], {"metric": metric, "split": split}, {"model": fingerprint, "data": data})
+
+
+def losses_artifact(output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: str) -> Artifact:
+    """Steps 5 and 6: the losses of single pairs or dialogues that a result was computed from; as `result_artifact`."""
+    result = result_artifact(output_dir, model_name, fingerprint, metric, split, data)
+    return replace(result, path=paths.losses_file(output_dir, model_name, metric, split))
 
 
 def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
 from utils.console import say, shown_path
-from utils.evaluation import Metric, compare_results
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card
+from utils.results import Metric, Result, compare
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,8 @@ class RepairRecord:
     def report(
         self,
         learning_rate: float,
-        before: dict[Metric, Any],
-        after: dict[Metric, Any],
+        before: dict[Metric, Result],
+        after: dict[Metric, Result],
         search: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """How the repair was made, and each measurement before and after.
@@ -66,7 +66,9 @@ class RepairRecord:
             after: results of the repaired model.
             search: how the learning rate was found, if it was searched for.
         """
-        settings = self.artifacts.settings
+        settings, measurements = self.artifacts.settings, {}
+        for metric, result in before.items():
+            measurements |= compare(metric, result.losses, after[metric].losses)
         return {
             "model": settings.MODEL_NAME,
             "task": self.task,
@@ -81,7 +83,8 @@ class RepairRecord:
             "search": search,
             "dataset": settings.HH_DATASET,
             "settings": self.gradient["settings"],
-            "measurements": compare_results(before, after),
+            "split_rules": {metric: result.numbers.get("split_rule") for metric, result in before.items()},
+            "measurements": measurements,
         }
 
     def write(self, report: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ class AtLeast:
         return math.isfinite(value) and (value > self.minimum if self.exclusive else value >= self.minimum)
 
     def __str__(self) -> str:
-        return f"{'above' if self.exclusive else 'at least'} {self.minimum:g}"
+        return f"{'above' if self.exclusive else 'of at least'} {self.minimum:g}"
 
 
 PositiveInt = Annotated[int, AtLeast(1)]
@@ -97,7 +97,7 @@ def _allowed(annotation: Any) -> str:  # noqa: ANN401
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
     if origin is list:
-        return f"a list of {_allowed(arguments[0])}"
+        return f"a list of {_allowed(arguments[0]).removeprefix('a ').replace('number', 'numbers')}"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[
         annotation
     ]
@@ -193,9 +193,9 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
     overrides: dict[str, list[str]] = {}
     words: list[str] | None = None
     for argument in arguments:
-        if re.match(r"--[A-Za-z]", argument):
+        if argument == "-h" or re.match(r"--[A-Za-z]", argument):
             name, equals, first = argument[2:].partition("=")
-            if name == "help":
+            if name == "help" or argument == "-h":
                 _print_help(module, schema, values)
                 raise SystemExit(0)
             if name not in schema:

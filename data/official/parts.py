@@ -8,22 +8,24 @@ from typing import Literal, NamedTuple
 
 from data.official.formats import Content, ethics_content, hh_content, truth_content
 from data.official.sources import Source
-from data.official.templates import bias_content
+from data.official.templates import bias_content, prompt_content
 from utils.console import UserError, shown_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import read_dialogues
 
-PartName = Literal["hh", "truth", "ethics", "bias"]
+PartName = Literal["hh", "truth", "ethics", "prompt", "bias"]
 
 
 class Part(NamedTuple):
     """What the files of one part have in common."""
 
-    content: Callable[[Source, str, Sequence[str]], Content]  # from source, split and candidates to a file's content
+    content: Callable[..., Content]  # from source, split, candidates and the `options`' values to a file's content
     candidates: Sequence[str]  # paths that a source may have a file under, tried in order
     local_form: str  # what a local copy must be, for messages
     may_be_file: bool  # whether a local copy can be a single file
     unit: str = "rows"  # what the official count counts
+    may_be_hub_id: bool = True  # whether the hub has it
+    options: Sequence[str] = ()  # constants of data/prepare.py that change the content
 
 
 class OfficialFile(NamedTuple):
@@ -77,12 +79,21 @@ ETHICS_CANDIDATES = (
     "data/commonsense/cm_{split}.csv",
 )
 HH_FORM, ETHICS_FORM = "a folder with train.jsonl and test.jsonl", "a folder with cm_train.csv and cm_test.csv"
-TRUTH_FORM, BIAS_FORM = "the original TruthfulQA.csv", "a templates.json or the authors' Python file"
+TRUTH_FORM = "the original TruthfulQA.csv"
+CHECKOUT = "a local checkout of github.com/kyrs/tracing-llm-trust"
+PROMPT_FORM, BIAS_FORM = (
+    f"{CHECKOUT}, its ethics_dataset.py, or a prompt.txt",
+    f"{CHECKOUT}, its bias_dataset.py, or a templates.json",
+)
+CODE = "utils/performance_functions"  # in the authors' repository
+PROMPT_CANDIDATES = ("prompt.txt", "ethics_dataset.py", f"{CODE}/ethics_dataset.py")
+BIAS_CANDIDATES = ("templates.json", "bias_dataset.py", f"{CODE}/bias_dataset.py")
 PARTS = {
     "hh": Part(hh_content, ["{split}.jsonl"], HH_FORM, may_be_file=False),
     "truth": Part(truth_content, ["TruthfulQA.csv"], TRUTH_FORM, may_be_file=True),
     "ethics": Part(ethics_content, ETHICS_CANDIDATES, ETHICS_FORM, may_be_file=False),
-    "bias": Part(bias_content, ["templates.json"], BIAS_FORM, may_be_file=True, unit="pairs"),
+    "prompt": Part(prompt_content, PROMPT_CANDIDATES, PROMPT_FORM, True, "text", may_be_hub_id=False),
+    "bias": Part(bias_content, BIAS_CANDIDATES, BIAS_FORM, True, "pairs", may_be_hub_id=False, options=["BIAS_SPLIT"]),
 }
 FILES = (
     OfficialFile("hh", "hh/train.jsonl", "train", 96_256, ["train"]),
@@ -90,5 +101,6 @@ FILES = (
     OfficialFile("truth", "truthfulness/TruthfulQA.csv", "validation", 817, ["train", "test"]),
     OfficialFile("ethics", "ethics/cm_train.csv", "train", 13_910, ["train"]),
     OfficialFile("ethics", "ethics/cm_test.csv", "test", 3_885, ["test"]),
+    OfficialFile("prompt", "ethics/prompt.txt", "all", 1, []),
     OfficialFile("bias", "bias/templates.json", "all", 3_456, ["train", "test"]),
 )

@@ -39,14 +39,20 @@ class Source(NamedTuple):
         raise UserError(f"{self}: the folder has none of {', '.join(candidates)}; give {self.local_form}")
 
 
-def find_source(part: str, settings: Settings, local_form: str, may_be_file: bool) -> Source:
+def find_source(
+    part: str, settings: Settings, local_form: str, may_be_file: bool, may_be_on_hub: bool = True
+) -> Source:
     """The source that a part's SOURCE constant names.
 
     Raises:
-        UserError: neither a local path nor a hub id, or a file where the part needs a folder.
+        UserError: neither a local path nor a hub id, a hub id where the hub lacks the part, or a file where the part
+            needs a folder.
     """
     setting = f"{part.upper()}_SOURCE"
     value = getattr(settings, setting)
+    if value is None or not (may_be_on_hub or resolve_path(value).exists()):
+        what = f"{setting} = {value!r}" + ("" if value is None else ": no such file or folder")
+        raise UserError(f"{what}; give {local_form}, or leave {part} out of ONLY")
     source = Source(setting, value, local_form, resolve_path(value))
     if source.path.is_file() and not may_be_file:
         raise UserError(f"{source} is a file; give {local_form}")

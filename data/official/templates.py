@@ -1,4 +1,4 @@
-"""The stereotype templates of bias, from a templates.json or the authors' Python file, which is parsed, not run."""
+"""The templates of bias and the prompt of ethics, from the authors' Python files, which are parsed, not run."""
 
 from __future__ import annotations
 
@@ -6,44 +6,77 @@ import ast
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from data.official.formats import Content
 from data.official.sources import Source
 from utils.artifacts import to_json
 from utils.console import UserError, shown_path
-from utils.performance_functions.bias import PLACEHOLDER
+from utils.performance_functions.bias import DEFAULT_SPLIT, PLACEHOLDER
 
 SIDES = ("stereotype", "antistereotype")
 
 
-def bias_content(source: Source, _: str, candidates: Sequence[str]) -> Content:
-    """A templates.json unchanged, or one made from the literals that the authors' Python file assigns.
+def bias_content(source: Source, _: str, candidates: Sequence[str], split_rule: str) -> Content:
+    """A templates.json, or one made from the literals that the authors' Python file assigns.
+
+    Args:
+        split_rule: goes in as "split"; a file that says so already, if only by default, is left unchanged.
 
     Raises:
-        UserError: the source is a hub id; the file is malformed; or a statement does not name the group.
+        UserError: the file is malformed, or a statement does not name the group.
     """
-    if source.path is None:
-        raise UserError(
-            f"{source}: the hub has the stereotypes but not the counter-statements, which are in the authors' code; "
-            f"give {source.local_form}, or leave bias out of ONLY"
-        )
     file = source.file(candidates)
-    content = file.read_bytes()
-    try:
+    with readable_errors(source, file):
         if file.suffix.lower() == ".py":
-            text = to_json({"source": file.name, **find_templates(assigned_literals(content), source)})
+            text = to_json(
+                {
+                    "source": file.name,
+                    "split": split_rule,
+                    **find_templates(assigned_literals(file.read_bytes()), source),
+                }
+            )
         else:
-            text = content.decode("utf-8-sig")
+            text = file.read_bytes().decode("utf-8-sig")
         templates = json.loads(text)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
-        raise UserError(f"{source}: {shown_path(file)} is truncated or malformed ({error})") from None
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # the loader reports a wrong structure
         for statement in [text for topic in templates["topics"].values() for side in SIDES for text in topic[side]]:
             if PLACEHOLDER not in statement:
                 raise UserError(f"{source}: every statement must contain {PLACEHOLDER}; one does not: {statement!r}")
+        if templates.get("split", DEFAULT_SPLIT) != split_rule:
+            text = to_json({**templates, "split": split_rule})
     return Content(text, None, {})
+
+
+def prompt_content(source: Source, _: str, candidates: Sequence[str]) -> Content:
+    """The prompt of ethics: a text file byte for byte, or the literal that the authors' Python file assigns.
+
+    Raises:
+        UserError: the file is malformed or empty, or does not have exactly one prompt.
+    """
+    file = source.file(candidates)
+    with readable_errors(source, file):
+        if file.suffix.lower() != ".py":
+            return Content(file.read_bytes().decode("utf-8"), int(file.stat().st_size > 0), {})
+        literals = assigned_literals(file.read_bytes())
+    prompts = {value for name, value in literals.items() if isinstance(value, str) and "prompt" in name.lower()}
+    if len(prompts) != 1:
+        raise UserError(
+            f"{source}: {shown_path(file)} assigns {len(prompts)} texts to a name with 'prompt' in it, and exactly one "
+            "is needed; the file is not run; or give a prompt.txt"
+        )
+    return Content(prompts.pop(), 1, {})
+
+
+@contextlib.contextmanager
+def readable_errors(source: Source, file: Path) -> Iterator[None]:
+    """Turn what a broken file raises into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise UserError(f"{source}: {shown_path(file)} is truncated or malformed ({error})") from None
 
 
 def assigned_literals(content: bytes) -> dict[str, Any]:
@@ -92,7 +125,7 @@ def find_topics(literals: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
             return topics
     names = [name for name, by_topic in literals.items() if all(map(are_texts, by_topic.values()))]
     counters = [name for name in names if re.search("(?i)anti|counter", name)]
-    stereotypes = [name for name in names if "stereotype" in name.lower() and name not in counters]
+    stereotypes = [name for name in names if "stereo" in name.lower() and name not in counters]
     sides = [literals[names[0]] for names in (stereotypes, counters) if names]
     if len(sides) < 2 or set(sides[0]) != set(sides[1]):
         return None

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.artifacts import read_json
 from utils.console import UserError, require_encodable, shown_path
-from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement
+from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement
 
 PLACEHOLDER = "[target_group]"
 TEST_SHARE = 0.2
+DEFAULT_SPLIT = "disjoint"
+SPLIT_RULES = (DEFAULT_SPLIT, "released")
+Statement = tuple[str, str, str]  # topic, counter-statement, stereotype
 
 
-def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
-    """Every group x topic x stereotype x counter-statement of `bias/templates.json`.
+def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
+    """Every group x topic x stereotype x counter-statement of `bias/templates.json`, a cluster for a (group, topic).
 
-    Groups in sorted order; each group's records, in order of topic, stereotype and counter-statement, are shuffled
-    by one `random.Random(42)`; the first 20 % are test, the rest train.
+    Groups come in sorted order, records in order of topic, stereotype and counter-statement. Its "split" says which of
+    them are test:
+
+    - "disjoint", also where the key is missing: whole topics of a group. One `random.Random(42)` shuffles the sorted
+      topics of each group in turn, and the first 20 % of them, at least one, are test.
+    - "released": single records, so that both texts of a test pair occur in training pairs too. A fresh
+      `random.Random(42)` shuffles each group's records, and the first 20 % are test.
 
     Raises:
-        UserError: the file is missing or lacks a part.
+        UserError: the file is missing, lacks a part, or leaves no pair for the split.
     """
     path = data_dir / "bias" / "templates.json"
     if not path.is_file():
@@ -31,11 +40,12 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     try:
         groups, (prompt,) = _texts(templates["target_groups"]), _texts([templates["prompt"]])
         statements = [
-            (counter, stereotype)
-            for topic in templates["topics"].values()
-            for stereotype in _texts(topic["stereotype"])
-            for counter in _texts(topic["antistereotype"])
+            (topic, counter, stereotype)
+            for topic, texts in templates["topics"].items()
+            for stereotype in _texts(texts["stereotype"])
+            for counter in _texts(texts["antistereotype"])
         ]
+        split_rule = templates.get("split", DEFAULT_SPLIT)
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
         raise UserError(
@@ -44,21 +54,46 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
         ) from None
     if not groups or not statements:
         raise UserError(f"{shown_path(path)} has no groups or no topics; it needs at least one of each")
+    if split_rule not in SPLIT_RULES:
+        allowed = ", ".join(map(repr, SPLIT_RULES))
+        raise UserError(f"{shown_path(path)}: split = {split_rule!r}; allowed is {allowed}")
     for text in (prompt, *groups, *chain.from_iterable(statements)):
         require_encodable(text, f"{shown_path(path)}: {text!r}")
-    shuffler = random.Random(SPLIT_SEED)
     pairs: list[AnswerPair] = []
+    clusters: list[str] = []
+    shuffler = random.Random(SPLIT_SEED)
     for group in sorted(groups):
-        records = [
-            AnswerPair(*(text.replace(PLACEHOLDER, group) for text in (prompt, f" {counter}", f" {stereotype}")))
-            for counter, stereotype in statements
-        ]
-        shuffler.shuffle(records)
-        num_test = int(len(records) * TEST_SHARE)
-        pairs += records[:num_test] if split == "test" else records[num_test:]
+        if split_rule == "released":
+            train, test = _released_split(statements)
+        else:
+            train, test = _disjoint_split(statements, shuffler)
+        for topic, counter, stereotype in test if split == "test" else train:
+            texts = (prompt, f" {counter}", f" {stereotype}")
+            pairs.append(AnswerPair(*(text.replace(PLACEHOLDER, group) for text in texts)))
+            clusters.append(f"{group}, {topic}")
     if not pairs:
-        raise UserError(f"{shown_path(path)} has {len(statements)} pairs for a group, which leaves none for {split}")
-    return pairs
+        raise UserError(
+            f"{shown_path(path)} has {len(statements)} pairs for a group, which leaves none for {split} with the split "
+            f"{split_rule!r}"
+        )
+    return AnswerPairs(pairs, clusters, split_rule)
+
+
+def _released_split(statements: Sequence[Statement]) -> tuple[list[Statement], list[Statement]]:
+    shuffled = list(statements)
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    num_test = int(len(shuffled) * TEST_SHARE)
+    return shuffled[num_test:], shuffled[:num_test]
+
+
+def _disjoint_split(
+    statements: Sequence[Statement], shuffler: random.Random
+) -> tuple[list[Statement], list[Statement]]:
+    topics = sorted({topic for topic, _, _ in statements})
+    shuffler.shuffle(topics)
+    of_test = set(topics[: max(1, int(len(topics) * TEST_SHARE))])
+    test = [statement for statement in statements if statement[0] in of_test]
+    return [statement for statement in statements if statement[0] not in of_test], test
 
 
 def _texts(value: Any) -> list[str]:  # noqa: ANN401

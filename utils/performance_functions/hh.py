@@ -118,7 +118,7 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
     try:
         return load_dataset(hh_dataset, split=split, cache_dir=access.cache, token=access.token).to_list()
     except Exception as error:  # datasets raises many types for hubs it cannot reach and files it cannot read
-        raise UserError(f"{source}: cannot be loaded ({access.reason(error)})") from error
+        raise UserError(f"{source}: no such folder, and not to be had from the hub ({access.reason(error)})") from error
 
 
 def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:

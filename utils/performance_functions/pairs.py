@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
 from utils.labels import label_texts
@@ -28,6 +30,48 @@ class AnswerPair(NamedTuple):
     rejected: str
 
 
+class Question(NamedTuple):
+    """A multiple-choice question: a prompt and its answers, each beginning with a space; the best comes first."""
+
+    prompt: str
+    correct: list[str]
+    incorrect: list[str]
+
+
+@dataclass(frozen=True)
+class AnswerPairs:
+    """The answer pairs of one split.
+
+    Attributes:
+        clusters: for each pair the name of the independent unit that it belongs to: the pairs of one cluster share
+            texts, so that standard errors are clustered by it.
+        split_rule: how train and test were told apart.
+        questions: with all of their answers, where the data have them.
+    """
+
+    pairs: list[AnswerPair]
+    clusters: list[str]
+    split_rule: str
+    questions: list[Question] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __iter__(self) -> Iterator[AnswerPair]:
+        return iter(self.pairs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of all texts in their order."""
+        return fingerprint_of([self.pairs, self.clusters, self.questions])
+
+    @property
+    def cluster_numbers(self) -> np.ndarray:
+        """(P,) the clusters as numbers from 0."""
+        number_of = {cluster: number for number, cluster in enumerate(dict.fromkeys(self.clusters))}
+        return np.array([number_of[cluster] for cluster in self.clusters])
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One trust measurement: the mean log-odds loss over its answer pairs.
@@ -39,18 +83,21 @@ class Measurement:
     """
 
     name: str
-    read_pairs: Callable[[Path, Literal["train", "test"]], list[AnswerPair]]
+    read_pairs: Callable[[Path, Literal["train", "test"]], AnswerPairs]
     max_tokens: int
 
-    def load_pairs(self, data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
+    def load_pairs(self, data_dir: Path, split: Literal["train", "test"], questions: bool = False) -> AnswerPairs:
         """Read the pairs of a split, and say so.
+
+        Args:
+            questions: keep the questions with all of their answers, if there are any; they cost more to measure.
 
         Raises:
             UserError: the data are missing or malformed.
         """
         pairs = self.read_pairs(data_dir, split)
-        say_read(f"{self.name} pairs below {shown_path(data_dir)}, {split}", f"{len(pairs):,}")
-        return pairs
+        say_read(f"{self.name} pairs below {shown_path(data_dir)}, {split}", f"{len(pairs):,} ({pairs.split_rule})")
+        return pairs if questions else replace(pairs, questions=[])
 
 
 @dataclass(frozen=True)
@@ -61,11 +108,15 @@ class TokenizedPairs:
         sequences: the U distinct texts.
         chosen: (P,) for each pair, the position in `sequences` of its prompt with the chosen answer.
         rejected: (P,) the same for the rejected answer.
+        clusters: (P,) number of each pair's cluster.
+        questions: for each multiple-choice question the positions of its correct and of its incorrect answers.
     """
 
     sequences: list[LabelledSequence]
     chosen: np.ndarray
     rejected: np.ndarray
+    clusters: np.ndarray
+    questions: list[tuple[np.ndarray, np.ndarray]]
 
     @property
     def weights(self) -> np.ndarray:
@@ -74,17 +125,23 @@ class TokenizedPairs:
         return (counts[0] - counts[1]) / len(self.chosen)
 
 
-def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TokenizedPairs:
+def tokenize_pairs(pairs: AnswerPairs, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TokenizedPairs:
     """Tokenize prompt + answer with the tokenizer's defaults, cut at `max_tokens`; labels are the answer's tokens.
 
     Raises:
         UserError: an answer has no token that counts, or as `label_texts`.
     """
     position_of: dict[tuple[str, str], int] = {}
-    chosen, rejected = (
-        np.array([position_of.setdefault((pair.prompt, answer), len(position_of)) for pair, answer in side])
-        for side in ([(p, p.chosen) for p in pairs], [(p, p.rejected) for p in pairs])
-    )
+
+    def positions(texts: Iterable[tuple[str, str]]) -> np.ndarray:
+        return np.array([position_of.setdefault(text, len(position_of)) for text in texts])
+
+    chosen = positions((pair.prompt, pair.chosen) for pair in pairs)
+    rejected = positions((pair.prompt, pair.rejected) for pair in pairs)
+    questions = [
+        (positions((prompt, text) for text in correct), positions((prompt, text) for text in incorrect))
+        for prompt, correct, incorrect in pairs.questions
+    ]
     prompts, answers = zip(*position_of, strict=True)
     sequences = label_texts(prompts, answers, tokenizer, max_tokens, special_tokens=True)
     for prompt, answer, sequence in zip(prompts, answers, sequences, strict=True):
@@ -92,7 +149,7 @@ def tokenize_pairs(pairs: Sequence[AnswerPair], tokenizer: PreTrainedTokenizerBa
             limit = min(max_tokens, tokenizer.model_max_length)
             reason = f"is left after the cut at {limit} tokens" if answer else "is there: the answer is empty"
             raise UserError(f"no token of an answer {reason}; prompt: {prompt!r}")
-    return TokenizedPairs(sequences, chosen, rejected)
+    return TokenizedPairs(sequences, chosen, rejected, pairs.cluster_numbers, questions)
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, Measurement, read_csv
+from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, Question, read_csv
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-COLUMNS = ("Question", "Best Answer", "Incorrect Answers")
+QUESTION, BEST, CORRECT, INCORRECT = "Question", "Best Answer", "Correct Answers", "Incorrect Answers"
 TRAIN_SHARE = 0.8
 
 
-def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPair]:
-    """The best answer of each question against the first incorrect one.
+def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
+    """The best answer of each question against the first incorrect one; each question is a cluster.
 
     The split is that of `truthfulness/splits/TruthfulQA_SPLIT.csv` where both of them exist, else a seeded 80/20 split
-    of `truthfulness/TruthfulQA.csv`.
+    of `truthfulness/TruthfulQA.csv`. Where a file lists the correct answers, the questions come with all of theirs.
 
     Raises:
         UserError: the file is missing, lacks a column, a question lacks an answer, or one split file is there alone.
@@ -29,31 +26,49 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> list[AnswerPa
     split_paths = {name: folder / "splits" / f"TruthfulQA_{name}.csv" for name in ("train", "test")}
     missing = [path for path in split_paths.values() if not path.is_file()]
     if not missing:
-        return _pairs(read_csv(split_paths[split], COLUMNS), split_paths[split])
+        return _answer_pairs(_read_questions(split_paths[split]), "by files")
     if len(missing) == 1:
         raise UserError(
             f"{shown_path(missing[0])} is missing, and the other split is there; give both or none: a split of "
             "TruthfulQA.csv has questions of both"
         )
     path = folder / "TruthfulQA.csv"
-    pairs = _pairs(read_csv(path, COLUMNS), path)
-    random.Random(SPLIT_SEED).shuffle(pairs)
-    num_train = int(len(pairs) * TRAIN_SHARE)
-    chosen = pairs[:num_train] if split == "train" else pairs[num_train:]
+    questions = _read_questions(path)
+    random.Random(SPLIT_SEED).shuffle(questions)
+    num_train = int(len(questions) * TRAIN_SHARE)
+    chosen = questions[:num_train] if split == "train" else questions[num_train:]
     if not chosen:
-        raise UserError(f"{shown_path(path)} has {len(pairs)} questions, which leaves none for the {split} split")
-    return chosen
+        raise UserError(f"{shown_path(path)} has {len(questions)} questions, which leaves none for the {split} split")
+    return _answer_pairs(chosen, "seeded 80/20")
 
 
-def _pairs(table: pd.DataFrame, path: Path) -> list[AnswerPair]:
-    pairs = []
-    for line, (question, best, incorrect) in enumerate(table[list(COLUMNS)].itertuples(index=False), start=2):
-        first_incorrect = next((answer.strip() for answer in incorrect.split(";") if answer.strip()), "")
-        for name, text in zip(COLUMNS, (question, best, first_incorrect), strict=True):
-            if not text.strip():
+def _read_questions(path: Path) -> list[Question]:
+    """Every question of a file; the best answer alone where the file has no list of correct ones.
+
+    Raises:
+        UserError: as `read_pairs`.
+    """
+    table = read_csv(path, [QUESTION, BEST, INCORRECT])
+    questions = []
+    for line, row in enumerate(table.to_dict("records"), start=2):
+        best, incorrect = _distinct([row[BEST]]), _distinct(row[INCORRECT].split(";"))
+        for name, is_there in ((QUESTION, row[QUESTION].strip()), (BEST, best), (INCORRECT, incorrect)):
+            if not is_there:
                 raise UserError(f"{shown_path(path)}, row {line}: {name!r} is empty; every question needs both answers")
-        pairs.append(AnswerPair(f"{question.strip()}\n\nAnswer:", f" {best.strip()}", f" {first_incorrect}"))
-    return pairs
+        correct = _distinct([row[BEST], *row[CORRECT].split(";")]) if CORRECT in row else best
+        questions.append(Question(f"{row[QUESTION].strip()}\n\nAnswer:", correct, incorrect))
+    return questions
+
+
+def _distinct(answers: list[str]) -> list[str]:
+    """The answers that are not empty, once each, after a space."""
+    return list(dict.fromkeys(f" {answer.strip()}" for answer in answers if answer.strip()))
+
+
+def _answer_pairs(questions: list[Question], split_rule: str) -> AnswerPairs:
+    pairs = [AnswerPair(prompt, correct[0], incorrect[0]) for prompt, correct, incorrect in questions]
+    has_lists = any(len(question.correct) > 1 for question in questions)
+    return AnswerPairs(pairs, [pair.prompt for pair in pairs], split_rule, questions if has_lists else [])
 
 
 TRUTH = Measurement("truth", read_pairs, max_tokens=512)

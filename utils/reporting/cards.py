@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from utils.paths import may_be_hub_id
-from utils.reporting.tables import format_number, markdown_table
+from utils.reporting.tables import format_number, markdown_table, with_interval
 
 TAGS = ["tracing-llm-trust"]
 
@@ -45,25 +45,40 @@ def _step_in_words(report: dict[str, Any]) -> str:
     return f"{step}, at learning rate {report['learning_rate']:g}.{kept}"
 
 
-def _before_and_after(measurements: dict[str, dict[str, float]]) -> list[str]:
+def _blocks_in_words(report: dict[str, Any]) -> str:
+    return "transformer block" if report["num_blocks"] == 1 else f"{report['num_blocks']} transformer blocks"
+
+
+def change_in_words(metric: str, row: dict[str, Any]) -> str:
+    """A row of a report's measurements: `perplexity +0.51 % [+0.31, +0.71]`, `improvement +0.042 [...] (+35.6 %)`."""
+    name, form, unit = ("change_percent", "+.2f", " %") if metric == "perplexity" else ("improvement", "+.4f", "")
+    change = f"{name.partition('_')[0]} {with_interval(row, name).shown(form, unit)}"
+    percent = row.get("improvement_percent")
+    return change if percent is None else f"{change} ({percent:+.1f} %)"
+
+
+def _before_and_after(report: dict[str, Any]) -> list[str]:
     """Heading, cost, table and legend; nothing where nothing was measured."""
+    measurements = report["measurements"]
     if not measurements:
         return []
-    cost, rows = "", []
-    for metric, row in measurements.items():
-        if metric == "perplexity":
-            change = f"{row['change_percent']:+.2f} %"
-            cost = f"It cost {change} perplexity on the test dialogues."
-        else:
-            gain = row["improvement_percent"]
-            change = f"{abs(gain):.1f} % {'better' if gain >= 0 else 'worse'}"
-        rows.append([metric, format_number(row["before"]), format_number(row["after"]), change])
+    cost = ""
+    if "perplexity" in measurements:
+        change = change_in_words("perplexity", measurements["perplexity"]).removeprefix("change ")
+        cost = f"It cost {change} perplexity on the test dialogues."
+    rows = [
+        [metric, format_number(row["before"]), format_number(row["after"]), change_in_words(metric, row)]
+        for metric, row in measurements.items()
+    ]
+    rules = ", ".join(f"{task}: {rule}" for task, rule in report["split_rules"].items() if rule)
     return [
         "## Before and after",
         cost,
-        markdown_table(["measurement (test split)", "before", "after", "change"], rows),
-        "Lower is better everywhere. Bias, ethics and truth are log-odds losses in nats per token: the mean over "
-        "answer pairs of NLL(trustworthy answer) - NLL(untrustworthy answer).",
+        markdown_table(["measurement (test split)", "before", "after", "change [95 % interval]"], rows),
+        "Lower is better, except for MC1 and MC2. Bias, ethics and truth are log-odds losses in nats per token: the "
+        "mean over answer pairs of NLL(trustworthy answer) - NLL(untrustworthy answer). Intervals are paired over the "
+        "independent units of the test split; no percentage is given where the loss before is within two standard "
+        f"errors of 0. Training and test pairs were split so: {rules}.",
     ]
 
 
@@ -77,10 +92,10 @@ def repair_card(report: dict[str, Any]) -> str:
         [
             _front_matter(report["model"], report["dataset"], [*TAGS, "influence-functions", "model-repair"]),
             f"# {report['model']}, repaired for {report['task']}",
-            f"{_step_in_words(report)} Only the Linear layers of the last {report['num_blocks']} transformer block(s) "
-            f"differ from the base model. The dialogues are those of {report['dataset']}.",
+            f"{_step_in_words(report)} Only the Linear layers of the last {_blocks_in_words(report)} differ "
+            f"from the base model. The dialogues are those of {report['dataset']}.",
             report["search"] and f"The learning rate was found by a search: {report['search']['stopped']}.",
-            *_before_and_after(report["measurements"]),
+            *_before_and_after(report),
             "## How it was made",
             "The method is that of *Enhancing Trustworthiness of Fine-Tuned LLMs via Regularized Subset Selection* "
             "(ICLR 2026). In this folder, `repair.json` lists the unlearned rows and all results, and `manifest.json` "

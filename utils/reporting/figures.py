@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.reporting.tables import Row, group_by_repair
+from utils.reporting.tables import Row, WithInterval, group_by_repair, mean_with_interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +35,8 @@ class RepairPoint:
     panel: str
     line: str
     learning_rate: float
-    perplexity_change_percent: float
-    improvement_percent: float
+    cost: WithInterval  # change of perplexity, %
+    improvement: WithInterval  # nats per token
 
 
 def _line_style(label: str) -> dict[str, Any]:
@@ -62,36 +61,43 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
     """
     from matplotlib.figure import Figure
 
-    points = [point for point in points if point.perplexity_change_percent <= 10 * budget_percent] or points
+    points = [point for point in points if point.cost.value <= 10 * budget_percent] or points
     titles = list(dict.fromkeys(point.panel for point in points))
     lines = list(dict.fromkeys(point.line for point in points))
     figure = Figure(figsize=(4.2 * len(titles), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(titles), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for panel, title in zip(panels, titles, strict=True):
         shown = sorted((p for p in points if p.panel == title), key=lambda point: point.learning_rate)
         panel.axvspan(-1e3, budget_percent, color="#2a9d8f", alpha=0.10, lw=0)
         panel.axhline(0, color="#999999", lw=0.8)
         for line in lines:
-            costs = [point.perplexity_change_percent for point in shown if point.line == line]
-            gains = [point.improvement_percent for point in shown if point.line == line]
+            costs = [point.cost.value for point in shown if point.line == line]
+            gains = [point.improvement for point in shown if point.line == line]
             hollow = {"markerfacecolor": "white", "ls": "--"} if line.endswith("preserve") else {}
-            panel.plot(costs, gains, **_line_style(line), **hollow)
-        all_costs = [point.perplexity_change_percent for point in shown]
+            values, errors = _bars(gains)
+            panel.errorbar(costs, values, errors, elinewidth=0.6, capsize=1.5, **_line_style(line), **hollow)
+        all_costs = [point.cost.value for point in shown]
         panel.set_xlim(min(0, *all_costs) - 0.1, max(budget_percent, *all_costs) * 1.05)
         panel.set_title(title)
         panel.set_xlabel("perplexity change, %")
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("improvement of the loss, %")
+    panels[0].set_ylabel("improvement of the loss, nats per token")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
-    figure.suptitle(f"Each point is one repair; shaded: at most {budget_percent:g} % more perplexity")
+    figure.suptitle(f"Repairs with 95 % intervals; shaded: at most {budget_percent:g} % more perplexity")
     _save(figure, path)
+
+
+def _bars(numbers: Sequence[WithInterval]) -> tuple[list[float], list[list[float]]]:
+    """The values, and how far their intervals reach below and above, as `errorbar` takes them."""
+    reach = [[number.value - number.low for number in numbers], [number.high - number.value for number in numbers]]
+    return [number.value for number in numbers], reach
 
 
 def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
     """Improvement and perplexity change against the varied constant: a column per task, a line per method.
 
-    Error bars are the standard deviation over seeds.
+    Values are means over seeds, error bars 95 % intervals over the test split.
 
     Args:
         varied: "bottom_k" or "if_weight".
@@ -102,17 +108,15 @@ def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
     ticks = sorted({row[varied] for row in repairs})
     figure = Figure(figsize=(3.6 * len(tasks), 5.4), layout="constrained")
     panels = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
-    labels = {"improvement_percent": "improvement, %", "perplexity_change_percent": "perplexity change, %"}
+    labels = {"improvement": "improvement, nats per token", "perplexity_change_percent": "perplexity change, %"}
     for column, task in zip(panels.T, tasks, strict=True):
         for panel, measured in zip(column, labels, strict=True):
             for method in methods:
                 groups = group_by_repair([row for row in repairs if (row["task"], row["method"]) == (task, method)])
                 groups.sort(key=lambda group: group[0][varied])
                 values = [group[0][varied] for group in groups]
-                over_seeds = [[row[measured] for row in group] for group in groups]
-                means = [statistics.fmean(numbers) for numbers in over_seeds]
-                deviations = [statistics.stdev(numbers) if len(numbers) > 1 else 0 for numbers in over_seeds]
-                panel.errorbar(values, means, deviations, capsize=2, **_line_style(method))
+                means, errors = _bars([mean_with_interval(group, measured) for group in groups])
+                panel.errorbar(values, means, errors, capsize=2, **_line_style(method))
             panel.set_xscale("symlog" if 0 in ticks else "log")  # a log axis cannot show 0
             panel.axhline(0, color="#999999", lw=0.8)
             panel.grid(alpha=0.25)

@@ -19,9 +19,9 @@ from utils.settings import Settings
 
 INTRODUCTION = (
     "Each repair finds the training dialogues that made the model less trustworthy and takes one natural-gradient step "
-    "up their loss, in the last transformer block(s) only. Improvement is (before - after) / |before| of a log-odds "
-    "loss on the test pairs; perplexity is measured on the test dialogues. Both are relative to the same POST-SFT "
-    "model.\n\n"
+    "up their loss, in the last transformer block(s) only. Improvement is before - after of a log-odds loss on the "
+    "test pairs, in nats per token, with its 95 % interval in brackets; perplexity is measured on the test dialogues. "
+    "Both are relative to the same POST-SFT model.\n\n"
     "An improvement in one measurement does not make a model safe: look at what a repair did to the other tasks, and "
     "read what it unlearned."
 )

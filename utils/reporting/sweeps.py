@@ -10,16 +10,20 @@ from utils.artifacts import differing_values, read_json, to_json, write_atomical
 from utils.console import UserError, say, shown_path
 from utils.performance_functions import MEASUREMENTS
 from utils.reporting.figures import RepairPoint, repairs_figure
-from utils.reporting.tables import Row, csv_text
+from utils.reporting.tables import Row, csv_text, with_interval
 
 
 def sweep_row(report: dict[str, Any]) -> Row:
-    """One learning rate's results in one flat row: each loss after the repair, and its change in percent."""
+    """One learning rate's results in one flat row: each number after the repair, and its change with the interval.
+
+    perplexity, and perplexity_change_percent with its _low and _high; each task, truth_mc1 and truth_mc2, and their
+    _improvement with its _standard_error, _low and _high, and _improvement_percent.
+    """
     row = {"learning_rate": report["learning_rate"]}
     for metric, measured in report["measurements"].items():
+        change = "change_percent" if metric == "perplexity" else "improvement"
         row[metric] = measured["after"]
-        change = "change_percent" if metric == "perplexity" else "improvement_percent"
-        row[f"{metric}_{change}"] = measured[change]
+        row |= {f"{metric}_{name}": value for name, value in measured.items() if name.startswith(change)}
     return row
 
 
@@ -90,14 +94,14 @@ def _points(output_dir: str, task: str, model_name: str, panels: dict[str, str])
             panel=title,
             line=sweep["repair"],
             learning_rate=row["learning_rate"],
-            perplexity_change_percent=row["perplexity_change_percent"],
-            improvement_percent=row[f"{metric}_improvement_percent"],
+            cost=with_interval(row, "perplexity_change_percent"),
+            improvement=with_interval(row, f"{metric}_improvement"),
         )
         for sweep in map(read_json, sorted(pattern.parent.glob(pattern.name)))
         if sweep["model"] == model_name  # the pattern also fits models whose name begins with this one
         for metric, title in panels.items()
         for row in sweep["rates"]
-        if {"perplexity_change_percent", f"{metric}_improvement_percent"} <= set(row)
+        if {"perplexity_change_percent", f"{metric}_improvement"} <= set(row)
     ]
 
 

@@ -7,13 +7,22 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.artifacts import write_if_changed
+from utils.intervals import interval_names
 from utils.performance_functions import MEASUREMENTS
 
 Row = dict[str, Any]  # what one repair did with one seed
-LATEX_ESCAPES = str.maketrans({"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--"})
+LATEX_ESCAPES = str.maketrans(
+    {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "‡": r"$\ddagger$"}
+)
+NO_PERCENTAGE = "‡"
+LEGEND = (
+    "In brackets: 95 % intervals, paired over the independent units of the test split (the mean of their ends over "
+    f"seeds); ±: standard deviation over seeds. {NO_PERCENTAGE}: no percentage, since the loss before is within two "
+    "standard errors of 0."
+)
 MISSING_CELLS = frozenset({"", "-", "–", "—", "n/a", "nan"})
 LEADING_NUMBER = re.compile(r"\s*([+\-−]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -120,11 +129,36 @@ def mean_std(values: Sequence[float], form: str = "+.1f", unit: str = "") -> str
     return f"{statistics.fmean(values):{form}}{deviation}{unit}"
 
 
+class WithInterval(NamedTuple):
+    """A number and its 95 % interval; `low` and `high` are the number itself where no interval is known."""
+
+    value: float
+    low: float
+    high: float
+
+    def shown(self, form: str, unit: str = "") -> str:
+        """`value unit [low, high]`; the value alone where no interval is known."""
+        interval = f" [{self.low:{form}}, {self.high:{form}}]" if self.low < self.high else ""
+        return f"{self.value:{form}}{unit}{interval}"
+
+
+def with_interval(row: Row, name: str) -> WithInterval:
+    """A number of a flat row with NAME_low and NAME_high."""
+    ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
+    return WithInterval(row[name], *(row[name] if end is None else end for end in ends))
+
+
 def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results of one metric as Markdown, one row per model."""
-    columns = [name for name in results[0] if name not in ("model", "metric", "split")]
-    rows = [[result["model"], *(format_number(result[column]) for column in columns)] for result in results]
+    """Results of one metric as Markdown, one row per model; intervals in brackets behind their numbers."""
+    hidden = {"model", "metric", "split", *(part for name in results[0] for part in interval_names(name))}
+    columns = [name for name in results[0] if name not in hidden]
+    rows = [[result["model"], *(_result_cell(result, name) for name in columns)] for result in results]
     return markdown_table(["model", *columns], rows)
+
+
+def _result_cell(result: Row, name: str) -> str:
+    value = result.get(name, "–")
+    return with_interval(result, name).shown(".4f") if isinstance(value, float) else str(value)
 
 
 def group_by_repair(rows: Sequence[Row]) -> list[list[Row]]:
@@ -146,6 +180,29 @@ def _over_seeds(group: Sequence[Row], name: str, form: str = "+.1f", unit: str =
     return mean_std([row[name] for row in group if row.get(name) is not None], form, unit)
 
 
+def mean_with_interval(group: Sequence[Row], name: str) -> WithInterval | None:
+    """The mean of a number over the seeds that have it, and of the ends of its intervals.
+
+    The repairs of all seeds are measured on the same test split, so the standard error of their mean is at most the
+    mean of their standard errors: the interval errs on the wide side.
+    """
+    known = [with_interval(row, name) for row in group if row.get(name) is not None]
+    return WithInterval(*map(statistics.fmean, zip(*known, strict=True))) if known else None
+
+
+def _change_cell(group: Sequence[Row], name: str, form: str, unit: str = "") -> str:
+    known = mean_with_interval(group, name)
+    return known.shown(form, unit) if known else "–"
+
+
+def _improvement_cell(group: Sequence[Row], name: str) -> str:
+    """Nats with their interval, then percent, or a mark where the loss before is too close to 0 for a percentage."""
+    if not any(row.get(name) is not None for row in group):
+        return "–"
+    percent = _over_seeds(group, f"{name}_percent", unit=" %")
+    return f"{_change_cell(group, name, '+.3f')} ({NO_PERCENTAGE if percent == '–' else percent})"
+
+
 def main_table(
     baselines: Sequence[tuple[str, Mapping[str, Row]]],
     repairs: Sequence[Row],
@@ -154,7 +211,7 @@ def main_table(
     """One row for each unrepaired model, then one for each repair.
 
     Args:
-        baselines: a label and the measurements, by metric, of each model that is not repaired.
+        baselines: a label and the results, by metric, of each model that is not repaired.
         repairs: one row for each repair and seed.
         known_harm: rows of the training split, by kind of harm; adds a column with how many of them a repair unlearned.
     """
@@ -162,30 +219,33 @@ def main_table(
     header += ["step size", "seconds"] + (["known harm"] if known_harm else [])
     rows = []
     for label, results in baselines:
-        perplexity = _over_seeds([results.get("anthropic", {})], "perplexity", ".3f")
-        losses = [_over_seeds([results.get(task, {})], "loss", ".4f") for task in MEASUREMENTS]
+        numbers = [("anthropic", "perplexity"), *((task, "loss") for task in MEASUREMENTS)]
+        perplexity, *losses = (_result_cell(results.get(metric, {}), name) for metric, name in numbers)
         cells = [label, "–", "–", perplexity, "–", *losses]
         rows.append(cells + ["–"] * (len(header) - len(cells)))
     for group in group_by_repair(repairs):
-        losses = [
-            f"{_over_seeds(group, task, '.4f')} ({_over_seeds(group, f'{task}_improvement_percent', unit=' %')})"
-            for task in MEASUREMENTS
-        ]
         cells = [
             *(group[0][name] for name in ("model", "task", "method")),
             _over_seeds(group, "perplexity", ".3f"),
-            _over_seeds(group, "perplexity_change_percent", "+.2f", " %"),
-            *losses,
-            _over_seeds(group, "improvement_percent", unit=" %"),
+            _change_cell(group, "perplexity_change_percent", "+.2f", " %"),
+            *(_improvement_cell(group, f"{task}_improvement") for task in MEASUREMENTS),
+            _improvement_cell(group, "improvement"),
             _over_seeds(group, "learning_rate", ".3g"),
             _over_seeds(group, "seconds", ".1f"),
         ]
         rows.append(cells + ([_known_harm_found(group, known_harm)] if known_harm else []))
     caption = (
-        "Effect of each repair. Perplexity on the HH test split; log-odds losses on the test pairs in nats per token, "
-        "lower is better, with their improvement. Combined: the improvement is the mean over the three tasks."
+        f"Effect of each repair on the test split ({_split_rules(baselines)}). Unrepaired models: perplexity, and "
+        "log-odds losses in nats per token, lower is better. Repairs: change of perplexity, and improvement of each "
+        f"loss (before - after) in nats per token; combined: the mean over the three tasks. {LEGEND}"
     )
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
+
+
+def _split_rules(baselines: Sequence[tuple[str, Mapping[str, Row]]]) -> str:
+    """How train and test were told apart, for each task."""
+    rules = {task: results[task]["split_rule"] for _, results in baselines for task in MEASUREMENTS if task in results}
+    return ", ".join(f"{task}: {rule}" for task, rule in rules.items())
 
 
 def _known_harm_found(group: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> str:
@@ -203,11 +263,11 @@ def ablation_table(repairs: Sequence[Row], varied: str) -> Table:
             group[0]["task"],
             group[0]["method"],
             f"{group[0][varied]:g}",
-            _over_seeds(group, "improvement_percent", unit=" %"),
-            _over_seeds(group, "perplexity_change_percent", "+.2f", " %"),
+            _improvement_cell(group, "improvement"),
+            _change_cell(group, "perplexity_change_percent", "+.2f", " %"),
             _over_seeds(group, "learning_rate", ".3g"),
         ]
         for group in groups
     ]
-    caption = f"Effect of {varied.upper()}, with the other constants as in the main table."
+    caption = f"Effect of {varied.upper()}, with the other constants as in the main table. {LEGEND}"
     return Table(caption, header, rows, [without_indices(row) for row in repairs])

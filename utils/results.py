@@ -1,0 +1,111 @@
+"""Results of measurements: numbers with 95 % intervals, and what a repair changed, from the losses of single pairs.
+
+The losses of one model on one data set are tensors by name, as they are stored beside its result:
+
+- of dialogues: "nll" (N,) nats and "tokens" (N,) label tokens
+- of answer pairs: "loss" (P,) nats per token and "cluster" (P,), the number of the pair's independent unit
+- of multiple-choice questions, if the pairs have any: "mc1" (Q,), 1 where the best answer is likelier than every
+  incorrect one, and "mc2" (Q,), the probability of the correct answers among all (Lin, Hilton and Evans 2022)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from utils.intervals import ClusterSums, Estimate, estimate_difference, estimate_mean, sum_by_cluster
+from utils.performance_functions.hh import released_loss
+
+Metric = Literal["anthropic", "bias", "ethics", "truth"]
+Losses = dict[str, torch.Tensor]
+LARGEST_LOSS = 700.0  # whose perplexity is still a float
+HIGHER_IS_BETTER = ("mc1", "mc2")
+STANDARD_ERRORS_FROM_ZERO = 2.0  # a loss closer to 0 than this is no base for a percentage
+
+
+class Result(NamedTuple):
+    """One measurement of one model: the numbers of its JSON file, and the losses that they were computed from."""
+
+    numbers: dict[str, Any]
+    losses: Losses
+
+
+def quantities(losses: Losses) -> dict[str, ClusterSums]:
+    """What is averaged over the losses: "loss"; of pairs also "accuracy"; of questions "mc1" and "mc2"."""
+    if "nll" in losses:
+        return {"loss": ClusterSums(losses["nll"], losses["tokens"])}
+    of_pairs = {"loss": losses["loss"], "accuracy": losses["loss"] < 0}
+    sums = {name: sum_by_cluster(values, losses["cluster"]) for name, values in of_pairs.items()}
+    return sums | {
+        name: ClusterSums(losses[name], torch.ones_like(losses[name])) for name in HIGHER_IS_BETTER if name in losses
+    }
+
+
+def summarise(losses: Losses) -> dict[str, Any]:
+    """The numbers of one measurement, each mean with its standard error and the ends of its 95 % interval.
+
+    Returns:
+        Of dialogues: loss (nats per label token), perplexity, tokens, dialogues, and released_loss, the released code's
+        batch-dependent mean. Of pairs: loss (nats per token), accuracy (the share of pairs whose chosen answer is
+        likelier per token), pairs, clusters; mc1, mc2 and questions where there are any.
+    """
+    estimates = {name: estimate_mean(sums) for name, sums in quantities(losses).items()}
+    numbers: dict[str, Any] = {}
+    for name, estimate in estimates.items():
+        numbers |= estimate.fields(name)
+    if "nll" in losses:
+        return numbers | {
+            **{f"perplexity{end}": perplexity(numbers[f"loss{end}"]) for end in ("", "_low", "_high")},
+            "tokens": int(losses["tokens"].sum()),
+            "dialogues": len(losses["nll"]),
+            "released_loss": released_loss(losses["nll"].tolist(), losses["tokens"].tolist()),
+        }
+    numbers |= {"pairs": len(losses["loss"]), "clusters": estimates["loss"].clusters}
+    return numbers | ({"questions": len(losses["mc1"])} if "mc1" in losses else {})
+
+
+def perplexity(loss: float | None) -> float | None:
+    """exp(loss); infinite where no float holds it, None where the loss is not known."""
+    if loss is None:
+        return None
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+
+
+def improvement_percent(before: float, after: float) -> float:
+    """(before - after) / |before|, in percent; positive is better, since lower losses are."""
+    return 100 * (before - after) / abs(before) if before else 0.0
+
+
+def compare(metric: Metric, before: Losses, after: Losses) -> dict[str, dict[str, Any]]:
+    """What a repair changed in one measurement; differences are paired over the same clusters.
+
+    Returns:
+        For "anthropic" the row "perplexity": before, after, and change_percent with its interval. For a task a row
+        under its name: before, after, improvement (before - after, nats per token) with its interval, and
+        improvement_percent, None where `before` is within two standard errors of 0. Rows TASK_mc1 and TASK_mc2, where
+        there are questions, have improvement = after - before, and no percentage.
+    """
+    old, new = quantities(before), quantities(after)
+    means = {name: (estimate_mean(old[name]), estimate_mean(new[name])) for name in old}
+    base, repaired = means["loss"]
+    if metric == "anthropic":
+        rise = estimate_difference(new["loss"], old["loss"]).fields("rise")  # of the log-perplexity
+        row = {"before": perplexity(base.value), "after": perplexity(repaired.value)}
+        for end in ("", "_low", "_high"):
+            known = rise[f"rise{end}"]
+            row[f"change_percent{end}"] = None if known is None else 100 * math.expm1(known)
+        return {"perplexity": row}
+    difference = estimate_difference(old["loss"], new["loss"])
+    percent = improvement_percent(base.value, repaired.value)
+    is_base = abs(base.value) > STANDARD_ERRORS_FROM_ZERO * base.standard_error
+    rows = {metric: _row(base, repaired, difference, percent if is_base else None)}
+    for name in (name for name in HIGHER_IS_BETTER if name in old):
+        rows[f"{metric}_{name}"] = _row(*means[name], estimate_difference(new[name], old[name]), None)
+    return rows
+
+
+def _row(before: Estimate, after: Estimate, improvement: Estimate, percent: float | None) -> dict[str, Any]:
+    values = {"before": before.value, "after": after.value}
+    return {**values, **improvement.fields("improvement"), "improvement_percent": percent}
