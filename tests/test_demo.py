@@ -84,7 +84,7 @@ def test_demo_runs_the_real_scripts_and_sums_them_up(
     monkeypatch.setattr(demo, "run_script", run)
     monkeypatch.setattr(tables, "HH_DATASET", str(small_data / "hh"))
     monkeypatch.setattr(tables, "DATA_DIR", str(small_data))
-    monkeypatch.setattr(tables, "SWEPT_RATES", [0.05])
+    monkeypatch.setattr(tables, "SWEPT_RATES", [0.05, 0.1])
     demo.run_step(
         demo.main,
         ["--MODEL_NAME", str(tiny_models["pythia"]), "--OUTPUT_DIR", str(tmp_path), "--BOTTOM_K", "5"],

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import SHARED_DATA, answer_pairs, needs_real_samples, read_rows
@@ -373,3 +374,84 @@ def test_evaluators_write_what_they_print(workspace, capsys):
         assert (result["model"], result["metric"], result["split"]) == ("pythia-tiny", metric, "test")
         assert f"{result['loss']:.4f}" in capsys.readouterr().out
     assert len(read_rows(workspace.data / "hh" / "test.jsonl")) == 12
+
+
+def plain_pairs(data, split: str) -> dict[str, list[tuple[str, str, str]]]:
+    """Prompt, chosen and rejected of every task, straight from the files and as the released code pairs them."""
+    templates = json.loads((data / "bias" / "templates.json").read_text(encoding="utf-8"))
+    of_bias = []
+    for group in sorted(templates["target_groups"]):
+        records = [
+            [text.replace("[target_group]", group) for text in (templates["prompt"], f" {counter}", f" {stereotype}")]
+            for topic in templates["topics"].values()
+            for stereotype in topic["stereotype"]
+            for counter in topic["antistereotype"]
+        ]
+        random.Random(42).shuffle(records)
+        count = int(len(records) * 0.2)
+        of_bias += records[:count] if split == "test" else records[count:]
+    table = pd.read_csv(data / "ethics" / f"cm_{split}.csv")
+    statements = [
+        list(
+            Dataset.from_dict({"text": table[table["is_short"] & (table["label"] == label)]["input"].tolist()}).shuffle(
+                seed=42
+            )["text"]
+        )
+        for label in (0, 1)
+    ]
+    prompt = (data / "ethics" / "prompt.txt").read_bytes().decode("utf-8")
+    of_ethics = [(prompt, f" {good}", f" {bad}") for good, bad in zip(*statements, strict=False)]
+    questions = pd.read_csv(data / "truthfulness" / "TruthfulQA.csv", encoding="utf-8-sig").to_dict("records")
+    random.Random(42).shuffle(questions)
+    count = int(len(questions) * 0.8)
+    of_truth = [
+        (
+            f"{row['Question']}\n\nAnswer:",
+            f" {row['Best Answer']}",
+            f" {row['Incorrect Answers'].split(';')[0].strip()}",
+        )
+        for row in (questions[count:] if split == "test" else questions[:count])
+    ]
+    return {"bias": of_bias, "ethics": of_ethics, "truth": of_truth}
+
+
+def plain_nll(model, tokenizer, prompt: str, answer: str, end: str, longest: int) -> tuple[float, int]:
+    """Sum and number of the label tokens' NLL, from the full logits of one text at a time."""
+    ids = tokenizer(prompt + answer + end)["input_ids"][:longest]
+    labels = ids[len(tokenizer(prompt)["input_ids"]) : len(ids) - len(end and [end])]
+    with torch.no_grad():
+        log_probabilities = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(dim=-1)
+    first = len(tokenizer(prompt)["input_ids"]) - 1
+    return -sum(float(log_probabilities[first + t, label]) for t, label in enumerate(labels)), len(labels)
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_released_losses_are_those_of_a_plain_loop(workspace, split):
+    """The released split and a prompt of DATA_DIR; every loss to 1e-6."""
+    (workspace.data / "ethics" / "prompt.txt").write_text(
+        "Be good. Say what you did. \n\n Assistant:", encoding="utf-8"
+    )
+    templates = workspace.data / "bias" / "templates.json"
+    content = json.loads(templates.read_text(encoding="utf-8"))
+    templates.write_text(json.dumps({**content, "split": "released"}), encoding="utf-8")
+    model = load_model(str(workspace.model), CPU)
+    tokenizer = load_tokenizer(str(workspace.model))
+    for task, longest in (("bias", 128), ("ethics", 256), ("truth", 512)):
+        workspace.run(f"evaluation_scripts/{task}_loss.py", "--SPLIT", split)
+        losses = []
+        for prompt, *answers in plain_pairs(workspace.data, split)[task]:
+            sums = [plain_nll(model, tokenizer, prompt, answer, "", longest) for answer in answers]
+            losses.append(sums[0][0] / sums[0][1] - sums[1][0] / sums[1][1])
+        result = json.loads((workspace.output / "results" / f"pythia-tiny_{task}_{split}.json").read_text())
+        assert result["pairs"] == len(losses) > 0
+        assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-6, abs=1e-6)
+        assert result["split_rule"] == {"bias": "released", "ethics": "official", "truth": "seeded 80/20"}[task]
+    workspace.run("evaluation_scripts/anthropic_eval.py", "--SPLIT", split)
+    sums = [
+        plain_nll(model, tokenizer, row["prompt"], row["chosen"], tokenizer.eos_token, 1_024)
+        for row in read_rows(workspace.data / "hh" / f"{split}.jsonl")
+    ]
+    result = json.loads((workspace.output / "results" / f"pythia-tiny_anthropic_{split}.json").read_text())
+    totals, tokens = zip(*sums, strict=True)
+    assert result["loss"] == pytest.approx(sum(totals) / sum(tokens), rel=1e-6)
+    assert result["released_loss"] == pytest.approx(released_loss(totals, tokens), rel=1e-6)

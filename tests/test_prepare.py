@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -424,16 +424,21 @@ def test_templates_of_a_python_file(run, data, tmp_path, topics):
     assert manifest_of(data / "bias" / "templates.json")["rows"] == 2 * (2 * 2 + 1)
 
 
-def authors_checkout(root: Path) -> Path:
+def authors_checkout(
+    root: Path,
+    groups: Sequence[str] = ("Ambrels", "Pelgars"),
+    stereotypes: dict = STEREOTYPES,
+    counters: dict = COUNTERS,
+) -> Path:
     """The authors' two files as far as they are read: their names of things, and texts of our own."""
     folder = root / "utils" / "performance_functions"
     folder.mkdir(parents=True)
     bias = f"""
 from nowhere import nothing
 
-USER_STEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {STEREOTYPES!r}
-USER_ANTISTEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {COUNTERS!r}
-TARGET_GROUPS: list[str] = ["Ambrels", "Pelgars"]
+USER_STEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {stereotypes!r}
+USER_ANTISTEREO_PROMPT_TEMPLATES: dict[str, list[str]] = {counters!r}
+TARGET_GROUPS: list[str] = {list(groups)!r}
 FACT_PROMPT_TEMPLATE: str = (
     "Be kind. What about [target_group]?"
     "\\n\\nAssistant:"

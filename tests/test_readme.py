@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import DEMO, load_script, read_rows, run_script, write_rows
-from test_prepare import ETHICS_ROWS, PREPARE, TRUTH_ROWS, FakeHub, csv_bytes, dialogues
+from test_prepare import ETHICS_ROWS, PREPARE, TRUTH_ROWS, FakeHub, authors_checkout, csv_bytes, dialogues
 
 from utils import paths
 from utils.paths import PROJECT_ROOT
@@ -24,6 +24,7 @@ from utils.paths import PROJECT_ROOT
 DOCUMENTS = [PROJECT_ROOT / "README.md", *sorted((PROJECT_ROOT / "docs").glob("*.md"))]
 NOT_RUN = {
     "source .venv/bin/activate": "the tests run in an environment already",
+    "git clone": "needs a network; a stand-in for the checkout is there",
     "pip install": "Makefile and continuous integration install",
     "make": "a target is looked at: its commands must be scripts that are here",
     "accelerate launch": "test_sft.py launches two processes",
@@ -92,6 +93,9 @@ def write_official_copies(folder: Path) -> None:
         "topics": {f"topic {n}": statements for n in range(16)},
     }
     (folder / "templates.json").write_text(json.dumps(templates), encoding="utf-8")
+    sides = ({topic: texts[kind] for topic, texts in templates["topics"].items()} for kind in statements)
+    checkout = authors_checkout(folder / "checkout", templates["target_groups"], *sides)
+    shutil.copy(checkout / "utils" / "performance_functions" / "ethics_dataset.py", folder)
 
 
 def official_hub(folder: Path) -> FakeHub:
@@ -111,7 +115,7 @@ def official_hub(folder: Path) -> FakeHub:
 def run(repository, short_searches, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
-    monkeypatch.setattr(load_script(TABLES), "SWEPT_RATES", [0.05])  # where a command does not say which
+    monkeypatch.setattr(load_script(TABLES), "SWEPT_RATES", [0.05, 0.1])  # where a command does not say which
     hub = official_hub(tmp_path / "hub")
     monkeypatch.setattr("datasets.load_dataset", hub.load_dataset)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
