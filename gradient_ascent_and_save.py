@@ -240,7 +240,7 @@ def repair_task(
         report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
         repair.write(report)
         say_report(report)
-        tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items()})
+        tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
         if settings.NUM_COMPLETIONS:
             write_completions(repair, rate, model, evaluator)
         reports.append(report)

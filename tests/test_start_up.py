@@ -14,7 +14,17 @@ from conftest import load_script
 from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.settings import Settings, load_settings
 
-HEAVY = {"transformers", "kronfluence", "pandas", "matplotlib", "datasets", "accelerate", "jinja2", "huggingface_hub"}
+HEAVY = {
+    "transformers",
+    "kronfluence",
+    "pandas",
+    "matplotlib",
+    "datasets",
+    "accelerate",
+    "jinja2",
+    "huggingface_hub",
+    "scipy",
+}
 
 
 def imported_by(*commands: Sequence[str]) -> set[str]:

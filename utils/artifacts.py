@@ -258,8 +258,14 @@ class Artifact:
         self.require()
         return read_json(self.path, f"delete it and run {self.made_by} again")
 
-    def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
-        """Write a safetensors artifact and its manifest.
+    def save_tensors(
+        self,
+        tensors: dict[str, torch.Tensor],
+        started: float,
+        quiet: bool = False,
+        **details: Any,  # noqa: ANN401
+    ) -> None:
+        """Write a safetensors artifact and its manifest, and say so unless `quiet`.
 
         Args:
             tensors: checked to be finite before anything is written.
@@ -270,7 +276,7 @@ class Artifact:
         require_finite(tensors, shown_path(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.partial_path)
-        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
+        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details, quiet)
 
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
         """Write a JSON artifact and its manifest.
@@ -285,11 +291,14 @@ class Artifact:
         write_atomically(self.partial_path, text)
         self._publish_file(started, {}, details)
 
-    def _publish_file(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> None:
+    def _publish_file(
+        self, started: float, shapes: dict[str, list[int]], details: dict[str, Any], quiet: bool = False
+    ) -> None:
         self.manifest_path.unlink(missing_ok=True)
         self.partial_path.replace(self.path)
         write_atomically(self.manifest_path, to_json(self._manifest(started, shapes, details)))
-        self._say_written(started, shapes)
+        if not quiet:
+            self._say_written(started, shapes)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:

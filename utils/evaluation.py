@@ -197,7 +197,7 @@ class Evaluator:
         if not isinstance(data, Dialogues):
             numbers["split_rule"] = data.split_rule
         numbers |= summarise(losses)
-        stored_losses.save_tensors(losses, started)
+        stored_losses.save_tensors(losses, started, quiet=True)
         artifact.save_json(numbers, started)
         return Result(numbers, losses)
 

@@ -6,8 +6,9 @@ of cluster c, the mean is r = sum_c d_c / sum_c t_c, and
 
     SE(r) = sqrt(C / (C - 1) sum_c (d_c - r t_c)^2) / sum_c t_c
 
-which is the ratio estimator's (Cochran 1977, section 2.11) and, for means, the clustered one of Miller (2024, equation
-4) with the correction C / (C - 1). Intervals use Student's t with C - 1 degrees of freedom, since C may be small.
+which is the ratio estimator's (Cochran 1977, section 2.11) and, for means, the clustered one of Miller (2024, arXiv
+2411.00640) with the correction C / (C - 1). Intervals use Student's t with C - 1 degrees of freedom, since C may be
+small.
 """
 
 from __future__ import annotations

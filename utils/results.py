@@ -67,10 +67,8 @@ def summarise(losses: Losses) -> dict[str, Any]:
 
 
 def perplexity(loss: float | None) -> float | None:
-    """exp(loss); infinite where no float holds it, None where the loss is not known."""
-    if loss is None:
-        return None
-    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+    """exp(loss); None where the loss is not known, or its perplexity too large for a float."""
+    return None if loss is None or loss >= LARGEST_LOSS else math.exp(loss)
 
 
 def improvement_percent(before: float, after: float) -> float:
