@@ -226,7 +226,8 @@ def repair_task(
 ) -> list[Artifact]:
     """Repair for one task at every learning rate; gives the repaired checkpoints."""
     settings, task, rates, search = model.settings, repair.task, model.settings.LEARNING_RATE, None
-    sweep = (settings.OUTPUT_DIR, repair.artifacts.name, task, repair.artifacts.repair_name, repair.inputs)
+    inputs = repair.inputs | {metric: evaluator.data(metric).fingerprint for metric in metrics}
+    sweep = (settings.OUTPUT_DIR, repair.artifacts.name, task, repair.artifacts.repair_name, inputs)
     swept = earlier_rates(*sweep, settings.OVERWRITE) if isinstance(rates, list) else {}
     if rates == "auto":
         banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")

@@ -175,8 +175,9 @@ def main(settings: Settings) -> None:
             checkpoint = last_checkpoint(folder)
         before = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
-        after = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
-        perplexity = {"before": before, "after": after}
+        after = summarise(evaluation_model.measure("anthropic", test))
+        perplexity = {"before": before, "after": after["perplexity"]}
+        perplexity |= {f"after_{end}": after[f"perplexity_{end}"] for end in ("low", "high")}
         tracker.log({"perplexity": perplexity["after"]})
         if processes.is_main_process:
             for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

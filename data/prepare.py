@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
     data_dir = resolve_path(settings.DATA_DIR)
     require_writable("DATA_DIR", settings.DATA_DIR)
     sources = {
-        part: find_source(part, settings, PARTS[part].local_form, PARTS[part].may_be_file, PARTS[part].may_be_hub_id)
+        part: find_source(part, settings, PARTS[part].local_form, PARTS[part].may_be_file, PARTS[part].is_on_hub)
         for part in settings.ONLY
     }
     manifests: dict[str, dict[str, Any]] = {}
@@ -134,7 +134,7 @@ def say_next(data_dir: Path, shown: str) -> None:
     """Print the next command: this script again for missing parts, otherwise the first step."""
     missing = dict.fromkeys(file.part for file in FILES if not (data_dir / file.name).exists())
     if missing:
-        sources = [f" --{part.upper()}_SOURCE path/to/checkout" for part in missing if not PARTS[part].may_be_hub_id]
+        sources = [f" --{part.upper()}_SOURCE path/to/checkout" for part in missing if not PARTS[part].is_on_hub]
         say(f"next: python data/prepare.py --DATA_DIR {shown} --ONLY {' '.join(missing)}{''.join(sources)}")
         return
     say(

@@ -145,15 +145,21 @@ def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManag
         documents = sorted(evaluated["samples"].get(name, []), key=lambda document: document["doc_id"])
         for key, value in numbers.items():
             metric, _, filter_name = key.partition(",")
-            if filter_name and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            if filter_name and not metric.endswith("_stderr") and is_finite(value):
                 values = [document.get(metric) for document in documents if document["filter"] == filter_name]
-                are_numbers = all(isinstance(number, (int, float)) for number in values)
-                metrics[f"{name}/{metric}" if name != task else metric] = {
+                are_numbers = all(map(is_finite, values))
+                shown = metric if filter_name == "none" else f"{metric},{filter_name}"
+                metrics[f"{name}/{shown}" if name != task else shown] = {
                     "value": float(value),
                     "higher_is_better": evaluated["higher_is_better"].get(name, {}).get(metric),
                     "documents": [float(number) for number in values] if are_numbers else [],
                 }
     output.save_json({"task": task, "metrics": metrics}, started)
+
+
+def is_finite(value: object) -> bool:
+    """Whether a metric is a number; some are NaN, where LIMIT leaves no document of their kind."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate:
@@ -178,7 +184,9 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]
     for model, results in after.items():
         for task, result in results.items():
             for metric, new in result["metrics"].items():
-                old = before[task]["metrics"][metric]
+                old = before[task]["metrics"].get(metric)
+                if old is None:  # it was no number
+                    continue
                 row = {"model": model, "task": task, "metric": metric, "before": old["value"], "after": new["value"]}
                 row |= difference(old, new).fields("difference")
                 row |= {"documents": len(new["documents"]), "higher_is_better": new["higher_is_better"]}

@@ -184,7 +184,8 @@ def common_constants(settings: Settings, model: str, seed: int) -> dict[str, Any
     output_dir = Path(settings.OUTPUT_DIR)
     folder = output_dir if seed == settings.SEEDS[0] else output_dir / f"seed-{seed}"
     shared = settings.pick(*STEP_CONSTANTS)
-    return {**shared, "MODEL_NAME": model, "SEED": seed, "OUTPUT_DIR": str(folder), "SAVE_TO_DISK": False}
+    measured = {"SAVE_TO_DISK": False, "COMPUTE_ANTHROPIC_EVAL": True, "COMPUTE_TASK_EVAL": True}
+    return {**shared, **measured, "MODEL_NAME": model, "SEED": seed, "OUTPUT_DIR": str(folder)}
 
 
 # -- its results -------------------------------------------------------------------------------------------------------
@@ -200,8 +201,8 @@ def repair_row(
         learning_rate: as it was given to step 5; the search's result replaces "auto".
 
     Returns:
-        The repair, seed, seconds, learning rate, unlearned rows (`indices`), why a search `stopped`, and for perplexity
-        and each task the loss after the repair and its change in percent.
+        The repair, seed, seconds, learning rate, unlearned rows (`indices`), why a search `stopped`, the improvement
+        of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
         learning_rate = read_json(paths.search_file(output_dir, repair.task, model, repair.name))["learning_rate"]
@@ -230,11 +231,13 @@ def mean_improvement(row: dict[str, Any], tasks: Sequence[str]) -> dict[str, flo
     improvements = [with_interval(row, f"{task}_improvement") for task in tasks]
     percents = [row[f"{task}_improvement_percent"] for task in tasks]
     mean = statistics.fmean(improvement.value for improvement in improvements)
-    margin = math.hypot(*(improvement.high - improvement.value for improvement in improvements)) / len(tasks)
+    margin = None
+    if all(improvement.high is not None for improvement in improvements):
+        margin = math.hypot(*(improvement.high - improvement.value for improvement in improvements)) / len(tasks)
     return {
         "improvement": mean,
-        "improvement_low": mean - margin,
-        "improvement_high": mean + margin,
+        "improvement_low": None if margin is None else mean - margin,
+        "improvement_high": None if margin is None else mean + margin,
         "improvement_percent": None if None in percents else statistics.fmean(percents),
     }
 

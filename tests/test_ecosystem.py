@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import accelerate.tracking
 import pandas as pd
@@ -62,7 +63,7 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
     for told in (
         "repaired for truth",
         "5 training dialogues, chosen by `pure_ekfac`, at learning rate 0.05",
-        f"It cost {perplexity['change_percent']:+.2f} % [",
+        f"Perplexity on the test dialogues: change {perplexity['change_percent']:+.2f} % [",
         "`FACTOR_STRATEGY`: ekfac",
         "Intended use and limits",
     ):
@@ -78,7 +79,10 @@ def test_the_card_says_what_was_done_and_what_it_cost(repaired):
         change = f"improvement {row['improvement']:+.4f} [{low:+.4f}, {high:+.4f}]"
         assert cells[task][:2] == [f"{row['before']:.4f}", f"{row['after']:.4f}"]
         assert cells[task][2].startswith(change)
-    assert "split so: bias: disjoint, ethics: official, truth: seeded 80/20" in card.text
+    assert "were split: bias disjoint, ethics by files, truth seeded 80/20." in card.text
+    alone = repair_card({**report, "measurements": {"perplexity": perplexity}, "split_rules": {}})
+    assert "Perplexity on the test dialogues" in alone
+    assert "log-odds" not in alone
     assert report["settings"]["NUM_BLOCKS"] == 1
 
 
@@ -162,6 +166,25 @@ def test_the_paired_standard_error_is_that_of_the_differences():
     not_a_mean = {"value": 0.9, "documents": new}
     assert script.difference(results[0], not_a_mean).fields("d")["d_low"] is None
     assert script.difference(results[0], not_a_mean).value == pytest.approx(0.3)
+
+
+def test_metrics_that_are_no_numbers_are_left_out_and_filters_kept_apart(monkeypatch):
+    """bbq's categories are NaN where LIMIT leaves no document of theirs."""
+    pytest.importorskip("lm_eval")
+    results = {"alias": "t", "acc,none": 0.5, "acc_age,none": float("nan"), "em,strict": 0.1, "em,flexible": 0.4}
+    documents = [{"doc_id": n, "filter": "none", "acc": n, "acc_age": float("nan")} for n in (0, 1)]
+    evaluated = {"results": {"t": results}, "samples": {"t": documents}, "higher_is_better": {}}
+    monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: evaluated)
+    written = []
+    output = SimpleNamespace(save_json=lambda content, _: written.append(content))
+    load_script(HARNESS).evaluate_task(SimpleNamespace(LIMIT=2), None, "t", None, output)
+    metrics = written[0]["metrics"]
+    assert {name: metric["value"] for name, metric in metrics.items()} == {
+        "acc": 0.5,
+        "em,strict": 0.1,
+        "em,flexible": 0.4,
+    }
+    assert metrics["acc"]["documents"] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def test_a_single_cluster_has_no_interval():
     }
 
 
+def test_clusters_without_a_value_count_nothing():
+    """A dialogue may have no label."""
+    total, count = torch.tensor([30.0, 44.0]).double(), torch.tensor([10, 20])
+    empty = torch.zeros(4)
+    padded = ClusterSums(torch.cat([total, empty.double()]), torch.cat([count, empty.long()]))
+    assert estimate_mean(padded) == estimate_mean(ClusterSums(total, count))
+    assert estimate_mean(ClusterSums(padded.total[1:], padded.count[1:])).fields("loss")["loss_low"] is None
+
+
 def test_the_interval_is_students():
     assert Estimate(0.0, 1.0, 11).margin == pytest.approx(2.228139, abs=1e-6)  # the tabled value for 10 degrees
     assert Estimate(0.0, 1.0, 100_001).margin == pytest.approx(1.96, abs=1e-3)
@@ -89,6 +98,15 @@ def test_perplexity_and_its_change_come_with_intervals():
     rise = estimate_mean(ClusterSums(after["nll"] - before["nll"], before["tokens"]))
     assert row["change_percent"] == pytest.approx(100 * (row["after"] - row["before"]) / row["before"])
     assert row["change_percent_high"] == pytest.approx(100 * math.expm1(rise.interval[1]))
+
+
+def test_a_change_that_no_float_holds_has_no_end():
+    before = {"nll": torch.tensor([30.0, 40.0, 35.0]).double(), "tokens": torch.tensor([10, 10, 10])}
+    after = {**before, "nll": torch.tensor([800.0, 3000.0, 5000.0]).double()}
+    row = compare("anthropic", before, after)["perplexity"]
+    assert row["change_percent"] > 1e100
+    assert row["change_percent_high"] is None
+    assert summarise(after)["perplexity_high"] is None
 
 
 def pair_losses(*values: float) -> dict[str, torch.Tensor]:

@@ -181,17 +181,26 @@ def texts_of(pairs: AnswerPairs) -> set[tuple[str, str]]:
     return {(pair.prompt, answer) for pair in pairs for answer in (pair.chosen, pair.rejected)}
 
 
-@needs_real_samples
 def test_no_text_of_a_disjoint_test_pair_is_in_training(tmp_path):
-    templates = json.loads((SHARED_DATA / "bias" / "templates.json").read_text(encoding="utf-8"))
-    (tmp_path / "bias").mkdir()
+    """Texts of the official shape: 24 groups, 16 topics, 3 statements of each kind."""
+    groups = [f"Group {number}" for number in range(24)]
     for rule, counts in (("released", (2_784, 672)), ("disjoint", (2_808, 648))):
-        content = json.dumps({**templates, "split": rule})
-        (tmp_path / "bias" / "templates.json").write_text(content, encoding="utf-8")
+        write_templates(tmp_path, 16, target_groups=groups, split=rule)
         train, test = (bias.read_pairs(tmp_path, split) for split in ("train", "test"))
         assert (len(train), len(test)) == counts
         shared = texts_of(train) & texts_of(test)
         assert not shared if rule == "disjoint" else shared == texts_of(test)
+
+
+def test_a_text_of_two_topics_cannot_be_split_disjointly(tmp_path):
+    write_templates(tmp_path, 10)
+    file = tmp_path / "bias" / "templates.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for topic in content["topics"].values():
+        topic["antistereotype"].append("[target_group] are honest.")
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match=r"'\[target_group\] are honest.' occurs in two topics"):
+        bias.read_pairs(tmp_path, "test")
 
 
 def test_ethics_pairs_are_short_shuffled_cut_and_paired_in_order(tmp_path):
@@ -445,7 +454,7 @@ def test_released_losses_are_those_of_a_plain_loop(workspace, split):
         result = json.loads((workspace.output / "results" / f"pythia-tiny_{task}_{split}.json").read_text())
         assert result["pairs"] == len(losses) > 0
         assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-6, abs=1e-6)
-        assert result["split_rule"] == {"bias": "released", "ethics": "official", "truth": "seeded 80/20"}[task]
+        assert result["split_rule"] == {"bias": "released", "ethics": "by files", "truth": "seeded 80/20"}[task]
     workspace.run("evaluation_scripts/anthropic_eval.py", "--SPLIT", split)
     sums = [
         plain_nll(model, tokenizer, row["prompt"], row["chosen"], tokenizer.eos_token, 1_024)

@@ -486,9 +486,11 @@ def test_a_prompt_of_ones_own_is_taken_byte_for_byte(run, refusal, data, tmp_pat
     run("--ONLY", "prompt", "--PROMPT_SOURCE", tmp_path / "prompt.txt")
     assert (data / "ethics" / "prompt.txt").read_bytes() == (tmp_path / "prompt.txt").read_bytes()
     for name, content, told in (
-        ("empty.txt", b"", "gives no rows for ethics/prompt.txt"),
-        ("none.py", b"x = 1\n", "assigns 0 texts to a name with 'prompt' in it"),
-        ("two.py", b"PROMPT = 'a'\nother_prompt = 'b'\n", "assigns 2 texts"),
+        ("empty.txt", b"", "prompt.txt is empty"),
+        ("blank.txt", b" \n", "prompt.txt is empty"),
+        ("twice.py", b"def f():\n    prompt = 'a'\ndef g():\n    prompt = 'b'\n", "assigns 2 different texts"),
+        ("none.py", b"x = 1\n", "assigns 0 different texts to names with 'prompt' in them"),
+        ("two.py", b"PROMPT = 'a'\nother_prompt = 'b'\n", "assigns 2 different texts"),
         ("latin.txt", b"\xff", "truncated or malformed"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -191,6 +191,8 @@ KILLS: dict[str, tuple[str, Kill]] = {
     "before a checkpoint is saved": (STEP_5, at_call(lambda: PreTrainedModel, "save_pretrained", 2)),
     "before a checkpoint gets its name": (STEP_5, at_rename(REPAIRED)),
     "before a checkpoint is measured": (STEP_5, at_call(lambda: evaluation, "evaluate_dialogues", 3)),
+    "between losses and their manifest": (STEP_5, at_rename("pythia-tiny_bias_test_losses.manifest.json")),
+    "between losses and the result": (STEP_5, at_rename("pythia-tiny_bias_test.json")),
     "between a result and its manifest": (STEP_5, at_rename("pythia-tiny_bias_test.manifest.json")),
     "before the report": (STEP_5, at_rename("repair.json", 2)),
     "before the model card": (STEP_5, at_rename("README.md")),

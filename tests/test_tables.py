@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import typing
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
 from evaluation_scripts import paper_tables
-from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names
+from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names, mean_improvement
 from utils import paths
 from utils.artifacts import read_json, write_atomically
 from utils.console import UserError
@@ -82,7 +83,8 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
 
 def sweep_report(learning_rate):
     perplexity, bias = {"after": 5.0, "change_percent": 0.5}, {"after": -1.0, "improvement": 0.3}
-    return {"learning_rate": learning_rate, "measurements": {"perplexity": perplexity, "bias": bias}}
+    measurements = {"perplexity": perplexity, "bias": bias}
+    return {"learning_rate": learning_rate, "measurements": measurements, "split_rules": {"bias": "disjoint"}}
 
 
 def test_a_sweep_from_other_inputs_is_refused_unless_it_is_to_be_replaced(tmp_path):
@@ -129,7 +131,7 @@ def test_a_run_killed_while_drawing_leaves_no_truncated_figure(tmp_path, monkeyp
 
 def make_row(seed=42, task="bias", method="dpp", gain=30.0, **more):
     row = {"model": "m", "seed": seed, "task": task, "method": method, "bottom_k": 20, "if_weight": 10.0}
-    row |= {"learning_rate": 0.1, "perplexity": 5.0, "perplexity_change_percent": 0.5}
+    row |= {"learning_rate": 0.1, "perplexity": 5.0, "perplexity_change_percent": 0.5, "bias_split": "disjoint"}
     for name in ("improvement", "bias_improvement", "ethics_improvement", "truth_improvement"):
         ends = {f"{name}_low": gain / 100 - 0.05, f"{name}_high": gain / 100 + 0.05}
         row |= {name: gain / 100, **ends, f"{name}_percent": gain}
@@ -146,18 +148,41 @@ def test_main_table_has_a_line_for_each_model_and_repair():
     rows = [make_row(42, gain=30), make_row(0, gain=10), make_row(method="random", gain=-1)]
     loss = {"loss": -1.0, "loss_low": -1.25, "loss_high": -0.75, "split_rule": "disjoint"}
     baseline = {"anthropic": {"perplexity": 5.0}, **dict.fromkeys(("bias", "ethics", "truth"), loss)}
-    rows[2]["bias_improvement_percent"] = None
+    rows[2]["improvement_percent"] = None
     table = main_table([("m (POST-SFT)", baseline), ("b (pre-SFT)", {})], rows, {"bias": [2, 3, 9], "truth": [1]})
     assert [row[2] for row in table.rows] == ["–", "–", "dpp", "random"]
     assert {len(row) for row in table.rows} == {len(table.header)}
     shown = dict(zip(table.header, table.rows[2], strict=True))
-    assert shown["improvement"] == "+0.200 [+0.150, +0.250] (+20.0 ± 14.1 %)"
-    assert table.rows[3][table.header.index("bias")] == "-0.010 [-0.060, +0.040] (‡)"
+    assert shown["improvement"] == "+0.200 ± 0.141 [+0.150, +0.250] (+20.0 ± 14.1 %)"
+    assert shown["ethics"] == "+0.200 ± 0.141 [+0.150, +0.250]"
+    assert table.rows[3][table.header.index("improvement")] == "-0.010 [-0.060, +0.040] (‡)"
     assert table.rows[0][table.header.index("bias")] == "-1.0000 [-1.2500, -0.7500]"
-    assert "bias: disjoint, ethics: disjoint" in table.caption
+    assert table.caption.endswith("Split of the pairs: bias disjoint.")
+    assert ablation_table(rows, "bottom_k").caption.endswith("Split of the pairs: bias disjoint.")
     assert "‡: no percentage" in table.caption
     assert shown["known harm"] == "2 ± 0 of 3"
     assert dict(zip(table.header, table.rows[1], strict=True))["perplexity"] == "–"
+
+
+def test_an_unknown_interval_stays_unknown():
+    """Of a single cluster; a mean with it has none either."""
+    row = make_row() | {"bias_improvement_low": None, "bias_improvement_high": None}
+    mean = mean_improvement(row, ["bias", "ethics", "truth"])
+    assert mean["improvement"] == pytest.approx(0.3)
+    assert mean["improvement_low"] is mean["improvement_high"] is None
+    known = mean_improvement(row, ["ethics", "truth"])
+    assert known["improvement_high"] == pytest.approx(0.3 + math.hypot(0.05, 0.05) / 2)
+    table = main_table([], [row | mean], None)
+    assert table.rows[0][table.header.index("improvement")] == "+0.300 (+30.0 %)"
+
+
+def test_sweeps_measured_on_other_data_are_not_drawn_together(tmp_path, capsys):
+    report = sweep_report(0.1)
+    for repair, data in (("random_bottom5", "old"), ("dpp_ifweight10_bottom5", "new")):
+        write_sweep(
+            str(tmp_path), "m", "bias", repair, {"model": "a", "gradient": repair, "bias": data}, {}, [report], 1.0
+        )
+    assert "bias_m_random_bottom5_sweep.json" in capsys.readouterr().out.split("not drawn")[1]
 
 
 def test_tables_are_written_in_three_formats(tmp_path):

@@ -154,6 +154,7 @@ class Artifact:
         settings: the constants that its content depends on.
         inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artifacts).
         is_folder: whether the artifact is a folder; its manifest then lies inside.
+        quiet: print nothing about it.
     """
 
     path: Path
@@ -161,6 +162,7 @@ class Artifact:
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     is_folder: bool = False
+    quiet: bool = False
 
     @property
     def manifest_path(self) -> Path:
@@ -197,7 +199,7 @@ class Artifact:
                 f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "
                 "Set OVERWRITE = True to replace it, or choose another OUTPUT_DIR to keep both"
             )
-        if not differences:
+        if not differences and not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
         return not differences
 
@@ -231,8 +233,8 @@ class Artifact:
             )
         return manifest
 
-    def load_tensors(self, quiet: bool = False) -> dict[str, torch.Tensor]:
-        """Read a safetensors artifact, and say so unless `quiet`.
+    def load_tensors(self) -> dict[str, torch.Tensor]:
+        """Read a safetensors artifact.
 
         Raises:
             UserError: missing, made from something else, unreadable or truncated, or not finite.
@@ -245,7 +247,7 @@ class Artifact:
                 f"{shown_path(self.path)} cannot be read ({error}); delete it and run {self.made_by} again"
             ) from None
         require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
-        if not quiet:
+        if not self.quiet:
             say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
         return tensors
 
@@ -258,14 +260,8 @@ class Artifact:
         self.require()
         return read_json(self.path, f"delete it and run {self.made_by} again")
 
-    def save_tensors(
-        self,
-        tensors: dict[str, torch.Tensor],
-        started: float,
-        quiet: bool = False,
-        **details: Any,  # noqa: ANN401
-    ) -> None:
-        """Write a safetensors artifact and its manifest, and say so unless `quiet`.
+    def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
+        """Write a safetensors artifact and its manifest.
 
         Args:
             tensors: checked to be finite before anything is written.
@@ -276,7 +272,7 @@ class Artifact:
         require_finite(tensors, shown_path(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.partial_path)
-        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details, quiet)
+        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
 
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
         """Write a JSON artifact and its manifest.
@@ -291,14 +287,11 @@ class Artifact:
         write_atomically(self.partial_path, text)
         self._publish_file(started, {}, details)
 
-    def _publish_file(
-        self, started: float, shapes: dict[str, list[int]], details: dict[str, Any], quiet: bool = False
-    ) -> None:
+    def _publish_file(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> None:
         self.manifest_path.unlink(missing_ok=True)
         self.partial_path.replace(self.path)
         write_atomically(self.manifest_path, to_json(self._manifest(started, shapes, details)))
-        if not quiet:
-            self._say_written(started, shapes)
+        self._say_written(started, shapes)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
@@ -335,4 +328,5 @@ class Artifact:
 
     def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
         content = f": {_shape_in_words(shapes)}," if shapes else ""
-        say(f"   wrote {shown_path(self.path)}{content} in {time.monotonic() - started:.1f} s")
+        if not self.quiet:
+            say(f"   wrote {shown_path(self.path)}{content} in {time.monotonic() - started:.1f} s")

@@ -182,8 +182,9 @@ class Evaluator:
         data = self.data(metric)
         location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data.fingerprint)
         artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
-        if artifact.is_finished(self.settings.OVERWRITE) and stored_losses.path.exists():
-            return Result(read_json(artifact.path), stored_losses.load_tensors(quiet=True))
+        overwrite = self.settings.OVERWRITE
+        if artifact.is_finished(overwrite) and stored_losses.is_finished(overwrite):
+            return Result(read_json(artifact.path), stored_losses.load_tensors())
         model = load()
         started = time.monotonic()
         losses = model.measure(metric, data)
@@ -197,7 +198,7 @@ class Evaluator:
         if not isinstance(data, Dialogues):
             numbers["split_rule"] = data.split_rule
         numbers |= summarise(losses)
-        stored_losses.save_tensors(losses, started, quiet=True)
+        stored_losses.save_tensors(losses, started)
         artifact.save_json(numbers, started)
         return Result(numbers, losses)
 

@@ -72,12 +72,12 @@ def sum_by_cluster(values: torch.Tensor, clusters: torch.Tensor) -> ClusterSums:
 
 
 def estimate_mean(sums: ClusterSums) -> Estimate:
-    """The mean of a sample of clusters."""
-    num_values, num_clusters = sums.count.sum(), len(sums.count)
+    """The mean of a sample of clusters; those without a value count nothing."""
+    num_values, num_clusters = sums.count.sum(), int((sums.count > 0).sum())
     mean = sums.total.sum() / num_values
     if num_clusters < 2:
         return Estimate(float(mean), math.inf, num_clusters)
-    residuals = sums.total - mean * sums.count
+    residuals = sums.total - mean * sums.count  # 0 where there is no value
     variance = num_clusters / (num_clusters - 1) * residuals.square().sum()
     return Estimate(float(mean), float(variance.sqrt() / num_values), num_clusters)
 

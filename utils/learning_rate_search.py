@@ -22,7 +22,7 @@ from utils.intervals import ClusterSums, estimate_difference
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.registry import ModelArtifacts
-from utils.results import improvement_percent, quantities
+from utils.results import quantities
 from utils.selection import held_out_rows
 from utils.settings import task_weights
 
@@ -41,7 +41,7 @@ class Trial:
     Attributes:
         perplexity_change: (after - before) / before on the validation dialogues; infinite if the loss is not finite.
         standard_error: of `perplexity_change`, over the validation dialogues.
-        gain: to be maximised; the improvement on the training pairs, in percent.
+        gain: to be maximised; the improvement on the training pairs, in nats per token.
     """
 
     learning_rate: float
@@ -212,11 +212,10 @@ def search_learning_rate(
     def measure(learning_rate: float) -> Trial:
         nll_after, after = losses(learning_rate)
         change, error = perplexity_change(nll_before, nll_after)
-        gains = [weight * improvement_percent(before[name], after[name]) for name, weight in weights.items()]
-        gain = sum(gains) / sum(weights.values())
+        gain = sum(weight * (before[name] - after[name]) for name, weight in weights.items()) / sum(weights.values())
         say(
             f"   tried {learning_rate:g}: validation perplexity {100 * change:+.2f} ± {100 * error:.2f} %, "
-            f"training pairs {gain:+.1f} %"
+            f"training pairs improve by {gain:+.4f} nats per token"
         )
         return Trial(learning_rate, change, error, gain if math.isfinite(gain) else -math.inf)
 

@@ -187,7 +187,7 @@ def result_artifact(output_dir: str, model_name: str, fingerprint: str, metric: 
 def losses_artifact(output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: str) -> Artifact:
     """Steps 5 and 6: the losses of single pairs or dialogues that a result was computed from; as `result_artifact`."""
     result = result_artifact(output_dir, model_name, fingerprint, metric, split, data)
-    return replace(result, path=paths.losses_file(output_dir, model_name, metric, split))
+    return replace(result, path=paths.losses_file(output_dir, model_name, metric, split), quiet=True)
 
 
 def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:

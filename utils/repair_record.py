@@ -83,7 +83,9 @@ class RepairRecord:
             "search": search,
             "dataset": settings.HH_DATASET,
             "settings": self.gradient["settings"],
-            "split_rules": {metric: result.numbers.get("split_rule") for metric, result in before.items()},
+            "split_rules": {
+                metric: result.numbers["split_rule"] for metric, result in before.items() if metric != "anthropic"
+            },
             "measurements": measurements,
         }
 

@@ -57,7 +57,7 @@ def summarise(losses: Losses) -> dict[str, Any]:
         numbers |= estimate.fields(name)
     if "nll" in losses:
         return numbers | {
-            **{f"perplexity{end}": perplexity(numbers[f"loss{end}"]) for end in ("", "_low", "_high")},
+            **_exponential_fields("perplexity", estimates["loss"]),
             "tokens": int(losses["tokens"].sum()),
             "dialogues": len(losses["nll"]),
             "released_loss": released_loss(losses["nll"].tolist(), losses["tokens"].tolist()),
@@ -69,6 +69,16 @@ def summarise(losses: Losses) -> dict[str, Any]:
 def perplexity(loss: float | None) -> float | None:
     """exp(loss); None where the loss is not known, or its perplexity too large for a float."""
     return None if loss is None or loss >= LARGEST_LOSS else math.exp(loss)
+
+
+def _exponential_fields(name: str, log: Estimate, is_change: bool = False) -> dict[str, float | None]:
+    """exp of an estimate, or 100 (exp - 1) for a change in percent; the standard error by the delta method."""
+    fields, error = log.fields(name), f"{name}_standard_error"
+    slope = (100 if is_change else 1) * math.exp(min(log.value, LARGEST_LOSS))
+    mapped = {key: perplexity(value) for key, value in fields.items()}
+    if is_change:
+        mapped = {key: None if value is None else 100 * value - 100 for key, value in mapped.items()}
+    return mapped | {error: None if fields[error] is None else slope * fields[error]}
 
 
 def improvement_percent(before: float, after: float) -> float:
@@ -89,12 +99,9 @@ def compare(metric: Metric, before: Losses, after: Losses) -> dict[str, dict[str
     means = {name: (estimate_mean(old[name]), estimate_mean(new[name])) for name in old}
     base, repaired = means["loss"]
     if metric == "anthropic":
-        rise = estimate_difference(new["loss"], old["loss"]).fields("rise")  # of the log-perplexity
+        rise = estimate_difference(new["loss"], old["loss"])  # of the log-perplexity
         row = {"before": perplexity(base.value), "after": perplexity(repaired.value)}
-        for end in ("", "_low", "_high"):
-            known = rise[f"rise{end}"]
-            row[f"change_percent{end}"] = None if known is None else 100 * math.expm1(known)
-        return {"perplexity": row}
+        return {"perplexity": row | _exponential_fields("change_percent", rise, is_change=True)}
     difference = estimate_difference(old["loss"], new["loss"])
     percent = improvement_percent(base.value, repaired.value)
     is_base = abs(base.value) > STANDARD_ERRORS_FROM_ZERO * base.standard_error

@@ -41,9 +41,9 @@ class PreparedFile(Artifact):
             say(f"   finished before: {shown_path(self.path)}")
         elif not overwrite:
             raise UserError(
-                f"{shown_path(self.path)} has been truncated or edited, or comes from another source: "
-                f"{'; '.join(differences)}. Set OVERWRITE = True to fetch it again, give another DATA_DIR, or leave it "
-                "out of ONLY"
+                f"{shown_path(self.path)} has been truncated or edited, or was made from another source or with other "
+                f"constants: {'; '.join(differences)}. Set OVERWRITE = True to fetch it again, give another DATA_DIR, "
+                "or leave it out of ONLY"
             )
         return not differences
 

@@ -1,4 +1,4 @@
-"""The four parts of the official data: their files, their official row counts, and the loaders that read them."""
+"""The five parts of the official data: their files, their official row counts, and the loaders that read them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from data.official.sources import Source
 from data.official.templates import bias_content, prompt_content
 from utils.console import UserError, shown_path
 from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.ethics import read_prompt
 from utils.performance_functions.hh import read_dialogues
 
 PartName = Literal["hh", "truth", "ethics", "prompt", "bias"]
@@ -24,7 +25,7 @@ class Part(NamedTuple):
     local_form: str  # what a local copy must be, for messages
     may_be_file: bool  # whether a local copy can be a single file
     unit: str = "rows"  # what the official count counts
-    may_be_hub_id: bool = True  # whether the hub has it
+    is_on_hub: bool = True  # whether the hub has it
     options: Sequence[str] = ()  # constants of data/prepare.py that change the content
 
 
@@ -45,6 +46,8 @@ class OfficialFile(NamedTuple):
     def _load(self, data_dir: Path, split: Literal["train", "test"]) -> Sized:
         if self.part == "hh":
             return read_dialogues(str(data_dir / "hh"), split)
+        if self.part == "prompt":
+            return [read_prompt(data_dir / "ethics" / "prompt.txt")]
         return MEASUREMENTS[self.part].read_pairs(data_dir, split)
 
     def count_loaded(self, source: Source, data_dir: Path) -> dict[str, int]:
@@ -92,8 +95,8 @@ PARTS = {
     "hh": Part(hh_content, ["{split}.jsonl"], HH_FORM, may_be_file=False),
     "truth": Part(truth_content, ["TruthfulQA.csv"], TRUTH_FORM, may_be_file=True),
     "ethics": Part(ethics_content, ETHICS_CANDIDATES, ETHICS_FORM, may_be_file=False),
-    "prompt": Part(prompt_content, PROMPT_CANDIDATES, PROMPT_FORM, True, "text", may_be_hub_id=False),
-    "bias": Part(bias_content, BIAS_CANDIDATES, BIAS_FORM, True, "pairs", may_be_hub_id=False, options=["BIAS_SPLIT"]),
+    "prompt": Part(prompt_content, PROMPT_CANDIDATES, PROMPT_FORM, True, "text", is_on_hub=False),
+    "bias": Part(bias_content, BIAS_CANDIDATES, BIAS_FORM, True, "pairs", is_on_hub=False, options=["BIAS_SPLIT"]),
 }
 FILES = (
     OfficialFile("hh", "hh/train.jsonl", "train", 96_256, ["train"]),
@@ -101,6 +104,6 @@ FILES = (
     OfficialFile("truth", "truthfulness/TruthfulQA.csv", "validation", 817, ["train", "test"]),
     OfficialFile("ethics", "ethics/cm_train.csv", "train", 13_910, ["train"]),
     OfficialFile("ethics", "ethics/cm_test.csv", "test", 3_885, ["test"]),
-    OfficialFile("prompt", "ethics/prompt.txt", "all", 1, []),
+    OfficialFile("prompt", "ethics/prompt.txt", "all", 1, ["train", "test"]),
     OfficialFile("bias", "bias/templates.json", "all", 3_456, ["train", "test"]),
 )

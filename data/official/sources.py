@@ -39,9 +39,7 @@ class Source(NamedTuple):
         raise UserError(f"{self}: the folder has none of {', '.join(candidates)}; give {self.local_form}")
 
 
-def find_source(
-    part: str, settings: Settings, local_form: str, may_be_file: bool, may_be_on_hub: bool = True
-) -> Source:
+def find_source(part: str, settings: Settings, local_form: str, may_be_file: bool, is_on_hub: bool = True) -> Source:
     """The source that a part's SOURCE constant names.
 
     Raises:
@@ -50,7 +48,7 @@ def find_source(
     """
     setting = f"{part.upper()}_SOURCE"
     value = getattr(settings, setting)
-    if value is None or not (may_be_on_hub or resolve_path(value).exists()):
+    if value is None or not (is_on_hub or resolve_path(value).exists()):
         what = f"{setting} = {value!r}" + ("" if value is None else ": no such file or folder")
         raise UserError(f"{what}; give {local_form}, or leave {part} out of ONLY")
     source = Source(setting, value, local_form, resolve_path(value))

@@ -59,13 +59,13 @@ def prompt_content(source: Source, _: str, candidates: Sequence[str]) -> Content
     file = source.file(candidates)
     with readable_errors(source, file):
         if file.suffix.lower() != ".py":
-            return Content(file.read_bytes().decode("utf-8"), int(file.stat().st_size > 0), {})
-        literals = assigned_literals(file.read_bytes())
-    prompts = {value for name, value in literals.items() if isinstance(value, str) and "prompt" in name.lower()}
+            return Content(file.read_bytes().decode("utf-8"), 1, {})
+        literals = list(literal_assignments(file.read_bytes()))
+    prompts = {value for name, value in literals if isinstance(value, str) and "prompt" in name.lower()}
     if len(prompts) != 1:
         raise UserError(
-            f"{source}: {shown_path(file)} assigns {len(prompts)} texts to a name with 'prompt' in it, and exactly one "
-            "is needed; the file is not run; or give a prompt.txt"
+            f"{source}: {shown_path(file)} assigns {len(prompts)} different texts to names with 'prompt' in them, and "
+            "exactly one is needed (the file is not run); or give a prompt.txt"
         )
     return Content(prompts.pop(), 1, {})
 
@@ -79,20 +79,26 @@ def readable_errors(source: Source, file: Path) -> Iterator[None]:
         raise UserError(f"{source}: {shown_path(file)} is truncated or malformed ({error})") from None
 
 
-def assigned_literals(content: bytes) -> dict[str, Any]:
-    """Names and values of the literals that a Python file assigns; outer and earlier assignments win. Nothing is run.
+def literal_assignments(content: bytes) -> Iterator[tuple[str, Any]]:
+    """Names and values of the literals that a Python file assigns, outer ones first. Nothing is run.
 
     Raises:
         SyntaxError, ValueError, RecursionError, MemoryError: the file is not Python, or nested too deeply.
     """
-    literals: dict[str, Any] = {}
     for node in ast.walk(ast.parse(content)):  # breadth first
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
             with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 value = ast.literal_eval(node.value)
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                     if isinstance(target, ast.Name) and value:  # skips an empty `topics = {}`
-                        literals.setdefault(target.id, value)
+                        yield target.id, value
+
+
+def assigned_literals(content: bytes) -> dict[str, Any]:
+    """The first value of each name; raises as `literal_assignments`."""
+    literals: dict[str, Any] = {}
+    for name, value in literal_assignments(content):
+        literals.setdefault(name, value)
     return literals
 
 

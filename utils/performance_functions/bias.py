@@ -93,7 +93,14 @@ def _disjoint_split(
     shuffler.shuffle(topics)
     of_test = set(topics[: max(1, int(len(topics) * TEST_SHARE))])
     test = [statement for statement in statements if statement[0] in of_test]
-    return [statement for statement in statements if statement[0] not in of_test], test
+    train = [statement for statement in statements if statement[0] not in of_test]
+    shared = {text for _, *texts in train for text in texts} & {text for _, *texts in test for text in texts}
+    if shared:
+        raise UserError(
+            f"bias/templates.json: {min(shared)!r} occurs in two topics, so the disjoint split cannot keep it out of "
+            "the training pairs; change or remove one of them, or set split to 'released'"
+        )
+    return train, test
 
 
 def _texts(value: Any) -> list[str]:  # noqa: ANN401

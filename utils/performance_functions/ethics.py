@@ -41,7 +41,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
         AnswerPair(prompt, f" {acceptable}", f" {wrong}")
         for acceptable, wrong in zip(statements[ACCEPTABLE], statements[WRONG], strict=False)
     ]
-    return AnswerPairs(pairs, [str(number) for number in range(len(pairs))], "official")
+    return AnswerPairs(pairs, [str(number) for number in range(len(pairs))], "by files")
 
 
 def read_prompt(path: Path) -> str:

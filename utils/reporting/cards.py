@@ -50,36 +50,36 @@ def _blocks_in_words(report: dict[str, Any]) -> str:
 
 
 def change_in_words(metric: str, row: dict[str, Any]) -> str:
-    """A row of a report's measurements: `perplexity +0.51 % [+0.31, +0.71]`, `improvement +0.042 [...] (+35.6 %)`."""
+    """A row of a report's measurements: `change +0.51 % [+0.31, +0.71]`, `improvement +0.042 [...] (+35.6 %)`."""
     name, form, unit = ("change_percent", "+.2f", " %") if metric == "perplexity" else ("improvement", "+.4f", "")
     change = f"{name.partition('_')[0]} {with_interval(row, name).shown(form, unit)}"
     percent = row.get("improvement_percent")
     return change if percent is None else f"{change} ({percent:+.1f} %)"
 
 
-def _before_and_after(report: dict[str, Any]) -> list[str]:
-    """Heading, cost, table and legend; nothing where nothing was measured."""
-    measurements = report["measurements"]
+def _before_and_after(report: dict[str, Any]) -> list[str | None]:
+    """Heading, table and legend; nothing where nothing was measured."""
+    measurements, splits = report["measurements"], report["split_rules"]
     if not measurements:
         return []
-    cost = ""
-    if "perplexity" in measurements:
-        change = change_in_words("perplexity", measurements["perplexity"]).removeprefix("change ")
-        cost = f"It cost {change} perplexity on the test dialogues."
     rows = [
         [metric, format_number(row["before"]), format_number(row["after"]), change_in_words(metric, row)]
         for metric, row in measurements.items()
     ]
-    rules = ", ".join(f"{task}: {rule}" for task, rule in report["split_rules"].items() if rule)
-    return [
-        "## Before and after",
-        cost,
-        markdown_table(["measurement (test split)", "before", "after", "change [95 % interval]"], rows),
-        "Lower is better, except for MC1 and MC2. Bias, ethics and truth are log-odds losses in nats per token: the "
-        "mean over answer pairs of NLL(trustworthy answer) - NLL(untrustworthy answer). Intervals are paired over the "
-        "independent units of the test split; no percentage is given where the loss before is within two standard "
-        f"errors of 0. Training and test pairs were split so: {rules}.",
-    ]
+    cost = "perplexity" in measurements and (
+        f"Perplexity on the test dialogues: {change_in_words('perplexity', measurements['perplexity'])}."
+    )
+    legend = "Measured on the test split. Intervals are paired over its independent units."
+    if splits:
+        legend += (
+            " Bias, ethics and truth are log-odds losses in nats per token, lower is better: the mean over answer "
+            "pairs of NLL(trustworthy answer) - NLL(untrustworthy answer). MC1 and MC2 are TruthfulQA's "
+            "multiple-choice scores, higher is better. No percentage is given where the loss before is within two "
+            "standard errors of 0. How training and test pairs were split: "
+            f"{', '.join(f'{task} {rule}' for task, rule in splits.items())}."
+        )
+    table = markdown_table(["measurement", "before", "after", "change [95 % interval]"], rows)
+    return ["## Before and after", cost, table, legend]
 
 
 def repair_card(report: dict[str, Any]) -> str:
@@ -114,7 +114,7 @@ def sft_card(settings: Mapping[str, Any], num_dialogues: int, perplexity: dict[s
 
     Args:
         settings: constants of data/make_sft_model.py.
-        perplexity: `before` and `after` fine-tuning, on the test dialogues.
+        perplexity: `before` and `after` fine-tuning on the test dialogues, with `after_low` and `after_high`.
     """
     names = ("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
     return _joined(
@@ -123,7 +123,7 @@ def sft_card(settings: Mapping[str, Any], num_dialogues: int, perplexity: dict[s
             f"# {settings['BASE_MODEL']}, fine-tuned on dialogues",
             f"Completion-only fine-tuning on {num_dialogues:,} dialogues of {settings['HH_DATASET']}, including the "
             f"end-of-text token of each answer. Perplexity on the test dialogues: {perplexity['before']:.3f} before, "
-            f"{perplexity['after']:.3f} after.",
+            f"{with_interval(perplexity, 'after').shown('.3f')} after (95 % interval over the dialogues).",
             "AdamW, linear warm-up over the first 5 % of the steps, then linear decay, gradient clipping at 1:",
             _settings_list({name: settings[name] for name in names}),
             "## Intended use and limits",

@@ -71,11 +71,10 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
         panel.axvspan(-1e3, budget_percent, color="#2a9d8f", alpha=0.10, lw=0)
         panel.axhline(0, color="#999999", lw=0.8)
         for line in lines:
-            costs = [point.cost.value for point in shown if point.line == line]
-            gains = [point.improvement for point in shown if point.line == line]
             hollow = {"markerfacecolor": "white", "ls": "--"} if line.endswith("preserve") else {}
-            values, errors = _bars(gains)
-            panel.errorbar(costs, values, errors, elinewidth=0.6, capsize=1.5, **_line_style(line), **hollow)
+            costs, cost_bars = _bars([point.cost for point in shown if point.line == line])
+            gains, gain_bars = _bars([point.improvement for point in shown if point.line == line])
+            panel.errorbar(costs, gains, gain_bars, cost_bars, elinewidth=0.6, **_line_style(line), **hollow)
         all_costs = [point.cost.value for point in shown]
         panel.set_xlim(min(0, *all_costs) - 0.1, max(budget_percent, *all_costs) * 1.05)
         panel.set_title(title)
@@ -90,8 +89,8 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
 
 def _bars(numbers: Sequence[WithInterval]) -> tuple[list[float], list[list[float]]]:
     """The values, and how far their intervals reach below and above, as `errorbar` takes them."""
-    reach = [[number.value - number.low for number in numbers], [number.high - number.value for number in numbers]]
-    return [number.value for number in numbers], reach
+    margins = [number.margins for number in numbers]
+    return [number.value for number in numbers], [list(side) for side in zip(*margins, strict=True)]
 
 
 def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
@@ -127,4 +126,5 @@ def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
     for panel, label in zip(panels[:, 0], labels.values(), strict=True):
         panel.set_ylabel(label)
     panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.suptitle("Means over seeds; bars: 95 % intervals over the test split", fontsize=9)
     _save(figure, path)

@@ -17,14 +17,14 @@ def sweep_row(report: dict[str, Any]) -> Row:
     """One learning rate's results in one flat row: each number after the repair, and its change with the interval.
 
     perplexity, and perplexity_change_percent with its _low and _high; each task, truth_mc1 and truth_mc2, and their
-    _improvement with its _standard_error, _low and _high, and _improvement_percent.
+    _improvement with its _standard_error, _low and _high, and _improvement_percent; each task's _split.
     """
     row = {"learning_rate": report["learning_rate"]}
     for metric, measured in report["measurements"].items():
         change = "change_percent" if metric == "perplexity" else "improvement"
         row[metric] = measured["after"]
         row |= {f"{metric}_{name}": value for name, value in measured.items() if name.startswith(change)}
-    return row
+    return row | {f"{task}_split": rule for task, rule in report["split_rules"].items()}
 
 
 def earlier_rates(
@@ -33,7 +33,7 @@ def earlier_rates(
     """The rows of an existing sweep by learning rate; none if there is no sweep, or it is to be replaced.
 
     Args:
-        inputs: fingerprints of the model and the gradient.
+        inputs: fingerprints of the model, the gradient and what is measured.
         overwrite: whether to replace a sweep that was made from other inputs.
 
     Raises:
@@ -80,29 +80,42 @@ def write_sweep(
         write_atomically(file, text)
     if not figure.exists():
         panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
-        if points := _points(output_dir, task, model_name, panels):
+        if points := _points(output_dir, task, model_name, panels, inputs):
             repairs_figure(points, budget_percent, figure)
     drawn = f"; figure: {shown_path(figure)}" if figure.exists() else ""
     say(f"   sweep: {shown_path(file)} with .csv{drawn}")
 
 
-def _points(output_dir: str, task: str, model_name: str, panels: dict[str, str]) -> list[RepairPoint]:
-    """Every swept repair of one task, once for each measurement of `panels`, under the title given there."""
+def _points(
+    output_dir: str, task: str, model_name: str, panels: dict[str, str], inputs: dict[str, str]
+) -> list[RepairPoint]:
+    """Every swept repair of one task, once for each measurement of `panels`, under the title given there.
+
+    Args:
+        inputs: those of one sweep; another sweep whose model or measured data differ is named and left out.
+    """
     pattern = paths.sweep_file(output_dir, task, model_name, "*")
-    return [
-        RepairPoint(
-            panel=title,
-            line=sweep["repair"],
-            learning_rate=row["learning_rate"],
-            cost=with_interval(row, "perplexity_change_percent"),
-            improvement=with_interval(row, f"{metric}_improvement"),
-        )
-        for sweep in map(read_json, sorted(pattern.parent.glob(pattern.name)))
-        if sweep["model"] == model_name  # the pattern also fits models whose name begins with this one
-        for metric, title in panels.items()
-        for row in sweep["rates"]
-        if {"perplexity_change_percent", f"{metric}_improvement"} <= set(row)
-    ]
+    points = []
+    for file in sorted(pattern.parent.glob(pattern.name)):
+        sweep = read_json(file)
+        if sweep["model"] != model_name:  # the pattern also fits models whose name begins with this one
+            continue
+        if {**sweep["inputs"], "gradient": None} != {**inputs, "gradient": None}:
+            say(f"   not drawn, since it is of another model or was measured on other data: {shown_path(file)}")
+            continue
+        points += [
+            RepairPoint(
+                panel=f"{title} ({row[f'{metric}_split']} split)",
+                line=sweep["repair"],
+                learning_rate=row["learning_rate"],
+                cost=with_interval(row, "perplexity_change_percent"),
+                improvement=with_interval(row, f"{metric}_improvement"),
+            )
+            for metric, title in panels.items()
+            for row in sweep["rates"]
+            if {"perplexity_change_percent", f"{metric}_improvement"} <= set(row)
+        ]
+    return points
 
 
 def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float) -> None:
@@ -111,6 +124,10 @@ def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: f
     for name in model_names:
         prefix = "" if len(model_names) == 1 else f"{name}, "
         for task in MEASUREMENTS:
-            points += _points(output_dir, task, name, {task: f"{prefix}repaired for {task}"})
+            files = paths.sweep_file(output_dir, task, name, "*")
+            newest = max(files.parent.glob(files.name), key=lambda file: file.stat().st_mtime, default=None)
+            if newest:
+                title = f"{prefix}repaired for {task}"
+                points += _points(output_dir, task, name, {task: title}, read_json(newest)["inputs"])
     if points:
         repairs_figure(points, budget_percent, paths.overview_figure(output_dir))

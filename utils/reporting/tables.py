@@ -130,22 +130,29 @@ def mean_std(values: Sequence[float], form: str = "+.1f", unit: str = "") -> str
 
 
 class WithInterval(NamedTuple):
-    """A number and its 95 % interval; `low` and `high` are the number itself where no interval is known."""
+    """A number and the ends of its 95 % interval, which are None where no interval is known."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+    @property
+    def margins(self) -> tuple[float, float]:
+        """How far the interval reaches below and above the number; 0 where it is not known."""
+        return (0.0, 0.0) if None in (self.low, self.high) else (self.value - self.low, self.high - self.value)
 
     def shown(self, form: str, unit: str = "") -> str:
         """`value unit [low, high]`; the value alone where no interval is known."""
-        interval = f" [{self.low:{form}}, {self.high:{form}}]" if self.low < self.high else ""
-        return f"{self.value:{form}}{unit}{interval}"
+        return f"{self.value:{form}}{unit}{self.bracket(form)}"
+
+    def bracket(self, form: str) -> str:
+        """` [low, high]`; nothing where no interval is known, or where it has no width since nothing changed."""
+        return f" [{self.low:{form}}, {self.high:{form}}]" if any(self.margins) else ""
 
 
 def with_interval(row: Row, name: str) -> WithInterval:
     """A number of a flat row with NAME_low and NAME_high."""
-    ends = (row.get(f"{name}_{end}") for end in ("low", "high"))
-    return WithInterval(row[name], *(row[name] if end is None else end for end in ends))
+    return WithInterval(row[name], row.get(f"{name}_low"), row.get(f"{name}_high"))
 
 
 def results_table(results: Sequence[dict[str, Any]]) -> str:
@@ -183,24 +190,27 @@ def _over_seeds(group: Sequence[Row], name: str, form: str = "+.1f", unit: str =
 def mean_with_interval(group: Sequence[Row], name: str) -> WithInterval | None:
     """The mean of a number over the seeds that have it, and of the ends of its intervals.
 
-    The repairs of all seeds are measured on the same test split, so the standard error of their mean is at most the
-    mean of their standard errors: the interval errs on the wide side.
+    The repairs of all seeds are measured on the same test split, so as far as that split goes the standard error of
+    their mean is at most the mean of their standard errors. The spread over seeds is not in the interval.
     """
     known = [with_interval(row, name) for row in group if row.get(name) is not None]
-    return WithInterval(*map(statistics.fmean, zip(*known, strict=True))) if known else None
+    if not known:
+        return None
+    return WithInterval(
+        *(None if None in numbers else statistics.fmean(numbers) for numbers in zip(*known, strict=True))
+    )
 
 
 def _change_cell(group: Sequence[Row], name: str, form: str, unit: str = "") -> str:
-    known = mean_with_interval(group, name)
-    return known.shown(form, unit) if known else "–"
+    """The mean, its standard deviation over seeds, and the interval: `+0.58 ± 0.10 % [+0.31, +0.85]`."""
+    mean = mean_with_interval(group, name)
+    return _over_seeds(group, name, form, unit) + (mean.bracket(form) if mean else "")
 
 
-def _improvement_cell(group: Sequence[Row], name: str) -> str:
+def _improvement_cell(group: Sequence[Row]) -> str:
     """Nats with their interval, then percent, or a mark where the loss before is too close to 0 for a percentage."""
-    if not any(row.get(name) is not None for row in group):
-        return "–"
-    percent = _over_seeds(group, f"{name}_percent", unit=" %")
-    return f"{_change_cell(group, name, '+.3f')} ({NO_PERCENTAGE if percent == '–' else percent})"
+    percent = _over_seeds(group, "improvement_percent", unit=" %")
+    return f"{_change_cell(group, 'improvement', '+.3f')} ({NO_PERCENTAGE if percent == '–' else percent})"
 
 
 def main_table(
@@ -228,24 +238,25 @@ def main_table(
             *(group[0][name] for name in ("model", "task", "method")),
             _over_seeds(group, "perplexity", ".3f"),
             _change_cell(group, "perplexity_change_percent", "+.2f", " %"),
-            *(_improvement_cell(group, f"{task}_improvement") for task in MEASUREMENTS),
-            _improvement_cell(group, "improvement"),
+            *(_change_cell(group, f"{task}_improvement", "+.3f") for task in MEASUREMENTS),
+            _improvement_cell(group),
             _over_seeds(group, "learning_rate", ".3g"),
             _over_seeds(group, "seconds", ".1f"),
         ]
         rows.append(cells + ([_known_harm_found(group, known_harm)] if known_harm else []))
     caption = (
-        f"Effect of each repair on the test split ({_split_rules(baselines)}). Unrepaired models: perplexity, and "
-        "log-odds losses in nats per token, lower is better. Repairs: change of perplexity, and improvement of each "
-        f"loss (before - after) in nats per token; combined: the mean over the three tasks. {LEGEND}"
+        "Effect of each repair on the test split. Unrepaired models: perplexity, and log-odds losses in nats per "
+        "token, lower is better. Repairs: change of perplexity, and improvement of each loss (before - after) in nats "
+        "per token; the last improvement is that of what the model was repaired for (combined: the mean of the three), "
+        f"with its percentage. {LEGEND} {_splits(repairs)}"
     )
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
 
 
-def _split_rules(baselines: Sequence[tuple[str, Mapping[str, Row]]]) -> str:
-    """How train and test were told apart, for each task."""
-    rules = {task: results[task]["split_rule"] for _, results in baselines for task in MEASUREMENTS if task in results}
-    return ", ".join(f"{task}: {rule}" for task, rule in rules.items())
+def _splits(repairs: Sequence[Row]) -> str:
+    """How training and test pairs were split, for each task."""
+    rules = {(task, row.get(f"{task}_split")) for row in repairs for task in MEASUREMENTS}
+    return f"Split of the pairs: {', '.join(f'{task} {rule}' for task, rule in sorted(rules) if rule)}."
 
 
 def _known_harm_found(group: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> str:
@@ -263,11 +274,11 @@ def ablation_table(repairs: Sequence[Row], varied: str) -> Table:
             group[0]["task"],
             group[0]["method"],
             f"{group[0][varied]:g}",
-            _improvement_cell(group, "improvement"),
+            _improvement_cell(group),
             _change_cell(group, "perplexity_change_percent", "+.2f", " %"),
             _over_seeds(group, "learning_rate", ".3g"),
         ]
         for group in groups
     ]
-    caption = f"Effect of {varied.upper()}, with the other constants as in the main table. {LEGEND}"
+    caption = f"Effect of {varied.upper()}, with the other constants as in the main table. {LEGEND} {_splits(repairs)}"
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
