@@ -140,5 +140,6 @@ def test_multiple_choice_improves_upwards():
     assert rows["truth_mc1"]["improvement"] == 1.0
     assert rows["truth_mc2"]["improvement"] == pytest.approx(0.8)
     assert rows["truth_mc2"]["improvement_percent"] is None
+    assert summarise({**before, "mc2": torch.tensor([0.0, 0.0, 1.0])})["mc2_low"] == 0.0
     numbers = summarise(after)
     assert (numbers["mc1"], numbers["questions"], numbers["pairs"], numbers["clusters"]) == (1.0, 4, 2, 1)

@@ -55,6 +55,11 @@ def summarise(losses: Losses) -> dict[str, Any]:
     numbers: dict[str, Any] = {}
     for name, estimate in estimates.items():
         numbers |= estimate.fields(name)
+        if name != "loss" and numbers[f"{name}_low"] is not None:  # a share, which no interval takes beyond 0 or 1
+            numbers |= {
+                f"{name}_low": max(numbers[f"{name}_low"], 0.0),
+                f"{name}_high": min(numbers[f"{name}_high"], 1.0),
+            }
     if "nll" in losses:
         return numbers | {
             **_exponential_fields("perplexity", estimates["loss"]),
