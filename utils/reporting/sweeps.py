@@ -105,7 +105,7 @@ def _points(
             continue
         points += [
             RepairPoint(
-                panel=f"{title} ({row[f'{metric}_split']} split)",
+                panel=f"{title} (split: {row[f'{metric}_split']})",
                 line=sweep["repair"],
                 learning_rate=row["learning_rate"],
                 cost=with_interval(row, "perplexity_change_percent"),
