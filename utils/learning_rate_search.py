@@ -179,9 +179,9 @@ def search_learning_rate(
         model_at: gives the model, updated at a learning rate; 0 is the POST-SFT model.
 
     Returns:
-        learning_rate, stopped (why the search ended), budget, validation_dialogues, seconds, and trials: for each rate
-        the change of validation perplexity with its standard error, and the improvement of the training pairs, weighted
-        over the tasks.
+        learning_rate, stopped (why the search ended), budget, validation_dialogues, split_rules (how training and test
+        pairs were split, by task), seconds, and trials: for each rate the change of validation perplexity with its
+        standard error, and the improvement of the training pairs, weighted over the tasks.
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
     gradient = artifacts.gradients(task, dataset=dialogues.fingerprint).require()  # its rows are of these dialogues
@@ -225,6 +225,7 @@ def search_learning_rate(
         "stopped": search.stopped,
         "budget": settings.PPL_BUDGET,
         "validation_dialogues": len(validation),
+        "split_rules": {name: of_task.split_rule for name, of_task in pairs.items()},
         "trials": [
             dataclasses.asdict(trial)
             for trial in search.trials
