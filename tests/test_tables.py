@@ -62,7 +62,7 @@ def test_a_sweep_grows_and_says_what_the_results_say(make_workspace):
                 assert row[f"{task}_improvement_percent"] == pytest.approx(improvement_percent(before, after))
         before, after = (read_json(results / f"{m}_anthropic_test.json")["perplexity"] for m in ("qwen-tiny", name))
         assert row["perplexity_change_percent"] == pytest.approx(100 * (after - before) / before)
-        losses = [load_file(results / f"{m}_bias_test_losses.safetensors") for m in ("qwen-tiny", name)]
+        losses = [load_file(results / "losses" / f"{m}_bias_test_losses.safetensors") for m in ("qwen-tiny", name)]
         changes = losses[0]["loss"] - losses[1]["loss"]
         assert row["bias_improvement"] == pytest.approx(float(changes.mean()), rel=1e-6)
     table = pd.read_csv(file.with_suffix(".csv"))

@@ -124,8 +124,8 @@ def result_file(output_dir: str | Path, model_name: str, metric: str, split: str
 
 
 def losses_file(output_dir: str | Path, model_name: str, metric: str, split: str) -> Path:
-    """Steps 5 and 6: the losses of single pairs or dialogues, beside the result that was computed from them."""
-    return results_dir(output_dir) / f"{model_name}_{metric}_{split}_losses.safetensors"
+    """Steps 5 and 6: the losses of single pairs or dialogues that a result was computed from."""
+    return results_dir(output_dir) / "losses" / f"{model_name}_{metric}_{split}_losses.safetensors"
 
 
 def report_file(output_dir: str | Path, checkpoint_name: str) -> Path:
