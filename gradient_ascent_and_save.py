@@ -271,7 +271,9 @@ def main(settings: Settings) -> None:
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE")
-    return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)))
+    same = {name: [getattr(settings, name)] for name in ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY")}
+    same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
+    return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
 
 
 if __name__ == "__main__":

@@ -285,4 +285,4 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_step(main, hint=partial(next_command, STEP_5))
+    run_step(main, hint=partial(next_command, STEP_5, LEARNING_RATE="auto"))

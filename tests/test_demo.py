@@ -56,8 +56,8 @@ def test_picture_shows_every_repair_and_leaves_out_what_costs_far_too_much(tmp_p
     ]
     drawn = []
 
-    def draw(self, xs, ys, errors, **style):
-        assert errors == [[5] * len(ys)] * 2
+    def draw(self, xs, ys, y_errors, x_errors, **style):
+        assert (y_errors, x_errors) == ([[5] * len(ys)] * 2, [[0] * len(xs)] * 2)
         drawn.append((xs, style["label"]))
 
     monkeypatch.setattr(Axes, "errorbar", draw)

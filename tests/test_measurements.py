@@ -149,7 +149,7 @@ def test_released_bias_pairs_are_shuffled_afresh_for_each_group(tmp_path):
         train += records[3:]
     assert bias.read_pairs(tmp_path, "test").pairs == test
     assert bias.read_pairs(tmp_path, "train").pairs == train
-    assert bias.read_pairs(tmp_path, "train").split_rule == "released"
+    assert bias.read_pairs(tmp_path, "train").split_rule == "released, not held out"
 
 
 @pytest.mark.parametrize("more", [{}, {"split": "disjoint"}])
@@ -454,7 +454,10 @@ def test_released_losses_are_those_of_a_plain_loop(workspace, split):
         result = json.loads((workspace.output / "results" / f"pythia-tiny_{task}_{split}.json").read_text())
         assert result["pairs"] == len(losses) > 0
         assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-6, abs=1e-6)
-        assert result["split_rule"] == {"bias": "released", "ethics": "by files", "truth": "seeded 80/20"}[task]
+        assert (
+            result["split_rule"]
+            == {"bias": "released, not held out", "ethics": "by files", "truth": "seeded 80/20"}[task]
+        )
     workspace.run("evaluation_scripts/anthropic_eval.py", "--SPLIT", split)
     sums = [
         plain_nll(model, tokenizer, row["prompt"], row["chosen"], tokenizer.eos_token, 1_024)

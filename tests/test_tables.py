@@ -146,8 +146,8 @@ def test_mean_std():
 
 def test_main_table_has_a_line_for_each_model_and_repair():
     rows = [make_row(42, gain=30), make_row(0, gain=10), make_row(method="random", gain=-1)]
-    loss = {"loss": -1.0, "loss_low": -1.25, "loss_high": -0.75, "split_rule": "disjoint"}
-    baseline = {"anthropic": {"perplexity": 5.0}, **dict.fromkeys(("bias", "ethics", "truth"), loss)}
+    loss = {"loss": -1.0, "loss_low": -1.25, "loss_high": -0.75, "split_rule": "disjoint", "clusters": 8}
+    baseline = {"anthropic": {"perplexity": 5.0, "dialogues": 150}, **dict.fromkeys(("bias", "ethics", "truth"), loss)}
     rows[2]["improvement_percent"] = None
     table = main_table([("m (POST-SFT)", baseline), ("b (pre-SFT)", {})], rows, {"bias": [2, 3, 9], "truth": [1]})
     assert [row[2] for row in table.rows] == ["–", "–", "dpp", "random"]
@@ -157,7 +157,9 @@ def test_main_table_has_a_line_for_each_model_and_repair():
     assert shown["ethics"] == "+0.200 ± 0.141 [+0.150, +0.250]"
     assert table.rows[3][table.header.index("improvement")] == "-0.010 [-0.060, +0.040] (‡)"
     assert table.rows[0][table.header.index("bias")] == "-1.0000 [-1.2500, -0.7500]"
-    assert table.caption.endswith("Split of the pairs: bias disjoint.")
+    assert "Split of the pairs: bias disjoint. Independent units: dialogues 150, bias 8" in table.caption
+    assert "±: standard deviation over seeds" in table.caption
+    assert "±" not in main_table([], rows[:1], None).caption
     assert ablation_table(rows, "bottom_k").caption.endswith("Split of the pairs: bias disjoint.")
     assert "‡: no percentage" in table.caption
     assert shown["known harm"] == "2 ± 0 of 3"

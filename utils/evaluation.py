@@ -180,7 +180,7 @@ class Evaluator:
             UserError: data missing, a result of another model under this name, or a loss that is not finite.
         """
         data = self.data(metric)
-        location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data.fingerprint)
+        location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data)
         artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
         overwrite = self.settings.OVERWRITE
         if artifact.is_finished(overwrite) and stored_losses.is_finished(overwrite):

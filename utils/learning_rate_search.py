@@ -184,7 +184,7 @@ def search_learning_rate(
         standard error, and the improvement of the training pairs, weighted over the tasks.
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
-    gradient = artifacts.gradients(task, dataset=dialogues.fingerprint).require()  # its rows are of these dialogues
+    gradient = artifacts.gradients(task, dataset=dialogues.fingerprint).require()
     used = {*gradient["indices"], *gradient.get("retained", [])}
     rows = held_out_rows("validation", used, len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
     validation, data_dir = dialogues.at(rows), resolve_path(settings.DATA_DIR)

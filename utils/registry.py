@@ -18,6 +18,7 @@ from utils.artifacts import Artifact
 from utils.models import model_fingerprint, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
+from utils.performance_functions.pairs import AnswerPairs
 from utils.settings import Settings
 
 SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
@@ -136,8 +137,7 @@ class ModelArtifacts:
         """Step 4: the repair gradient.
 
         Args:
-            inputs: fingerprints. The writer gives all that the gradient is computed from, a reader that uses its row
-                numbers gives `dataset`, and step 5, which needs no training dialogues, none.
+            inputs: fingerprints. The writer gives all that the gradient is computed from, a reader `dataset`.
         """
         path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.SEED)
         of_subset = [] if self.settings.SCORES_TYPE == "direct" else ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"]
@@ -172,19 +172,26 @@ class ModelArtifacts:
         return Artifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "pairs": pairs})
 
 
-def result_artifact(output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: str) -> Artifact:
+def result_artifact(
+    output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: Dialogues | AnswerPairs
+) -> Artifact:
     """Steps 5 and 6: one measurement of any model.
 
     Args:
         model_name: its short name, or that of its checkpoint.
         fingerprint: of its weights.
-        data: fingerprint of what it is measured on.
+        data: what it is measured on.
     """
     path = paths.result_file(output_dir, model_name, metric, split)
-    return Artifact(path, STEP_6[metric], {"metric": metric, "split": split}, {"model": fingerprint, "data": data})
+    constants = {"metric": metric, "split": split}
+    if not isinstance(data, Dialogues):
+        constants["split_rule"] = data.split_rule
+    return Artifact(path, STEP_6[metric], constants, {"model": fingerprint, "data": data.fingerprint})
 
 
-def losses_artifact(output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: str) -> Artifact:
+def losses_artifact(
+    output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: Dialogues | AnswerPairs
+) -> Artifact:
     """Steps 5 and 6: the losses of single pairs or dialogues that a result was computed from; as `result_artifact`."""
     result = result_artifact(output_dir, model_name, fingerprint, metric, split, data)
     return replace(result, path=paths.losses_file(output_dir, model_name, metric, split), quiet=True)

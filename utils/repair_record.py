@@ -28,10 +28,10 @@ class RepairRecord:
         """Find the gradient.
 
         Raises:
-            UserError: it is missing, or was made from another model or with other settings.
+            UserError: it is missing, or was made from another model, other dialogues or with other settings.
         """
         self.artifacts, self.task = artifacts, task
-        self._gradients = artifacts.gradients(task)
+        self._gradients = artifacts.gradients(task, dataset=artifacts.dialogues.fingerprint)  # its rows are of these
         self.gradient = self._gradients.require()
 
     def load_gradients(self) -> dict[str, torch.Tensor]:

@@ -199,6 +199,7 @@ def write_bias() -> None:
     }
     templates = {
         "source": "written for this project; the groups are invented",
+        "split": "disjoint",
         "prompt": PHRASES["bias_prompt"],
         "target_groups": list(PHRASES["groups"]),
         "topics": topics,

@@ -76,7 +76,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
             f"{shown_path(path)} has {len(statements)} pairs for a group, which leaves none for {split} with the split "
             f"{split_rule!r}"
         )
-    return AnswerPairs(pairs, clusters, split_rule)
+    return AnswerPairs(pairs, clusters, split_rule if split_rule == DEFAULT_SPLIT else f"{split_rule}, not held out")
 
 
 def _released_split(statements: Sequence[Statement]) -> tuple[list[Statement], list[Statement]]:

@@ -129,5 +129,8 @@ def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: f
             if newest:
                 title = f"{prefix}repaired for {task}"
                 points += _points(output_dir, task, name, {task: title}, read_json(newest)["inputs"])
+    figure = paths.overview_figure(output_dir)
     if points:
-        repairs_figure(points, budget_percent, paths.overview_figure(output_dir))
+        repairs_figure(points, budget_percent, figure)
+    else:
+        figure.unlink(missing_ok=True)  # of other models

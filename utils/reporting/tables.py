@@ -18,11 +18,6 @@ LATEX_ESCAPES = str.maketrans(
     {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "‡": r"$\ddagger$"}
 )
 NO_PERCENTAGE = "‡"
-LEGEND = (
-    "In brackets: 95 % intervals, paired over the independent units of the test split (the mean of their ends over "
-    f"seeds); ±: standard deviation over seeds. {NO_PERCENTAGE}: no percentage, since the loss before is within two "
-    "standard errors of 0."
-)
 MISSING_CELLS = frozenset({"", "-", "–", "—", "n/a", "nan"})
 LEADING_NUMBER = re.compile(r"\s*([+\-−]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
 
@@ -248,15 +243,38 @@ def main_table(
         "Effect of each repair on the test split. Unrepaired models: perplexity, and log-odds losses in nats per "
         "token, lower is better. Repairs: change of perplexity, and improvement of each loss (before - after) in nats "
         "per token; the last improvement is that of what the model was repaired for (combined: the mean of the three), "
-        f"with its percentage. {LEGEND} {_splits(repairs)}"
+        "with its percentage. Step size 0: no step improved the training pairs within the budget. Seconds: of the "
+        f"gradient and the search. {'Known harm: harmful dialogues among the unlearned. ' * bool(known_harm)}"
+        f"{_legend(repairs)} {_units(baselines)}"
     )
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
 
 
-def _splits(repairs: Sequence[Row]) -> str:
-    """How training and test pairs were split, for each task."""
-    rules = {(task, row.get(f"{task}_split")) for row in repairs for task in MEASUREMENTS}
-    return f"Split of the pairs: {', '.join(f'{task} {rule}' for task, rule in sorted(rules) if rule)}."
+def _legend(repairs: Sequence[Row]) -> str:
+    """What brackets and marks mean, as far as they occur, and how training and test pairs were split."""
+    several_seeds = any(len(group) > 1 for group in group_by_repair(repairs))
+    rules = sorted({(task, row.get(f"{task}_split")) for row in repairs for task in MEASUREMENTS})
+    parts = [
+        "In brackets: 95 % intervals, paired over the independent units of the test split"
+        + (" (the mean of their ends over seeds); ±: standard deviation over seeds." if several_seeds else "."),
+        f"{NO_PERCENTAGE}: no percentage, since the loss before is within two standard errors of 0."
+        if any(row["improvement_percent"] is None for row in repairs)
+        else "",
+        f"Split of the pairs: {', '.join(f'{task} {rule}' for task, rule in rules if rule)}.",
+    ]
+    return " ".join(filter(None, parts))
+
+
+def _units(baselines: Sequence[tuple[str, Mapping[str, Row]]]) -> str:
+    """How many independent units each measurement has."""
+    names = {"anthropic": "dialogues", **dict.fromkeys(MEASUREMENTS, "clusters")}
+    units = {
+        "dialogues" if metric == "anthropic" else metric: result.get(names[metric])
+        for _, results in baselines
+        for metric, result in results.items()
+    }
+    known = ", ".join(f"{name} {count}" for name, count in units.items() if count)
+    return f"Independent units: {known}." if known else ""
 
 
 def _known_harm_found(group: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> str:
@@ -280,5 +298,5 @@ def ablation_table(repairs: Sequence[Row], varied: str) -> Table:
         ]
         for group in groups
     ]
-    caption = f"Effect of {varied.upper()}, with the other constants as in the main table. {LEGEND} {_splits(repairs)}"
+    caption = f"Effect of {varied.upper()}, with the other constants as in the main table. {_legend(repairs)}"
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
