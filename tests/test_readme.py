@@ -183,15 +183,17 @@ def test_every_constant_that_the_texts_name_exists():
         assert named <= known, f"{document.name}: {named - known}"
 
 
+def headings_of(document: Path) -> set[str]:
+    """The anchors of a document's headings."""
+    lines = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
 def test_links_within_the_texts_lead_somewhere():
     for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        headings = {
-            re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-")
-            for line in re.findall(r"^#+ (.*)$", text, flags=re.M)
-        }
-        for target in re.findall(r"\]\(([^)\s]+)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in headings, target
-            elif not target.startswith("http"):
-                assert (document.parent / target).exists(), target
+        for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                file, _, anchor = target.partition("#")
+                linked = document.parent / file if file else document
+                assert linked.exists(), target
+                assert not anchor or anchor in headings_of(linked), target
