@@ -204,6 +204,13 @@ def test_a_scale_in_config_json_that_the_forward_pass_ignores_is_refused(tmp_pat
         load_model(str(folder), torch.device("cpu"))
 
 
+def test_a_forward_pass_that_needs_more_than_tokens_is_refused(tmp_path):
+    """X-MOD wants to know the language."""
+    model = make_model(tmp_path / "xmod", "XmodConfig", is_decoder=True, languages=["en_XX", "de_DE"])
+    with pytest.raises(UserError, match=r"'xmod' is not supported: .* on tokens alone \(Input language unknown"):
+        load_model(str(model), torch.device("cpu"))
+
+
 def test_weights_that_give_no_finite_logits_are_refused(tmp_path):
     folder = make_model(tmp_path / "model", "LlamaConfig")
     tensors = load_file(folder / "model.safetensors")

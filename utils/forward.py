@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from utils.batching import Batch
-from utils.console import UserError
+from utils.console import UserError, remedy_for
 
 if TYPE_CHECKING:
     import transformers
@@ -127,8 +127,14 @@ def require_own_logits(model: transformers.PreTrainedModel) -> None:
     embedding, tokens = model.get_output_embeddings(), probe(model, PROBE_TOKENS)
     if not isinstance(embedding, nn.Linear):
         raise refusal("its output embedding is not an nn.Linear")
-    hidden = last_hidden_state(model, {"input_ids": tokens})
-    states, own = prediction_states(model, hidden), model(input_ids=tokens, use_cache=False).logits
+    try:
+        hidden = last_hidden_state(model, {"input_ids": tokens})
+        states, own = prediction_states(model, hidden), model(input_ids=tokens, use_cache=False).logits
+    except Exception as error:  # a class may need more than tokens, or have other names for its parts
+        if remedy_for(error):  # out of memory
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise refusal(f"its forward pass cannot be run on tokens alone ({reason})") from error
     if not own.isfinite().all():
         raise UserError(f"{model.config.name_or_path}: its logits are NaN or infinite; the weights may be broken")
     difference = math.inf  # of widths that do not fit
