@@ -53,6 +53,15 @@ OWN_LOGITS = {
     "modernbert": ("ModernBertDecoderConfig", {"local_attention": 16, "initializer_range": 0.3}),
 }
 
+LONGEST_FILES = ("test_readme", "test_tables", "test_ecosystem", "test_demo", "test_benchmarks", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one of them at the end."""
+    position = {name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: position.get(item.path.stem, len(position)))
+
+
 needs_real_samples = pytest.mark.skipif(
     not SHARED_DATA.is_dir(), reason="the folder with real samples (../shared/data) is not here"
 )
