@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from steps import load_script, run_step
-from utils import learning_rate_search
+from utils import evaluation, learning_rate_search
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 
@@ -145,10 +145,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 @pytest.fixture(scope="module")
-def short_searches() -> Iterator[None]:
-    """Searches for a learning rate end after a few trials, for tests of what is around them."""
+def quick_repairs() -> Iterator[None]:
+    """Searches for a learning rate end after a few trials, completions after a few tokens; for tests of the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning_rate_search, "PRECISION", 0.5)
+        patch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
         yield
 
 

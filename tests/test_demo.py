@@ -69,7 +69,7 @@ def test_picture_shows_every_repair_and_leaves_out_what_costs_far_too_much(tmp_p
 
 
 def test_demo_runs_the_real_scripts_and_sums_them_up(
-    short_searches, tiny_models, small_data, tmp_path, monkeypatch, capsys
+    quick_repairs, tiny_models, small_data, tmp_path, monkeypatch, capsys
 ):
     """The demo's whole grid on a tiny model and less data."""
     demo, tables = load_script("data/demo/run_demo.py"), load_script("evaluation_scripts/paper_tables.py")

@@ -146,6 +146,9 @@ def test_only_models_with_windows_are_compared_on_a_long_sequence(tiny_models, w
     """Others would pay for it at every start."""
     for folder, length in ((tiny_models["pythia"], 16), (tiny_models["qwen"], 16), (windowed, 1_024)):
         assert trunk_module._guard_length(load_config(str(folder)), 3) == length
+    config = load_config(str(tiny_models["pythia"]))
+    config.attention_span = 64  # a window under a name that nobody has thought of
+    assert trunk_module._guard_length(config, 3) == 1_024
 
 
 @pytest.mark.skipif(TRANSFORMERS_4, reason="blocks looked up their own types until transformers 5")

@@ -112,7 +112,7 @@ def official_hub(folder: Path) -> FakeHub:
 
 
 @pytest.fixture
-def run(repository, short_searches, monkeypatch, tmp_path):
+def run(repository, quick_repairs, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
     monkeypatch.setattr(load_script(TABLES), "SWEPT_RATES", [0.05, 0.1])  # where a command does not say which

@@ -256,7 +256,7 @@ def test_as_few_runs_as_name_the_tasks():
 
 
 @pytest.fixture(scope="module")
-def tabled(make_workspace, short_searches) -> Workspace:
+def tabled(make_workspace, quick_repairs) -> Workspace:
     workspace = make_workspace("pythia")
     workspace.run(TABLES, *SMALL)
     return workspace

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 CACHE_BYTES_ON_CPU = 4 << 30  # hidden states beyond this are computed again
 CACHE_SHARE_OF_GPU_MEMORY = 0.25  # of the memory that is free
-WINDOW_SETTING = re.compile("window(_size)?$|chunk_size$|^local_")  # names in config.json of how far attention reaches
+# Numbers in config.json that are no reach of attention; any other of the right size may be one, whatever its name.
+SIZE_SETTING = re.compile(
+    "hidden|intermediate|vocab|head|dim|rank|expert|_id$|num_|^n_|layer|ffn|position|top_k|length|beam|size_per|rope"
+)
 
 
 def _with_blocks(module: nn.Module, path: list[str], part: slice) -> nn.Module:
@@ -57,12 +60,11 @@ def _settings_by_block(config: PretrainedConfig, num_blocks: int) -> dict[str, l
 def _guard_length(config: PretrainedConfig, num_blocks: int) -> int:
     """Tokens on which trunk and tail are compared with the whole model.
 
-    As many as the longest dialogue if blocks differ by position or an attention window is shorter, otherwise few.
+    As many as the longest dialogue if blocks differ by position, or if attention may reach less far; otherwise few.
     """
     differ = any(entry != values[0] for values in _settings_by_block(config, num_blocks).values() for entry in values)
-    # Not isinstance: Qwen2's use_sliding_window is a bool.
-    windows = [value for name, value in vars(config).items() if WINDOW_SETTING.search(name) and type(value) is int]
-    is_windowed = any(window < MAX_DIALOGUE_TOKENS for window in windows)
+    reaches = [value for name, value in vars(config).items() if type(value) is int and not SIZE_SETTING.search(name)]
+    is_windowed = any(PROBE_TOKENS <= reach < MAX_DIALOGUE_TOKENS for reach in reaches)
     return MAX_DIALOGUE_TOKENS if differ or is_windowed else PROBE_TOKENS
 
 
