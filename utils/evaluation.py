@@ -194,10 +194,7 @@ class Evaluator:
                 f"{model_name}: the {metric} loss is {loss}; the model's weights may be broken, or a LEARNING_RATE far "
                 "too large"
             )
-        numbers = {"model": model_name, "metric": metric, "split": self.split}
-        if not isinstance(data, Dialogues):
-            numbers["split_rule"] = data.split_rule
-        numbers |= summarise(losses)
+        numbers = {"model": model_name, **artifact.settings, **summarise(losses)}
         stored_losses.save_tensors(losses, started)
         artifact.save_json(numbers, started)
         return Result(numbers, losses)

@@ -267,9 +267,8 @@ def _legend(repairs: Sequence[Row]) -> str:
 
 def _units(baselines: Sequence[tuple[str, Mapping[str, Row]]]) -> str:
     """How many independent units each measurement has."""
-    names = {"anthropic": "dialogues", **dict.fromkeys(MEASUREMENTS, "clusters")}
     units = {
-        "dialogues" if metric == "anthropic" else metric: result.get(names[metric])
+        metric.replace("anthropic", "dialogues"): result.get("dialogues" if metric == "anthropic" else "clusters")
         for _, results in baselines
         for metric, result in results.items()
     }
