@@ -29,6 +29,7 @@ from utils.evaluation import EvaluationModel, Evaluator
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
+from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
 from utils.reporting.cards import change_in_words
@@ -169,12 +170,17 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
     if checkpoint.is_finished(model.settings.OVERWRITE):
         return
     repaired = model.at(repair, learning_rate).model
-    started = time.monotonic()
-    require_finite(dict(repaired.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
-    with checkpoint.staging_folder() as folder:
-        repaired.save_pretrained(folder)
-        copy_tokenizer(model.settings.MODEL_NAME, folder)
-        checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
+
+    @first_process_only
+    def save() -> None:
+        started = time.monotonic()
+        require_finite(dict(repaired.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
+        with checkpoint.staging_folder() as folder:
+            repaired.save_pretrained(folder)
+            copy_tokenizer(model.settings.MODEL_NAME, folder)
+            checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
+
+    save()
 
 
 def write_completions(repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator) -> None:

@@ -7,12 +7,15 @@ import importlib.util
 import os
 import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError
 
+from utils import processes
 from utils.console import UserError, remedy_for, say
 from utils.hub import hub_access
 from utils.paths import PROJECT_ROOT, resolve_path
@@ -23,33 +26,33 @@ def run_step(
     main: Callable[[Settings], None],
     arguments: Sequence[str] | None = None,
     hint: Callable[[Settings], str] | None = None,
-    several_processes: bool = False,
 ) -> None:
     """Run a script's `main` with its checked constants; a user's mistake is one line and exit code 1.
+
+    Started by `torchrun` or `accelerate launch`, every process runs `main`, and they divide its work; a `main` with no
+    work to divide is `first_process_only`.
 
     Args:
         main: the script's main function; the constants are those of the module that defines it.
         arguments: the command line, by default that of the process.
         hint: gives the command that the user is told to run next.
-        several_processes: whether the script supports `accelerate launch` with several processes.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and not several_processes:  # results would be wrong
-        _exit_with(f"error: WORLD_SIZE = {world_size}: the steps run as one process; start them with plain python")
     try:
-        settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
-        if hasattr(settings, "OUTPUT_DIR"):
-            require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
-        main(settings)
-        if hint:
-            say(f"next: {hint(settings)}")
+        with processes.joined():
+            settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
+            if hasattr(settings, "OUTPUT_DIR"):
+                require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
+            main(settings)
+            if hint:
+                say(f"next: {hint(settings)}")
     except UserError as error:
         _exit_with(f"error: {error}")
     except (OSError, RuntimeError, SafetensorError) as error:
-        remedy = remedy_for(error)
-        if remedy is None:
-            raise
-        _exit_with(f"error: {remedy} ({str(error)[:300]})")
+        if remedy := remedy_for(error):
+            _exit_with(f"error: {remedy} ({str(error)[:300]})")
+        _exit_with_traceback(error)
+    except Exception as error:
+        _exit_with_traceback(error)
     except KeyboardInterrupt:
         _exit_with("stopped; finished work is kept, run the same command to continue", code=130)
 
@@ -67,8 +70,19 @@ def require_writable(constant: str, value: str) -> None:
 
 
 def _exit_with(line: str, code: int = 1) -> NoReturn:
-    print(" ".join(hub_access().redact(line).split()), file=sys.stderr, flush=True)
-    raise SystemExit(code)
+    processes.end_all(" ".join(hub_access().redact(line).split()), code)
+
+
+def _exit_with_traceback(error: Exception) -> NoReturn:
+    """What nobody expected is a bug here: one line for the user, and the traceback in a file for whoever fixes it."""
+    trace = hub_access().redact("".join(traceback.format_exception(error)))
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="traceback-", suffix=".txt", delete=False) as file:
+        file.write(trace)
+    where = f"process {processes.rank()}: " if processes.launched() > 1 else ""
+    _exit_with(
+        f"error: {where}{type(error).__name__}: {str(error)[:300]}; this is a bug in tracing-llm-trust, please report "
+        f"it with the traceback in {file.name}"
+    )
 
 
 def load_script(name: str) -> ModuleType:

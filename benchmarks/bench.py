@@ -35,6 +35,7 @@ from steps import run_step
 from utils.artifacts import read_json, software_versions, to_json, write_atomically
 from utils.console import banner, say
 from utils.paths import PROJECT_ROOT, resolve_path
+from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
 from utils.settings import PositiveInt, Settings
 
@@ -209,6 +210,7 @@ def results_figure(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+@first_process_only
 def main(settings: Settings) -> None:
     """Measure, then write numbers, table and figure."""
     source = find_source()

@@ -36,6 +36,7 @@ from utils.console import banner, say
 from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
 from utils.settings import PositiveInt, Settings
 
@@ -217,6 +218,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     picture.savefig(path, dpi=130)
 
 
+@first_process_only
 def main(settings: Settings) -> None:
     """Measure along both axes, fit, project to the paper's models, and write numbers, tables and figure."""
     results: dict[str, Any] = {"fits": {}}

@@ -15,11 +15,9 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     GPTNeoXConfig,
@@ -48,6 +46,7 @@ from utils.models import (
 )
 from utils.paths import STEP_1
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.processes import first_process_only, launched
 from utils.registry import sft_model
 from utils.reporting.cards import sft_card
 from utils.results import summarise
@@ -112,19 +111,17 @@ def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedMod
 
 
 def choose_device(settings: Settings) -> torch.device:
-    """The device of this process; `accelerate launch` gives each process its own GPU.
+    """The device of this process.
 
     Raises:
-        UserError: DEVICE names one GPU by its number.
+        UserError: DEVICE names one GPU by its number, which the Trainer would not keep to.
     """
-    device = resolve_device(settings.DEVICE)
-    if device.index is not None:
+    if settings.DEVICE not in ("auto", "cpu", "cuda"):
         raise UserError(
             f"DEVICE = {settings.DEVICE!r}: allowed here are auto, cpu and cuda; to choose a GPU, set "
-            f"CUDA_VISIBLE_DEVICES={device.index} in the environment"
+            "CUDA_VISIBLE_DEVICES in the environment"
         )
-    PartialState(cpu=device.type == "cpu")
-    return device
+    return resolve_device(settings.DEVICE)
 
 
 def sft_artifact(settings: Settings, dataset: str) -> Artifact:
@@ -159,8 +156,7 @@ def main(settings: Settings) -> None:
     output = sft_artifact(settings, train.fingerprint)
     if output.is_finished(settings.OVERWRITE):
         return
-    processes = PartialState()
-    micro_batch_size(settings, processes.num_processes)  # refuses a wrong BATCH_SIZE before the model is loaded
+    micro_batch_size(settings, launched())  # refuses a wrong BATCH_SIZE before the model is loaded
     set_seed(settings.SEED)
     silence_transformers()
     is_bare = settings.BASE_MODEL in ARCHITECTURES
@@ -168,25 +164,28 @@ def main(settings: Settings) -> None:
     evaluation_model = EvaluationModel(model, tokenizer)
     if is_bare:
         say(f"   {settings.BASE_MODEL} with random weights: {model.num_parameters():,} parameters")
-    with ExitStack() as stack:
-        tracker = stack.enter_context(tracking(settings.TRACKER, settings.SFT_MODEL_DIR, vars(settings)))
-        with processes.main_process_first():
-            folder = stack.enter_context(output.staging_folder())
-            checkpoint = last_checkpoint(folder)
+    with (
+        tracking(settings.TRACKER, settings.SFT_MODEL_DIR, vars(settings)) as tracker,
+        output.staging_folder() as folder,
+    ):
+        checkpoint = last_checkpoint(folder)
         before = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
         after = summarise(evaluation_model.measure("anthropic", test))
         perplexity = {"before": before, "after": after["perplexity"]}
         perplexity |= {f"after_{end}": after[f"perplexity_{end}"] for end in ("low", "high")}
         tracker.log({"perplexity": perplexity["after"]})
-        if processes.is_main_process:
+
+        @first_process_only
+        def save() -> None:
             for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
                 shutil.rmtree(used)
             model.save_pretrained(folder)
             copy_tokenizer(settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
             write_atomically(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
-            output.publish_folder(started, {}, perplexity=perplexity, processes=processes.num_processes)
-        processes.wait_for_everyone()
+            output.publish_folder(started, {}, perplexity=perplexity)
+
+        save()
     say(f"   test perplexity {before:.2f} -> {perplexity['after']:.2f}")
 
 
@@ -194,5 +193,4 @@ if __name__ == "__main__":
     run_step(
         main,
         hint=lambda settings: next_command(STEP_1, settings, MODEL_NAMES=[settings.SFT_MODEL_DIR]),
-        several_processes=True,
     )

@@ -43,6 +43,7 @@ from steps import require_writable, run_step
 from utils.artifacts import fingerprint_of_files
 from utils.console import UserError, banner, is_disk_full, say, shown_path
 from utils.paths import resolve_path
+from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
 from utils.settings import Settings
 
@@ -60,6 +61,7 @@ OVERWRITE: bool = False  # replace files that come from another source or have c
 # -----------------------------------------------------------------------------------------------------------
 
 
+@first_process_only
 def main(settings: Settings) -> None:
     """Fetch the parts in ONLY; stop at the first that fails, and say what is finished."""
     banner("official data", settings.DATA_DIR)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from steps import next_command, run_step
 from utils.console import UserError, banner, progress_bar
 from utils.paths import STEP_4
+from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.selection import min_max_normalise, ranking_scores, require_enough
 from utils.settings import (
@@ -228,6 +229,7 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
     return subset
 
 
+@first_process_only
 def main(settings: Settings) -> None:
     """Pick a subset for every task."""
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)

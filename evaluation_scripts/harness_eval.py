@@ -29,6 +29,7 @@ from utils.artifacts import Artifact, read_json
 from utils.console import UserError, banner, say
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.models import locate, model_fingerprint, resolve_device
+from utils.processes import first_process_only
 from utils.registry import harness_result
 from utils.reporting.tables import Row, Table, with_interval
 from utils.settings import PositiveInt, Settings
@@ -204,6 +205,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]
     return Table(caption, header, rows, data)
 
 
+@first_process_only
 def main(settings: Settings) -> None:
     """Evaluate the model and its repairs, and compare."""
     repaired, manager = repaired_models(settings), find_tasks(settings)

@@ -30,6 +30,7 @@ from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
+from utils.processes import all_reduce
 from utils.registry import ModelArtifacts
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
 
@@ -77,6 +78,7 @@ def represent(
         hidden = last_hidden_state(model, batch)  # (B, T, hidden)
         mask = batch["attention_mask"].unsqueeze(2)  # (B, T, 1)
         representations[batch["index"].cpu()] = ((hidden * mask).sum(dim=1) / mask.sum(dim=1)).float().cpu()
+    all_reduce(representations)
     return representations
 
 

@@ -3,6 +3,8 @@
 A manifest is written last and everything goes to a temporary name first, so "the manifest exists" means "the
 artifact is complete". Its `fingerprint` covers the settings and the fingerprints of the inputs, so that a change
 anywhere upstream is noticed by every step below it.
+
+Of several processes the first one alone decides whether an artifact is finished, and writes; all of them read.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.console import UserError, say, say_read, shown_path
 from utils.paths import PROJECT_ROOT
+from utils.processes import first_process_only, launched
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 FINGERPRINT_BYTES = 16
@@ -80,6 +83,7 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
+@first_process_only
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,7 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
+@first_process_only
 def write_if_changed(path: Path, text: str) -> None:
     """Write a text file, unless it says the same already."""
     if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -181,6 +186,7 @@ class Artifact:
         """Fingerprint of the settings and inputs."""
         return fingerprint_of({"settings": self.settings, "inputs": self.inputs})
 
+    @first_process_only
     def is_finished(self, overwrite: bool = False) -> bool:
         """Whether a complete artifact made with these settings and inputs is there already.
 
@@ -260,6 +266,7 @@ class Artifact:
         self.require()
         return read_json(self.path, f"delete it and run {self.made_by} again")
 
+    @first_process_only
     def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
         """Write a safetensors artifact and its manifest.
 
@@ -274,6 +281,7 @@ class Artifact:
         save_file(tensors, self.partial_path)
         self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
 
+    @first_process_only
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
         """Write a JSON artifact and its manifest.
 
@@ -296,12 +304,17 @@ class Artifact:
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """A temporary folder, which keeps what a killed run with the same settings and inputs left."""
+        self._prepare_staging_folder()
+        yield self.partial_path
+
+    @first_process_only
+    def _prepare_staging_folder(self) -> None:
         marker = self.partial_path / STAGING_MARKER
         if not marker.exists() or read_json(marker)["fingerprint"] != self.fingerprint:
             shutil.rmtree(self.partial_path, ignore_errors=True)
             write_atomically(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
-        yield self.partial_path
 
+    @first_process_only
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
         """Put the manifest into the staging folder and give the folder its name."""
         manifest = to_json(self._manifest(started, shapes, details))
@@ -323,6 +336,7 @@ class Artifact:
             "shapes": shapes,
             "seconds": round(time.monotonic() - started, 3),
             "versions": software_versions(),
+            "processes": launched(),
             **details,
         }
 

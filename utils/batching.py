@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from utils.console import progress_bar
+from utils.processes import iterate_share, smallest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,7 +59,7 @@ def token_budget(
     widths = sum(linear.in_features + linear.out_features for linear in linears)
     widths += 32 * model.config.hidden_size  # generous: activations of one block without a graph
     bytes_per_token = 4 * 3 * widths  # float32; the value, its gradient, and a temporary copy
-    return int(np.clip(free_bytes / bytes_per_token, *AUTO_TOKENS_ON_GPU))
+    return smallest(int(np.clip(free_bytes / bytes_per_token, *AUTO_TOKENS_ON_GPU)))
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -85,6 +85,8 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 
 class BatchLoader:
     """Batches of sequences, length-sorted, with a progress bar over the sequences. Can be iterated many times.
+
+    Several processes plan the same batches, and each iterates over its share of them; none may be left for one of them.
 
     Each batch holds, for B sequences padded to T tokens:
         input_ids, attention_mask, labels: (B, T); labels are IGNORED_LABEL where nothing counts
@@ -131,13 +133,10 @@ class BatchLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        if not self.description:
-            yield from map(self._collate, self.batches)
-            return
-        with progress_bar(len(self.indices), self.description, "texts") as bar:
-            for batch in self.batches:
-                yield self._collate(batch)
-                bar.update(len(batch))
+        lengths = {i: self.pad_to or len(self.sequences[i].input_ids) for i in self.indices}
+        padded_tokens = [len(batch) * max(lengths[i] for i in batch) for batch in self.batches]
+        sizes = [len(batch) for batch in self.batches]
+        yield from map(self._collate, iterate_share(self.batches, padded_tokens, sizes, self.description, "texts"))
 
     def _collate(self, batch: list[int]) -> Batch:
         sequences = [self.sequences[i] for i in batch]

@@ -1,7 +1,7 @@
 """Everything the scripts print: lines, banners, progress bars and readable errors.
 
-With several processes (`accelerate launch`, `torchrun`) only the first one prints. Under continuous integration (CI is
-set in the environment) there are no progress bars.
+Of several processes only the first one prints (utils/processes.py). Under continuous integration (CI is set in the
+environment) there are no progress bars.
 """
 
 from __future__ import annotations
@@ -10,31 +10,42 @@ import errno
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 from tqdm import tqdm
 
 SECONDS_BETWEEN_UPDATES = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs far fewer updates than a terminal
 
+_is_silent = False
+
 
 class UserError(Exception):
     """An error the user can fix, shown as one line: what is wrong, what is allowed, what to do."""
 
 
-def is_first_process() -> bool:
-    """Whether this is the only process of a run, or the first of several."""
-    return os.environ.get("RANK", "0") == "0"
+def silence() -> None:
+    """From now on print nothing but errors, warnings of libraries included."""
+    global _is_silent
+    _is_silent = True
+    warnings.filterwarnings("ignore")
 
 
 def shows_bars() -> bool:
-    """Whether to show progress bars: in the first process, except under continuous integration."""
-    return is_first_process() and os.environ.get("CI", "").lower() in ("", "0", "false")
+    """Whether to show progress bars: not under continuous integration."""
+    return not _is_silent and os.environ.get("CI", "").lower() in ("", "0", "false")
 
 
 def say(message: str = "") -> None:
     """Print a message."""
-    if is_first_process():
+    if not _is_silent:
         print(message, flush=True)
+
+
+def say_error(line: str) -> None:
+    """Print an error, below any progress bar."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def say_read(source: str, content: str) -> None:
@@ -69,7 +80,7 @@ def require_encodable(text: object, where: str) -> None:
 
 
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
-    """A progress bar with a total; use it in a `with` statement and advance it with `update`."""
+    """A progress bar with a total; use it in a `with` statement and advance it with `update`. None without a text."""
     return tqdm(
         total=total,
         desc=f"   {description}",
@@ -77,7 +88,7 @@ def progress_bar(total: int, description: str, unit: str) -> tqdm:
         mininterval=SECONDS_BETWEEN_UPDATES,
         dynamic_ncols=True,
         file=sys.stderr,
-        disable=not shows_bars(),
+        disable=not (description and shows_bars()),
     )
 
 

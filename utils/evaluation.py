@@ -20,6 +20,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import SequenceNLL, log_odds_losses, multiple_choice, sequence_nll
 from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
+from utils.processes import all_reduce, shared_map
 from utils.registry import losses_artifact, result_artifact
 from utils.results import LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
@@ -40,6 +41,7 @@ def measured_nll(model: PreTrainedModel, loader: BatchLoader) -> SequenceNLL:
     for batch in loader:
         nll, index = sequence_nll(model, batch), batch["index"].cpu()
         total[index], num_tokens[index] = nll.total.double().cpu(), nll.num_tokens.cpu()
+    all_reduce(total, num_tokens)
     return SequenceNLL(total, num_tokens)
 
 
@@ -127,8 +129,8 @@ class EvaluationModel:
     @torch.no_grad()
     def greedy_completions(self, prompts: Sequence[str]) -> list[str]:
         """The greedy completion of each prompt, at most MAX_NEW_TOKENS tokens."""
-        completions = []
-        for prompt in prompts:
+
+        def complete(prompt: str) -> str:
             inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
             output = self.model.generate(
                 input_ids=inputs["input_ids"],
@@ -138,8 +140,9 @@ class EvaluationModel:
                 pad_token_id=self.tokenizer.eos_token_id,
             )
             new_tokens = output[0, inputs["input_ids"].shape[1] :]
-            completions.append(self.tokenizer.decode(new_tokens, skip_special_tokens=True))
-        return completions
+            return self.tokenizer.decode(new_tokens, skip_special_tokens=True)
+
+        return shared_map(complete, prompts)
 
 
 class Evaluator:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from accelerate import PartialState
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from utils.console import UserError, progress_bar, say, shown_path
 from utils.forward import output_logits
 from utils.models import load_model
 from utils.performance_functions.losses import label_hidden_states
+from utils.processes import first_process_only, launched
 from utils.settings import Settings
 from utils.tracker import Tracker
 
@@ -106,6 +106,7 @@ def micro_batch_size(settings: Settings, num_processes: int) -> int:
     return size
 
 
+@first_process_only
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint, after deleting incomplete ones: the Trainer writes its state file last."""
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -130,13 +131,12 @@ def fine_tune(
         checkpoint: the one to resume from, if any.
     """
     is_cuda = model.device.type == "cuda"
-    num_processes = PartialState().num_processes
-    size = micro_batch_size(settings, num_processes)
+    size = micro_batch_size(settings, launched())
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.NUM_EPOCHS,
         per_device_train_batch_size=size,
-        gradient_accumulation_steps=settings.BATCH_SIZE // (size * num_processes),
+        gradient_accumulation_steps=settings.BATCH_SIZE // (size * launched()),
         learning_rate=settings.LEARNING_RATE,
         warmup_steps=max(1, len(examples) * settings.NUM_EPOCHS // settings.BATCH_SIZE // 20),
         save_strategy="steps",

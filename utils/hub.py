@@ -10,6 +10,7 @@ from dotenv import dotenv_values
 
 from utils.console import UserError, say
 from utils.paths import PROJECT_ROOT
+from utils.processes import first_process_only
 from utils.settings import Settings
 
 
@@ -51,6 +52,7 @@ def require_hub_access(settings: Settings) -> HubAccess:
     return access
 
 
+@first_process_only
 def push_folder(folder: Path, username: str, access: HubAccess) -> None:
     """Upload a checkpoint to `username/folder-name`, which is created if it does not exist.
 

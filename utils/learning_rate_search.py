@@ -21,6 +21,7 @@ from utils.evaluation import EvaluationModel
 from utils.intervals import ClusterSums, estimate_difference
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
+from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.results import quantities
 from utils.selection import held_out_rows
@@ -209,8 +210,8 @@ def search_learning_rate(
 
     nll_before, before = losses(0.0)
 
-    def measure(learning_rate: float) -> Trial:
-        nll_after, after = losses(learning_rate)
+    @first_process_only  # so that no process takes another branch for a last digit
+    def trial_of(learning_rate: float, nll_after: ClusterSums, after: dict[str, float]) -> Trial:
         change, error = perplexity_change(nll_before, nll_after)
         gain = sum(weight * (before[name] - after[name]) for name, weight in weights.items()) / sum(weights.values())
         say(
@@ -218,6 +219,9 @@ def search_learning_rate(
             f"training pairs improve by {gain:+.4f} nats per token"
         )
         return Trial(learning_rate, change, error, gain if math.isfinite(gain) else -math.inf)
+
+    def measure(learning_rate: float) -> Trial:
+        return trial_of(learning_rate, *losses(learning_rate))
 
     search = largest_gain_within(settings.PPL_BUDGET, measure)
     content = {

@@ -17,6 +17,7 @@ from utils.console import UserError, say_read, shows_bars
 from utils.forward import position_limit, require_own_logits
 from utils.hub import hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
+from utils.processes import first_process_only, is_first, launched, local_rank
 
 if TYPE_CHECKING:
     import transformers
@@ -33,15 +34,17 @@ HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|sel
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that DEVICE names; "auto" takes a GPU where there is one.
+    """The device that DEVICE names; "auto" takes a GPU where there is one, and each of several processes its own.
 
     Raises:
-        UserError: the device does not exist here.
+        UserError: the device does not exist here, or several processes would share it.
     """
     # cuDNN attention gives NaN gradients on Hopper GPUs for some masked lengths (torch 2.11 and later).
     torch.backends.cuda.enable_cudnn_sdp(False)
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if launched() > 1 and device.startswith("cuda"):
+        device = _own_gpu(device)
     try:
         resolved = torch.device(device)
         if resolved.type not in ("cpu", "cuda"):
@@ -53,6 +56,26 @@ def resolve_device(device: str) -> torch.device:
             f"DEVICE = {device!r}: not available here ({reason}); allowed: auto, cpu, cuda, cuda:N"
         ) from None
     return resolved
+
+
+def _own_gpu(device: str) -> str:
+    """The GPU of this process, one of several.
+
+    Raises:
+        UserError: DEVICE names one GPU for all, or this machine has fewer GPUs than processes.
+    """
+    if device != "cuda":
+        raise UserError(
+            f"DEVICE = {device!r}: several processes take a GPU each; allowed with several are auto, cpu and cuda; to "
+            "choose the GPUs, set CUDA_VISIBLE_DEVICES in the environment"
+        )
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(
+            f"DEVICE = {device!r}: process {local_rank()} of this machine needs a GPU of its own, and there are "
+            f"{torch.cuda.device_count()}; start fewer processes, or set DEVICE to cpu"
+        )
+    torch.cuda.set_device(local_rank())
+    return f"cuda:{local_rank()}"
 
 
 def locate(model: str, marker: str = "config.json") -> str:
@@ -100,11 +123,13 @@ def load_config(model: str) -> transformers.PretrainedConfig:
 
 
 def silence_transformers() -> None:
-    """Switch off transformers' own progress bars where they would fill a log file."""
+    """Switch off transformers' own progress bars where they would fill a log file, and the echo of its warnings."""
     import transformers
 
     if not shows_bars() or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if not is_first():
+        transformers.utils.logging.set_verbosity_error()
 
 
 def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel:
@@ -166,6 +191,7 @@ def copy_tokenizer(model: str, folder: Path) -> None:
     _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
 
 
+@first_process_only
 def model_fingerprint(model: str) -> str:
     """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
 

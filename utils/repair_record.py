@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
 from utils.console import say, shown_path
+from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card
 from utils.results import Metric, Result, compare
@@ -89,6 +90,7 @@ class RepairRecord:
             "measurements": measurements,
         }
 
+    @first_process_only
     def write(self, report: dict[str, Any]) -> None:
         """Write the report to results/, and with the model card into the checkpoint if that was saved."""
         started = time.monotonic()

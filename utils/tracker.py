@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from utils.console import UserError, is_first_process
+from utils.console import UserError
+from utils.processes import is_first
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -49,7 +50,7 @@ def tracking(name: str | None, run: str, config: dict[str, Any]) -> Iterator[Tra
             f"TRACKER = {name!r}: the package {name} is not installed, or this version of accelerate does not support "
             f"it; run pip install -U {name} accelerate, or set TRACKER = None"
         )
-    if not is_first_process():
+    if not is_first():
         yield Tracker()
         return
     PartialState()  # accelerate's trackers look up which process they are in

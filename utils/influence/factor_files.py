@@ -10,17 +10,20 @@ from safetensors.torch import load_file, save_file
 
 from utils.artifacts import require_finite
 from utils.console import UserError, shown_path
+from utils.processes import first_process_only
 
 
 def _factor_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
+@first_process_only
 def are_saved(folder: Path, names: list[str]) -> bool:
     """Whether all of these factors are in a folder."""
     return all(_factor_file(folder, name).exists() for name in names)
 
 
+@first_process_only
 def save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
     """Write factors, each file under a temporary name first.
 

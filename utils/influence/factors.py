@@ -3,7 +3,8 @@
     covariances -> eigendecompositions -> Lambda      shared by every task of a model
 
 The passes and their sums are our own: they look only at tokens that have a gradient, and share the trunk's output.
-kronfluence decomposes the covariances and names the files.
+kronfluence decomposes the covariances and names the files. Of several processes each sums over its share of the
+examples and decomposes its share of the modules; counts are those of all.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from kronfluence.module.linear import TrackedLinear
 from kronfluence.task import Task
 from kronfluence.utils.constants import (
     ACTIVATION_COVARIANCE_MATRIX_NAME,
+    ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
     COVARIANCE_FACTOR_NAMES,
     EIGENDECOMPOSITION_FACTOR_NAMES,
     FACTOR_ARGUMENTS_NAME,
     FACTOR_TYPE,
     GRADIENT_COVARIANCE_MATRIX_NAME,
+    GRADIENT_EIGENVALUES_NAME,
     GRADIENT_EIGENVECTORS_NAME,
     LAMBDA_FACTOR_NAMES,
     LAMBDA_MATRIX_NAME,
@@ -35,10 +38,11 @@ from torch import nn
 
 from utils.artifacts import to_json, write_atomically
 from utils.batching import Batch, BatchLoader
-from utils.console import progress_bar, say
+from utils.console import say
 from utils.influence.factor_files import are_saved, load_factors, save_factors
-from utils.influence.token_gradients import add_second_moment, add_squared_gradients, append_ones
+from utils.influence.token_gradients import append_ones, second_moment, summed_squared_gradients
 from utils.influence.traced_model import Curvature, TracedModel
+from utils.processes import all_reduce, iterate_share
 
 
 @dataclass(frozen=True)
@@ -95,51 +99,61 @@ def fit_covariances(traced: TracedModel, task: Task, loader: BatchLoader) -> FAC
         kronfluence's four covariance factors: the sums (in, in) and (out, out), and the number of tokens in each.
     """
     shapes = traced.gradient_shapes()
-    input_sums = {name: traced.zeros(in_size, in_size) for name, (_, in_size) in shapes.items()}
-    gradient_sums = {name: traced.zeros(out_size, out_size) for name, (out_size, _) in shapes.items()}
-    num_tokens = 0
+    input_sums = traced.totals({name: (in_size, in_size) for name, (_, in_size) in shapes.items()})
+    gradient_sums = traced.totals({name: (out_size, out_size) for name, (out_size, _) in shapes.items()})
+    num_tokens = torch.zeros(1, dtype=torch.int64)
 
     def add_moments(batch: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         is_token = batch["attention_mask"].bool()
         tokens = inputs[is_token].to(traced.curvature.dtype)
-        add_second_moment(input_sums[name], append_ones(tokens, traced.has_bias(name)))
-        add_second_moment(gradient_sums[name], traced.active_rows(name, inputs, gradients).gradients)
+        input_sums.add(name, second_moment(append_ones(tokens, traced.has_bias(name))))
+        gradient_sums.add(name, second_moment(traced.active_rows(name, inputs, gradients).gradients))
 
     def loss_of(batch: Batch) -> torch.Tensor:
-        nonlocal num_tokens
-        num_tokens += int(batch["attention_mask"].sum())
+        num_tokens.add_(batch["attention_mask"].sum().cpu())
         return task.compute_train_loss(batch, traced.model, sample=True)
 
     traced.backward_passes(loader, loss_of, add_moments)
+    all_reduce(num_tokens)
     return {
-        ACTIVATION_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in input_sums.items()},
-        GRADIENT_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in gradient_sums.items()},
-        NUM_ACTIVATION_COVARIANCE_PROCESSED: {name: torch.tensor([num_tokens]) for name in shapes},
-        NUM_GRADIENT_COVARIANCE_PROCESSED: {name: torch.tensor([num_tokens]) for name in shapes},
+        ACTIVATION_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in input_sums.over_processes().items()},
+        GRADIENT_COVARIANCE_MATRIX_NAME: {name: total.cpu() for name, total in gradient_sums.over_processes().items()},
+        NUM_ACTIVATION_COVARIANCE_PROCESSED: {name: num_tokens.clone() for name in shapes},
+        NUM_GRADIENT_COVARIANCE_PROCESSED: {name: num_tokens.clone() for name in shapes},
     }
 
 
 def fit_eigenbases(traced: TracedModel, covariances: FACTOR_TYPE) -> FACTOR_TYPE:
     """Eigenvectors and eigenvalues of both covariances of every module, by kronfluence, in float64."""
     arguments = factor_arguments(traced.curvature)
-    eigenbases: FACTOR_TYPE = {name: {} for name in EIGENDECOMPOSITION_FACTOR_NAMES}
+    eigenbases: FACTOR_TYPE = {}
+    for covariance, eigenvectors, eigenvalues in (
+        (ACTIVATION_COVARIANCE_MATRIX_NAME, ACTIVATION_EIGENVECTORS_NAME, ACTIVATION_EIGENVALUES_NAME),
+        (GRADIENT_COVARIANCE_MATRIX_NAME, GRADIENT_EIGENVECTORS_NAME, GRADIENT_EIGENVALUES_NAME),
+    ):
+        eigenbases[eigenvectors] = {name: torch.zeros_like(matrix) for name, matrix in covariances[covariance].items()}
+        eigenbases[eigenvalues] = {
+            name: torch.zeros_like(matrix[0]) for name, matrix in covariances[covariance].items()
+        }
 
     def decompose(name: str, linear: nn.Linear, device: torch.device) -> FACTOR_TYPE:
         module = nn.ModuleList([TrackedLinear(name, linear)])
         return perform_eigendecomposition(covariances, module, _SingleProcess(device), arguments, disable_tqdm=True)
 
-    with progress_bar(len(traced.linears), "eigendecompositions", "modules") as bar:
-        for name, linear in traced.linears.items():
-            try:
-                of_module = decompose(name, linear, traced.model.device)
-            except torch.linalg.LinAlgError:
-                if traced.model.device.type == "cpu":
-                    raise
-                say(f"   the eigendecomposition of {name} failed on the GPU; trying the CPU")
-                of_module = decompose(name, linear, torch.device("cpu"))
-            for factor, by_module in of_module.items():
-                eigenbases[factor].update(by_module)
-            bar.update()
+    names, ones = list(traced.linears), [1] * len(traced.linears)
+    costs = [out_size**3 + in_size**3 for out_size, in_size in traced.gradient_shapes().values()]
+    for name in iterate_share(names, costs, ones, "eigendecompositions", "modules"):
+        linear = traced.linears[name]
+        try:
+            of_module = decompose(name, linear, traced.model.device)
+        except torch.linalg.LinAlgError:
+            if traced.model.device.type == "cpu":
+                raise
+            say(f"   the eigendecomposition of {name} failed on the GPU; trying the CPU")
+            of_module = decompose(name, linear, torch.device("cpu"))
+        for factor, by_module in of_module.items():
+            eigenbases[factor][name].copy_(by_module[name])
+    all_reduce(*(tensor for by_module in eigenbases.values() for tensor in by_module.values()))
     return eigenbases
 
 
@@ -151,22 +165,24 @@ def fit_lambdas(traced: TracedModel, task: Task, loader: BatchLoader, eigenbases
     Returns:
         kronfluence's two Lambda factors: the sum (out, in), and the number of examples in it.
     """
-    totals = {name: traced.zeros(*shape) for name, shape in traced.gradient_shapes().items()}
+    shapes = traced.gradient_shapes()
+    totals = traced.totals(shapes)
     sides = (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME)
-    bases = {name: [eigenbases[side][name].to(totals[name]) for side in sides] for name in totals if eigenbases}
+    like = traced.zeros(0)
+    bases = {name: [eigenbases[side][name].to(like) for side in sides] for name in shapes if eigenbases}
 
     def add_squares(_: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         rows = traced.active_rows(name, inputs, gradients)
         if eigenbases:
             q_a, q_g = bases[name]
             rows = rows._replace(inputs=rows.inputs @ q_a, gradients=rows.gradients @ q_g)
-        add_squared_gradients(totals[name], rows)
+        totals.add(name, summed_squared_gradients(rows))
 
     def loss_of(batch: Batch) -> torch.Tensor:
         return task.compute_train_loss(batch, traced.model, sample=True)
 
     traced.backward_passes(loader, loss_of, add_squares)
     return {
-        LAMBDA_MATRIX_NAME: {name: total.cpu() for name, total in totals.items()},
-        NUM_LAMBDA_PROCESSED: {name: torch.tensor([len(loader.indices)]) for name in totals},
+        LAMBDA_MATRIX_NAME: {name: total.cpu() for name, total in totals.over_processes().items()},
+        NUM_LAMBDA_PROCESSED: {name: torch.tensor([len(loader.indices)]) for name in shapes},
     }

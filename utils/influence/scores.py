@@ -27,8 +27,9 @@ from kronfluence.utils.constants import (
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError, shown_path
 from utils.influence.factor_files import load_factors
-from utils.influence.token_gradients import add_gradient, token_scores
+from utils.influence.token_gradients import summed_gradient, token_scores
 from utils.influence.traced_model import Curvature, Gradients, TracedModel
+from utils.processes import all_reduce
 
 
 def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoader) -> Gradients:
@@ -37,13 +38,13 @@ def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoad
     Returns:
         For each traced Linear (1, out, in), with the bias as a last column where there is one.
     """
-    totals = {name: traced.zeros(*shape) for name, shape in traced.gradient_shapes().items()}
+    totals = traced.totals(traced.gradient_shapes())
 
     def add(_: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
-        add_gradient(totals[name], traced.active_rows(name, inputs, gradients))
+        totals.add(name, summed_gradient(traced.active_rows(name, inputs, gradients)))
 
     traced.backward_passes(loader, lambda batch: task.compute_measurement(batch, traced.model), add)
-    return {name: total.unsqueeze(0) for name, total in totals.items()}
+    return {name: total.unsqueeze(0) for name, total in totals.over_processes().items()}
 
 
 @torch.no_grad()
@@ -134,4 +135,5 @@ def score_training_examples(
             of_tokens.index_add_(1, offsets[example.cpu()] + position.cpu(), of_rows.cpu())
 
     traced.backward_passes(loader, lambda batch: task.compute_train_loss(batch, traced.model), add_scores)
+    all_reduce(scores, of_tokens)
     return Scores(scores.cpu(), of_tokens, offsets) if per_token else Scores(scores.cpu())

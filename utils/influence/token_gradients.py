@@ -79,26 +79,28 @@ def active_rows(inputs: torch.Tensor, output_gradients: torch.Tensor, has_bias: 
     return TokenRows(inputs, output_gradients[is_active].to(dtype), is_active)
 
 
-def add_second_moment(total: torch.Tensor, rows: torch.Tensor) -> None:
-    """total += sum_t x_t x_t^T, in place, for rows (n, d) and a total (d, d)."""
-    total.addmm_(rows.T, rows)
+def second_moment(rows: torch.Tensor) -> torch.Tensor:
+    """sum_t x_t x_t^T for rows (n, d), (d, d)."""
+    return rows.T @ rows
 
 
-def add_gradient(total: torch.Tensor, rows: TokenRows) -> None:
-    """total += sum_t g_t a_t^T, in place: the summed gradient of all examples, (out, in)."""
-    total.addmm_(rows.gradients.T, rows.inputs)
+def summed_gradient(rows: TokenRows) -> torch.Tensor:
+    """sum_t g_t a_t^T: the gradient of all examples together, (out, in)."""
+    return rows.gradients.T @ rows.inputs
 
 
-def add_squared_gradients(total: torch.Tensor, rows: TokenRows) -> None:
-    """total += sum_i G_i^2 elementwise, in place, (out, in), one example's gradient at a time.
+def summed_squared_gradients(rows: TokenRows) -> torch.Tensor:
+    """sum_i G_i^2 elementwise, (out, in), one example's gradient at a time.
 
     In the eigenbasis G_i' = Q_G^T G_i Q_A is sum_t (Q_G^T g_t) (Q_A^T a_t)^T, so the caller rotates the rows first:
     that takes n (in^2 + out^2) operations for n tokens, and rotating a gradient takes in out (in + out).
     """
+    total = rows.inputs.new_zeros(rows.gradients.shape[1], rows.inputs.shape[1])
     gradient = torch.empty_like(total)
     for gradients, inputs in zip(rows.gradients.split(rows.counts), rows.inputs.split(rows.counts), strict=True):
         torch.mm(gradients.T, inputs, out=gradient)
         total.addcmul_(gradient, gradient)
+    return total
 
 
 def token_scores(queries: torch.Tensor, rows: TokenRows) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from utils.batching import Batch, BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
+from utils.influence.totals import Totals
 from utils.models import load_model, load_tokenizer, traced_linear_names
 from utils.settings import Settings
 from utils.trunk import HiddenStateCache, Trunk
@@ -128,8 +129,12 @@ class TracedModel:
         }
 
     def zeros(self, *shape: int) -> torch.Tensor:
-        """An accumulator on the model's device."""
+        """A tensor for results, on the model's device."""
         return torch.zeros(shape, dtype=self.curvature.dtype, device=self.model.device)
+
+    def totals(self, shapes: Mapping[str, tuple[int, ...]]) -> Totals:
+        """Sums over batches, by the Linears' names, on the model's device."""
+        return Totals(shapes, self.curvature.dtype, self.model.device)
 
 
 def traced_linears(model: PreTrainedModel, family: str, num_blocks: int) -> dict[str, nn.Linear]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.processes import first_process_only
 from utils.reporting.tables import Row, WithInterval, group_by_repair, mean_with_interval
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def _line_style(label: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "lw": 1.2, "ms": 5, "label": label}
 
 
+@first_process_only
 def _save(figure: Figure, path: Path) -> None:
     """Save as PNG under a temporary name, then rename, so that a killed run leaves no truncated file."""
     path.parent.mkdir(parents=True, exist_ok=True)

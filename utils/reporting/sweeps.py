@@ -9,6 +9,7 @@ from utils import paths
 from utils.artifacts import differing_values, read_json, to_json, write_atomically, write_if_changed
 from utils.console import UserError, say, shown_path
 from utils.performance_functions import MEASUREMENTS
+from utils.processes import first_process_only
 from utils.reporting.figures import RepairPoint, repairs_figure
 from utils.reporting.tables import Row, csv_text, with_interval
 
@@ -52,6 +53,7 @@ def earlier_rates(
     return {} if differences else {row["learning_rate"]: row for row in earlier["rates"]}
 
 
+@first_process_only
 def write_sweep(
     output_dir: str,
     model_name: str,
@@ -118,6 +120,7 @@ def _points(
     return points
 
 
+@first_process_only
 def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float) -> None:
     """All sweeps of all models: a panel per model and repaired task, with the improvement of that task."""
     points = []
