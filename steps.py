@@ -144,7 +144,11 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
     models = constants.pop("MODEL_NAMES", [None]) if "MODEL_NAME" in own else [None]
     commands = [
         shlex.join(
-            ["python", name, *arguments_for(own, constants | ({"MODEL_NAME": model} if model else {}), required)]
+            [
+                *processes.launcher(),
+                name,
+                *arguments_for(own, constants | ({"MODEL_NAME": model} if model else {}), required),
+            ]
         )
         for model in models
     ]
@@ -161,5 +165,5 @@ def run_script(name: str, constants: Mapping[str, Any], **required: Any) -> None
     """
     script = load_script(name)
     arguments = arguments_for(vars(script), constants, required)
-    say(f"\n$ {shlex.join(['python', name, *arguments])}")
+    say(f"\n$ {shlex.join([*processes.launcher(), name, *arguments])}")
     run_step(script.main, arguments)

@@ -27,7 +27,7 @@ from benchmarks import released
 from benchmarks.timing import timed
 from benchmarks.workload import Workload
 from dpp.greedy_dpp import FourierKernel, RBFKernel, greedy_dpp, median_heuristic_gamma
-from utils import paths
+from utils import paths, processes
 from utils.paths import STEP_1, STEP_2, STEP_4, STEP_5, STEP_6
 
 BOTTOM_K = 100
@@ -146,4 +146,8 @@ if __name__ == "__main__":
         print("{}")
     else:
         output = work.folder / f"output_{side}_{step}"
-        print(json.dumps(timed(lambda: STEPS[step](side, work, output), output, int(repetitions))))
+        with processes.joined():
+            result = timed(lambda: STEPS[step](side, work, output), output, int(repetitions))
+            reduced, _ = processes.traffic()
+            if processes.is_first():
+                print(json.dumps({**result, "processes": processes.count(), "bytes_reduced": reduced}))

@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace
+from conftest import Workspace, run_script
 from process_pool import Ended, Launch
 from safetensors.torch import load_file
 
+from steps import load_script
 from utils import batching, processes
+from utils.console import UserError, progress_bar
 from utils.influence import factors
-from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.models import resolve_device
+from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 
 TOLERANCE = 1e-5  # relative
 
@@ -100,6 +108,141 @@ def test_several_processes_give_what_one_gives(family, blocks, count, undisturbe
     assert [end.code for end in ends] == [0] * count, ends[0].err
     ours, theirs = contents(workspace.output), contents(undisturbed(family, blocks).output)
     assert_same(ours, theirs, "")
+
+
+def test_artifacts_of_one_number_of_processes_are_finished_for_another(undisturbed, tmp_path):
+    workspace = undisturbed("pythia", 1)
+    before = {path: path.stat().st_mtime_ns for path in workspace.output.rglob("*") if path.is_file()}
+    for count in (2, 3):
+        ends = Launch(tmp_path, count, six_steps(workspace)).ended()
+        assert [end.code for end in ends] == [0] * count, ends[0].err
+        assert ends[0].out.count("finished before") >= 10
+        assert not any(end.out for end in ends[1:])
+    assert {path: path.stat().st_mtime_ns for path in workspace.output.rglob("*") if path.is_file()} == before
+
+
+def test_processes_without_a_row(tiny_models, data_copy, tmp_path):
+    """One dialogue and three processes."""
+    for split in ("train", "test"):
+        file = data_copy / "hh" / f"{split}.jsonl"
+        file.write_text(file.read_text(encoding="utf-8").splitlines(keepends=True)[0], encoding="utf-8")
+    common = ["--BOTTOM_K", 1, "--TASK_NAME", "ethics"]
+    folders = []
+    for count in (1, 3):
+        workspace = Workspace(tiny_models["pythia"], data_copy, tmp_path / f"output{count}")
+        steps = [
+            (STEP_1, ["--TASK_NAME", "ethics"]),
+            (STEP_2, []),
+            (STEP_3, [*common, "--GAMMA", 1]),
+            (STEP_4, [*common, "--SCORES_TYPE", "dpp"]),
+            (STEP_5, [*common, "--SCORES_TYPE", "dpp", "--LEARNING_RATE", 0.01, 0.02]),
+        ]
+        calls = [(script, [*workspace.arguments(script), *arguments]) for script, arguments in steps]
+        ends = Launch(tmp_path / "log", count, calls).ended()
+        assert [end.code for end in ends] == [0] * count, ends[0].err
+        folders.append(workspace.output)
+    assert_same(*(contents(folder) for folder in reversed(folders)), "")
+
+
+def test_the_tables_of_two_processes_are_those_of_one(tiny_models, small_data, tmp_path):
+    grid = ["--SEEDS", 42, "--TASKS", "truth", "combined", "--SCORES_TYPES", "dpp", "representation", "--BOTTOM_K", 5]
+    grid += ["--IF_WEIGHT", 10, "--PRESERVE_PERPLEXITY", False, "--LEARNING_RATE", 0.05, "--SWEPT_RATES", 0.02, 0.05]
+    texts = []
+    for count in (1, 2):
+        workspace = Workspace(tiny_models["pythia"], small_data, tmp_path / f"output{count}")
+        calls = [(PAPER_TABLES, [*workspace.arguments(PAPER_TABLES), *grid, "--NUM_COMPLETIONS", 1])]
+        ends = Launch(tmp_path / "log", count, calls).ended()
+        assert [end.code for end in ends] == [0] * count, ends[0].err
+        results = workspace.output / "results"
+        assert (results / "report.html").stat().st_size > 10_000
+        assert list(results.glob("*.png"))
+        texts.append((results / "tables" / "main.md").read_text(encoding="utf-8"))
+        texts[-1] = re.sub(r"[\d.]+ s\b|\| +[\d.]+ +\|$", "", texts[-1], flags=re.MULTILINE)  # seconds
+    assert texts[0] == texts[1]
+
+
+def test_the_share_of_each_process(monkeypatch):
+    costs = [random.Random(number).uniform(1, 5) for number in range(50)]
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "_world", processes._World(rank=rank, size=3))
+        shares.append(processes.share(costs))
+    assert sorted(piece for share in shares for piece in share) == list(range(50))
+    loads = [sum(costs[piece] for piece in share) for share in shares]
+    assert max(loads) <= 1.05 * min(loads)
+    assert all(share == sorted(share) for share in shares), "the longest texts come first"
+
+
+def test_a_pass_of_a_share_has_a_whole_bar(monkeypatch):
+    monkeypatch.setattr(processes, "_world", processes._World(rank=0, size=2))
+    bars = []
+    monkeypatch.setattr(processes, "progress_bar", lambda *words: bars.append(progress_bar(*words)) or bars[-1])
+    monkeypatch.setenv("CI", "")
+    list(processes.iterate_share("abcde", [5, 4, 3, 2, 1], [1, 2, 3, 4, 5], "a pass", "texts"))
+    assert (bars[0].n, bars[0].total) == (15, 15)
+
+
+# -- the launcher's environment ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [
+        ({"WORLD_SIZE": "x"}, "error: WORLD_SIZE = 'x' in the environment: must be a whole number"),
+        ({"WORLD_SIZE": "2"}, "error: RANK = '' in the environment: must be a whole number"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "error: RANK = 2 in the environment: must be below WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "error: WORLD_SIZE = 2 in the environment, but MASTER_ADDR and MASTER_PORT"),
+    ],
+)
+def test_an_environment_that_makes_no_sense(environment, line, monkeypatch, capsys):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        run_script(STEP_1)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_processes_that_never_come(monkeypatch, capsys):
+    monkeypatch.setattr(processes, "START_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    variables = {"WORLD_SIZE": 2, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        run_script(STEP_1)
+    assert capsys.readouterr().err.startswith(f"error: process 0 of 2 could not join the others at 127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("cuda:1", 8), ("cuda", 2), ("auto", 2)])
+def test_every_process_has_a_gpu_of_its_own(device, gpus, monkeypatch):
+    monkeypatch.setattr(processes, "_world", processes._World(rank=3, size=4, local_rank=3))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError, match="several processes take a GPU each|needs a GPU of its own, and there are 2"):
+        resolve_device(device)
+
+
+def test_torchrun_starts_the_processes_and_a_mistake_is_printed_once(tiny_models, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        *launcher,
+        str(PROJECT_ROOT / STEP_2),
+        "--MODEL_NAME",
+        str(tiny_models["qwen"]),
+        "--OUTPUT_DIR",
+        tmp_path,
+    ]
+    finished = subprocess.run([*command, "--HH_DATASET", "/no/such"], capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert finished.stderr.count("error: ") == 1
+    assert "error: no dialogues at /no/such" in finished.stderr
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "next: torchrun --nproc_per_node 2 dpp/greedy_dpp.py" in finished.stdout
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -204,3 +347,45 @@ def test_a_killed_process_ends_all(script, rank, before, seconds_of, undisturbed
             assert line.startswith(f"error: process {rank} "), line
         assert_goes_on(workspace, calls, 1 + number % 3, log, whole)
         shutil.rmtree(workspace.output)
+
+
+def test_a_full_disk_ends_all_and_is_no_loss(before, undisturbed, make_disk, tmp_path):
+    workspace, calls = before(STEP_1)
+    disk = make_disk("100k")
+    calls = [(STEP_1, [disk if word == workspace.output else word for word in arguments]) for _, arguments in calls]
+    ends = Launch(tmp_path / "log", 2, calls).ended(30)
+    assert [end.code for end in ends] == [1, 1]
+    (line,) = printed_lines(ends)
+    assert line.startswith("error: the disk is full; free some space and run the same command to continue")
+    subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+    ends = Launch(tmp_path / "log", 3, calls).ended()
+    assert [end.code for end in ends] == [0, 0, 0], ends[0].err
+    whole = contents(undisturbed("pythia", 1).output)
+    assert_same(contents(disk), {name: whole[name] for name in whole if re.search("factors_|/scores_", name)}, "")
+
+
+def be_told_to_stop(error: type[BaseException], rank: int) -> None:
+    """Raises an error in the second process, when it is to score the training dialogues."""
+
+    def stop(*_: object) -> None:
+        raise error("on purpose")
+
+    if rank == 1:
+        load_script(STEP_1).score = stop
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "code"),
+    [
+        (torch.OutOfMemoryError, "error: out of memory; run the same command to continue", 1),
+        (KeyboardInterrupt, "stopped; finished work is kept", 130),
+        (UserError, "error: on purpose", 1),
+        (MemoryError, "error: process 1: MemoryError: on purpose", 1),
+    ],
+)
+def test_how_a_process_ends_all_end(error, line, code, before, tmp_path):
+    _, calls = before(STEP_1)
+    ends = Launch(tmp_path / "log", 2, calls, partial(be_told_to_stop, error)).ended(30)
+    assert [end.code for end in ends] == [code, code]
+    (printed,) = printed_lines(ends)
+    assert printed.startswith(line)

@@ -198,15 +198,6 @@ def test_settings_are_checked_before_a_model_is_looked_for(script, capsys):
     assert capsys.readouterr().err.startswith("error: OVERWRITE = maybe: allowed is True or False")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_several_processes_are_refused(script, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit) as stop:
-        run_script(script)
-    assert stop.value.code == 1
-    assert capsys.readouterr().err.startswith("error: WORLD_SIZE = 2: the steps run as one process")
-
-
 # ------------------------------------------------------------------------------------ the blocks of constants
 
 

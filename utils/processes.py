@@ -81,6 +81,13 @@ def is_first() -> bool:
     return _world.rank == 0
 
 
+def launcher() -> list[str]:
+    """The words before a script's name that start it as this run was started; on one machine, that is."""
+    if os.environ.get("LOCAL_WORLD_SIZE") != str(_world.size) or _world.size == 1:
+        return ["python"]
+    return ["torchrun", "--nproc_per_node", str(_world.size)]
+
+
 def traffic() -> tuple[int, int]:
     """Bytes that this process has all-reduced, and in how many tensors."""
     return _world.bytes_reduced, _world.num_collectives
