@@ -52,6 +52,7 @@ from utils.registry import sft_model
 from utils.reporting.cards import sft_card
 from utils.results import summarise
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, TrackerName
+from utils.spreading import SPREAD
 from utils.tracker import tracking
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -115,8 +116,13 @@ def choose_device(settings: Settings) -> torch.device:
     """The device of this process; `accelerate launch` gives each process its own GPU.
 
     Raises:
-        UserError: DEVICE names one GPU by its number.
+        UserError: DEVICE names one GPU by its number, or spreads the model.
     """
+    if settings.DEVICE == SPREAD:
+        raise UserError(
+            f"DEVICE = {SPREAD!r}: allowed here are auto, cpu and cuda; fine-tuning changes all weights, and needs the "
+            "whole model on one device"
+        )
     device = resolve_device(settings.DEVICE)
     if device.index is not None:
         raise UserError(
