@@ -58,7 +58,7 @@ def place_modules(skeleton: nn.Module, blocks: str, first: int, main_device: tor
     free = free_memory()
     if needed > free[main]:
         raise UserError(
-            f"DEVICE = {SPREAD!r}: what is not spread (all but the first {first} blocks) and room for one block take "
+            f"DEVICE = {SPREAD!r}: what is not spread (all but the first {first} block(s)) and room for one block take "
             f"{needed / GIB:.3g} GiB, and {main_device} has {free[main] / GIB:.3g} GiB free; free some memory, trace "
             "fewer blocks (NUM_BLOCKS in step 1), or take a smaller model"
         )
