@@ -50,6 +50,7 @@ from utils.settings import (
     task_weights,
     tasks_of,
 )
+from utils.spreading import SPREAD
 from utils.tracker import Tracker, tracking
 from utils.trunk import Trunk
 
@@ -63,7 +64,7 @@ HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jso
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it; of the validation dialogues
-DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
@@ -146,7 +147,8 @@ class SteppableModel:
     def loaded(self) -> EvaluationModel:
         """The model, ready to be measured."""
         name = self.settings.MODEL_NAME
-        model = load_model(name, resolve_device(self.settings.DEVICE))
+        device = self.settings.DEVICE
+        model = load_model(name, resolve_device(device), device == SPREAD, self.num_blocks)
         trunk = Trunk(model, self.settings.MODEL_FAMILY, self.num_blocks)
         return EvaluationModel(model, load_tokenizer(name, model), trunk)
 
@@ -163,6 +165,8 @@ class SteppableModel:
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 
+SHARD_SIZE = "5GB"  # of a checkpoint's files, which a spread model's weights pass through CPU memory for, one at a time
+
 
 def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel) -> None:
     """Write the repaired checkpoint, unless it is finished."""
@@ -174,9 +178,11 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
     @first_process_only
     def save() -> None:
         started = time.monotonic()
-        require_finite(dict(repaired.named_parameters()), f"LEARNING_RATE = {learning_rate:g}")
+        # What is spread to CPU memory or disk (here on the meta device) does not change.
+        weights = {name: weight for name, weight in repaired.named_parameters() if not weight.is_meta}
+        require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.staging_folder() as folder:
-            repaired.save_pretrained(folder)
+            repaired.save_pretrained(folder, max_shard_size=SHARD_SIZE)
             copy_tokenizer(model.settings.MODEL_NAME, folder)
             checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
 

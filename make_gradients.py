@@ -71,7 +71,7 @@ HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jso
 DATA_DIR: str = "data/demo"  # for "direct": folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the random subset and the retained dialogues; as in step 1, whose factors are read
-DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)

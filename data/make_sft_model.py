@@ -51,6 +51,7 @@ from utils.registry import sft_model
 from utils.reporting.cards import sft_card
 from utils.results import summarise
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, TrackerName
+from utils.spreading import SPREAD
 from utils.tracker import tracking
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -114,8 +115,13 @@ def choose_device(settings: Settings) -> torch.device:
     """The device of this process.
 
     Raises:
-        UserError: DEVICE names one GPU by its number, which the Trainer would not keep to.
+        UserError: DEVICE names one GPU by its number, which the Trainer would not keep to, or spreads the model.
     """
+    if settings.DEVICE == SPREAD:
+        raise UserError(
+            f"DEVICE = {SPREAD!r}: allowed here are auto, cpu and cuda; fine-tuning changes all weights, and needs the "
+            "whole model on one device"
+        )
     if settings.DEVICE not in ("auto", "cpu", "cuda"):
         raise UserError(
             f"DEVICE = {settings.DEVICE!r}: allowed here are auto, cpu and cuda; to choose a GPU, set "

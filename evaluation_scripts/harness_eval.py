@@ -28,11 +28,12 @@ from utils import paths
 from utils.artifacts import Artifact, read_json
 from utils.console import UserError, banner, say
 from utils.intervals import ClusterSums, Estimate, estimate_mean
-from utils.models import locate, model_fingerprint, resolve_device
+from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only
 from utils.registry import harness_result
 from utils.reporting.tables import Row, Table, with_interval
 from utils.settings import PositiveInt, Settings
+from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -57,7 +58,7 @@ INCLUDE_PATH: str | None = None  # folder with task files of your own
 LIMIT: PositiveInt | None = None  # documents of each task, the first ones; None = all
 BATCH_SIZE: PositiveInt = 8  # requests that the model runs at once
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
-DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces results that were made from other weights or settings
 # -----------------------------------------------------------------------------------------------------------
 
@@ -121,8 +122,10 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
     if unfinished:
         from lm_eval.models.huggingface import HFLM
 
-        device = str(resolve_device(settings.DEVICE))
-        loaded = HFLM(pretrained=locate(model), dtype="float32", device=device, batch_size=settings.BATCH_SIZE)
+        device, source = resolve_device(settings.DEVICE), locate(model)
+        pretrained = load_model(model, device, is_spread=True) if settings.DEVICE == SPREAD else source
+        options = {"dtype": "float32", "device": str(device), "batch_size": settings.BATCH_SIZE}
+        loaded = HFLM(pretrained, tokenizer=source, **options)
     for task in unfinished:
         evaluate_task(settings, loaded, task, manager, outputs[task])
     return {task: read_json(output.path) for task, output in outputs.items()}

@@ -50,7 +50,7 @@ HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jso
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; seeds but the first get a folder seed-N in it
 SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
-DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # repaired for

@@ -33,6 +33,7 @@ from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import all_reduce
 from utils.registry import ModelArtifacts
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
+from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config),
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # for ANSWERS_OF: folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
-DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N"
+DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 ANSWERS_OF: TraceTask | None = None  # also the untrustworthy training answers of: "bias", "ethics", "truth", "all"
@@ -104,7 +105,7 @@ def main(settings: Settings) -> None:
         outputs.append((output, untrustworthy_texts(pairs)))
     unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
-        model = load_model(settings.MODEL_NAME, device)
+        model = load_model(settings.MODEL_NAME, device, settings.DEVICE == SPREAD)
         tokenizer = load_tokenizer(settings.MODEL_NAME, model)
     for output, texts in unfinished:
         started = time.monotonic()

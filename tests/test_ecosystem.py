@@ -134,7 +134,7 @@ def local_tasks(tmp_path):
     return ["--HARNESS_TASKS", "local_truth", "--INCLUDE_PATH", tmp_path / "tasks"]
 
 
-def test_the_harness_before_and_after_a_repair(repaired, local_tasks, monkeypatch, capsys):
+def test_the_harness_before_and_after_a_repair(repaired, local_tasks, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     repaired.run(HARNESS, *local_tasks, "--DEVICE", "cpu")
     assert re.search(r"\| +local_truth \| +acc \|", capsys.readouterr().out)
@@ -149,6 +149,14 @@ def test_the_harness_before_and_after_a_repair(repaired, local_tasks, monkeypatc
     changes = [new - old for old, new in zip(before["documents"], after["documents"], strict=True)]
     assert row["difference"] == pytest.approx(sum(changes) / 12)
     assert row["difference_standard_error"] == pytest.approx(statistics.stdev(changes) / 12**0.5)
+
+    spread = Workspace(repaired.model, repaired.data, tmp_path / "output")
+    little = int(1.1 * (repaired.model / "model.safetensors").stat().st_size)  # room for one block of three
+    monkeypatch.setattr("utils.spreading.free_memory", lambda: {"cpu": little})
+    spread.run(HARNESS, *local_tasks, "--DEVICE", "spread", "--REPAIRED_MODEL_NAMES", checkpoint(repaired))
+    for name in names:
+        result = f"{name}_harness_local_truth.json"
+        assert read_json(spread.output / "results" / result) == read_json(results / result)
 
     monkeypatch.setattr("lm_eval.simple_evaluate", lambda *_, **__: pytest.fail("it is evaluated again"))
     unchanged = contents(repaired.output)

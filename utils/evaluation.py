@@ -24,6 +24,7 @@ from utils.processes import all_reduce, shared_map
 from utils.registry import losses_artifact, result_artifact
 from utils.results import LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
+from utils.spreading import SPREAD
 from utils.trunk import HiddenStateCache, Trunk
 
 if TYPE_CHECKING:
@@ -209,7 +210,7 @@ def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
     evaluator = Evaluator(settings, settings.SPLIT)
 
     def load(name: str) -> EvaluationModel:
-        model = load_model(name, device)
+        model = load_model(name, device, settings.DEVICE == SPREAD)
         return EvaluationModel(model, load_tokenizer(name, model))
 
     return [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import sys
+import weakref
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,7 @@ from utils.forward import position_limit, require_own_logits
 from utils.hub import hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
 from utils.processes import first_process_only, is_first, launched, local_rank
+from utils.spreading import SPREAD, keep_hooks_on_trunk, place_modules, silence_accelerate
 
 if TYPE_CHECKING:
     import transformers
@@ -34,15 +37,22 @@ HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|sel
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that DEVICE names; "auto" takes a GPU where there is one, and each of several processes its own.
+    """The device that DEVICE names; "auto" takes a GPU where there is one, and so does "spread" for its main device.
+
+    Each of several processes takes the GPU of its number.
 
     Raises:
         UserError: the device does not exist here, or several processes would share it.
     """
     # cuDNN attention gives NaN gradients on Hopper GPUs for some masked lengths (torch 2.11 and later).
     torch.backends.cuda.enable_cudnn_sdp(False)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == SPREAD and launched() > 1:
+        raise UserError(
+            f"DEVICE = {SPREAD!r}: is for one process, and there are {launched()}; start the script with python"
+        )
+    if device in ("auto", SPREAD):
+        gpu = "cuda:0" if device == SPREAD else "cuda"
+        device = gpu if torch.cuda.is_available() else "cpu"
     if launched() > 1 and device.startswith("cuda"):
         device = _own_gpu(device)
     try:
@@ -53,7 +63,7 @@ def resolve_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"DEVICE = {device!r}: not available here ({reason}); allowed: auto, cpu, cuda, cuda:N"
+            f"DEVICE = {device!r}: not available here ({reason}); allowed: auto, cpu, cuda, cuda:N, {SPREAD}"
         ) from None
     return resolved
 
@@ -132,15 +142,26 @@ def silence_transformers() -> None:
         transformers.utils.logging.set_verbosity_error()
 
 
-def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel:
+def load_model(
+    model: str, device: torch.device, is_spread: bool = False, num_blocks: int = 0
+) -> transformers.PreTrainedModel:
     """Load a causal language model in float32 and evaluation mode.
 
+    Args:
+        is_spread: spread all but the last `num_blocks` blocks (utils/spreading.py), with `device` as the main device.
+
     Raises:
-        UserError: the model is not found or cannot be read, its weights are not those that config.json describes, or
-            `require_own_logits` refuses it.
+        UserError: the model is not found or cannot be read, its weights are not those that config.json describes,
+            `require_own_logits` refuses it, or it cannot be spread.
     """
     silence_transformers()
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    if is_spread:
+        silence_accelerate()
+        skeleton = _skeleton(model).float()
+        blocks, first = first_traced_block(skeleton, "auto", num_blocks)
+        folder = TemporaryDirectory(prefix="spread-")  # for weights on disk, if they are not in safetensors already
+        keywords |= {"device_map": place_modules(skeleton, blocks, first, device), "offload_folder": folder.name}
     loaded, report = _from_hub_or_folder("AutoModelForCausalLM", model, "weights", **keywords)
     # transformers warns and puts random numbers where a tensor is missing or of another shape.
     misfits = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
@@ -158,8 +179,12 @@ def load_model(model: str, device: torch.device) -> transformers.PreTrainedModel
             "correct config.json (its number of blocks, say), or save the model again with save_pretrained"
         )
     say_read(model, f"{loaded.num_parameters():,} parameters")
-    loaded = loaded.to(device).eval()
-    require_own_logits(loaded)
+    if is_spread:
+        weakref.finalize(loaded, folder.cleanup)
+        keep_hooks_on_trunk(loaded, blocks, first, device)
+    else:
+        loaded = loaded.to(device)
+    require_own_logits(loaded.eval())
     return loaded
 
 
@@ -232,20 +257,24 @@ def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
     Raises:
         UserError: as `find_blocks`, or the configuration is not that of a decoder, or the weights are quantised.
     """
+    if getattr(load_config(model), "quantization_config", None):
+        raise UserError(f"{model}: its weights are quantised, and a repair changes weights; give the model as it was")
+    find_blocks(_skeleton(model), family, num_blocks)
+
+
+def _skeleton(model: str) -> transformers.PreTrainedModel:
+    """The model without its weights, on the meta device."""
     import transformers
 
     config = load_config(model)
-    if getattr(config, "quantization_config", None):
-        raise UserError(f"{model}: its weights are quantised, and a repair changes weights; give the model as it was")
     try:
         with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{model}: model type {config.model_type!r} is not a causal language model ({reason})"
         ) from None
-    find_blocks(skeleton, family, num_blocks)
 
 
 def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: int = 1) -> str:

@@ -17,6 +17,7 @@ from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
 from utils.models import load_model, load_tokenizer, traced_linear_names
 from utils.settings import Settings
+from utils.spreading import SPREAD
 from utils.trunk import HiddenStateCache, Trunk
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
     """
     if settings.USE_HALF_PRECISION and device.type != "cuda":
         raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, settings.DEVICE == SPREAD, settings.NUM_BLOCKS)
     linears = traced_linears(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
     trunk = Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
     return TracedModel(
