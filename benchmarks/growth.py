@@ -114,7 +114,7 @@ def project(tokens_per_dialogue: float, labels_per_dialogue: float) -> list[dict
     `evaluation` is the perplexity of the test split: at most this much for each repaired model, since the trunk runs
     once for a whole sweep. Passes in bfloat16, sums behind factors and scores in float32, eigendecompositions in
     float64. Queries are left out (below 2 % of the tokens). Memory: float32 weights, one bfloat16 copy of the largest
-    Linears, the factors and three query gradients of one block in float32.
+    Linears, and of one block the covariances in float64, other factors and three query gradients in float32.
     """
     projections = []
     for name, (hidden, blocks) in PAPER_MODELS.items():
@@ -143,7 +143,7 @@ def project(tokens_per_dialogue: float, labels_per_dialogue: float) -> list[dict
             / (SHARE_OF_RATE * FLOAT32_RATE),
         }
         parameters = blocks * 12 * hidden**2 + 2 * VOCABULARY * hidden
-        block_floats = sum(size**2 for size in sizes) + 5 * 12 * hidden**2
+        block_floats = 2 * sum(size**2 for size in sizes) + 5 * 12 * hidden**2
         projections.append({"model": name, **seconds, "memory_bytes": 4 * parameters + 4 * block_floats})
     return projections
 

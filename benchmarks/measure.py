@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from safetensors.torch import load_file
 
 import steps
@@ -35,6 +36,7 @@ LEARNING_RATES = [0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014]
 NUM_FEATURES, IF_WEIGHT, SEED = 2_048, 10.0, 42
 SUBSET = {"TASK_NAME": "combined", "SCORES_TYPE": "random", "BOTTOM_K": BOTTOM_K}  # of steps 4 and 5
 REPAIR = paths.repair_name("random", BOTTOM_K, IF_WEIGHT)
+ADDED_UP_BYTES = 1 << 29
 PREPARED = "run"  # folder of the workload with the outputs of steps 1 and 4
 
 
@@ -125,6 +127,11 @@ def step_6(side: str, work: Workload, output: Path) -> None:
         released.step_6(work.model, work.hh_dataset, work.data_dir)
 
 
+def add_up(*_: object) -> None:
+    """All-reduce of as many float64 numbers as a large block's covariances have in one matrix."""
+    processes.all_reduce(torch.ones(ADDED_UP_BYTES // 8, dtype=torch.float64))
+
+
 STEPS: dict[str, Callable[[str, Workload, Path], Any]] = {
     "step1_three_tasks": step_1,
     "step1_one_task": step_1_one_task,
@@ -134,6 +141,7 @@ STEPS: dict[str, Callable[[str, Workload, Path], Any]] = {
     "step4_gradients": step_4,
     "step5_sweep": step_5,
     "step6_evaluation": step_6,
+    "all_reduce": add_up,
 }
 
 

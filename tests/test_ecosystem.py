@@ -16,6 +16,7 @@ from accelerate.utils import LoggerType
 from conftest import Workspace, contents, load_script, write_rows
 from huggingface_hub import ModelCard
 
+from utils import processes
 from utils.artifacts import read_json
 from utils.console import UserError
 from utils.reporting.cards import repair_card
@@ -271,7 +272,7 @@ def test_a_tracker_is_closed_when_a_step_fails(fake_tracker):
 
 def test_only_the_first_process_tracks(fake_tracker, monkeypatch):
     FakeTracker.last = None
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes, "_world", processes._World(rank=1, size=2))
     with tracking("wandb", "run", {}) as tracked:
         tracked.log({"loss": 1.0})
     assert FakeTracker.last is None

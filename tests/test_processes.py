@@ -23,7 +23,7 @@ from process_pool import Ended, Launch
 from safetensors.torch import load_file
 
 from steps import load_script
-from utils import batching, processes
+from utils import batching, evaluation, learning_rate_search, processes
 from utils.console import UserError, progress_bar
 from utils.influence import factors
 from utils.models import resolve_device
@@ -47,6 +47,11 @@ def six_steps(workspace: Workspace, blocks: int = 1) -> list[tuple[str, list[obj
         (STEP_6["anthropic"], []),
     ]
     return [(script, [*workspace.arguments(script), *arguments]) for script, arguments in calls]
+
+
+def quick_search(_: int) -> None:
+    """Searches for a learning rate end after a few trials, completions after a few tokens."""
+    learning_rate_search.PRECISION, evaluation.MAX_NEW_TOKENS = 0.2, 4
 
 
 def contents(folder) -> dict[str, object]:
@@ -91,7 +96,7 @@ def undisturbed(make_workspace, tmp_path_factory):
     def get(family: str, blocks: int) -> Workspace:
         if (family, blocks) not in made:
             workspace = make_workspace(family)
-            (ended,) = Launch(tmp_path_factory.mktemp("log"), 1, six_steps(workspace, blocks)).ended()
+            (ended,) = Launch(tmp_path_factory.mktemp("log"), 1, six_steps(workspace, blocks), quick_search).ended()
             assert ended.code == 0, ended.err
             made[family, blocks] = workspace
         return made[family, blocks]
@@ -104,7 +109,7 @@ def undisturbed(make_workspace, tmp_path_factory):
 )
 def test_several_processes_give_what_one_gives(family, blocks, count, undisturbed, make_workspace, tmp_path):
     workspace = make_workspace(family)
-    ends = Launch(tmp_path, count, six_steps(workspace, blocks)).ended()
+    ends = Launch(tmp_path, count, six_steps(workspace, blocks), quick_search).ended()
     assert [end.code for end in ends] == [0] * count, ends[0].err
     ours, theirs = contents(workspace.output), contents(undisturbed(family, blocks).output)
     assert_same(ours, theirs, "")
@@ -114,7 +119,7 @@ def test_artifacts_of_one_number_of_processes_are_finished_for_another(undisturb
     workspace = undisturbed("pythia", 1)
     before = {path: path.stat().st_mtime_ns for path in workspace.output.rglob("*") if path.is_file()}
     for count in (2, 3):
-        ends = Launch(tmp_path, count, six_steps(workspace)).ended()
+        ends = Launch(tmp_path, count, six_steps(workspace), quick_search).ended()
         assert [end.code for end in ends] == [0] * count, ends[0].err
         assert ends[0].out.count("finished before") >= 10
         assert not any(end.out for end in ends[1:])
@@ -145,8 +150,8 @@ def test_processes_without_a_row(tiny_models, data_copy, tmp_path):
 
 
 def test_the_tables_of_two_processes_are_those_of_one(tiny_models, small_data, tmp_path):
-    grid = ["--SEEDS", 42, "--TASKS", "truth", "combined", "--SCORES_TYPES", "dpp", "representation", "--BOTTOM_K", 5]
-    grid += ["--IF_WEIGHT", 10, "--PRESERVE_PERPLEXITY", False, "--LEARNING_RATE", 0.05, "--SWEPT_RATES", 0.02, 0.05]
+    grid = ["--SEEDS", 42, "--TASKS", "truth", "--SCORES_TYPES", "dpp", "--BOTTOM_K", 5, "--IF_WEIGHT", 10]
+    grid += ["--PRESERVE_PERPLEXITY", False, "--LEARNING_RATE", 0.05, "--SWEPT_RATES", 0.02, 0.05]
     texts = []
     for count in (1, 2):
         workspace = Workspace(tiny_models["pythia"], small_data, tmp_path / f"output{count}")
@@ -226,23 +231,26 @@ def test_every_process_has_a_gpu_of_its_own(device, gpus, monkeypatch):
         resolve_device(device)
 
 
-def test_torchrun_starts_the_processes_and_a_mistake_is_printed_once(tiny_models, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [
-        *launcher,
-        str(PROJECT_ROOT / STEP_2),
-        "--MODEL_NAME",
-        str(tiny_models["qwen"]),
-        "--OUTPUT_DIR",
-        tmp_path,
-    ]
-    finished = subprocess.run([*command, "--HH_DATASET", "/no/such"], capture_output=True, text=True)
-    assert finished.returncode == 1
-    assert finished.stderr.count("error: ") == 1
-    assert "error: no dialogues at /no/such" in finished.stderr
-    finished = subprocess.run(command, capture_output=True, text=True)
+def test_a_launcher_starts_the_processes(tiny_models, tmp_path):
+    """`accelerate launch`, which starts them as torchrun does."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    arguments = ["--MODEL_NAME", str(tiny_models["qwen"]), "--OUTPUT_DIR", str(tmp_path)]
+    finished = subprocess.run([*launcher, str(PROJECT_ROOT / STEP_2), *arguments], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "next: torchrun --nproc_per_node 2 dpp/greedy_dpp.py" in finished.stdout
+
+
+def test_a_mistake_is_printed_once(tiny_models, tmp_path):
+    arguments = ["--MODEL_NAME", tiny_models["qwen"], "--OUTPUT_DIR", tmp_path]
+    for words, line in (
+        ([*arguments, "--HH_DATASET", "/no/such"], "error: HH_DATASET = '/no/such', split train: no such folder"),
+        (["--NO_SUCH", 1], "error: unknown constant --NO_SUCH"),
+        ([*arguments, "--DEVICE", "spread"], "error: DEVICE = 'spread': is for one process, and there are 3"),
+    ):
+        ends = Launch(tmp_path / "log", 3, [(STEP_2, words)]).ended(30)
+        assert [end.code for end in ends] == [1, 1, 1]
+        (printed,) = printed_lines(ends)
+        assert printed.startswith(line)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -250,6 +258,7 @@ def test_torchrun_starts_the_processes_and_a_mistake_is_printed_once(tiny_models
 
 def fail_in_pass(description: str, failing_rank: int, rank: int) -> None:
     """Makes one process raise an error when it begins its share of a pass."""
+    quick_search(rank)
     iterate = processes.iterate_share
 
     def fail_or_iterate(pieces, costs, sizes, text, unit):
@@ -297,7 +306,7 @@ def before(undisturbed, tmp_path):
 
 def assert_goes_on(workspace: Workspace, calls: list[tuple[str, list[object]]], count: int, log: Path, whole) -> None:
     """The same command again, with any number of processes, ends with the artifacts of an undisturbed run."""
-    ends = Launch(log, count, calls).ended()
+    ends = Launch(log, count, calls, quick_search).ended()
     assert [end.code for end in ends] == [0] * count, ends[0].err
     assert_same(contents(workspace.output), contents(whole.output), "")
     assert not list(workspace.output.rglob("*.partial*"))
@@ -327,7 +336,7 @@ def test_a_killed_process_ends_all(script, rank, before, seconds_of, undisturbed
     log, whole = tmp_path / "log", undisturbed("pythia", 1)
     if script not in seconds_of:
         workspace, calls = before(script)
-        launch = Launch(log, 2, calls)
+        launch = Launch(log, 2, calls, quick_search)
         joined = launch.joined()
         launch.ended()
         seconds_of[script] = time.monotonic() - joined
@@ -335,7 +344,7 @@ def test_a_killed_process_ends_all(script, rank, before, seconds_of, undisturbed
     moments = random.Random(f"{script} {rank}")
     for number in range(int(os.environ.get("KILLS", "1"))):
         workspace, calls = before(script)
-        launch = Launch(log, 2, calls)
+        launch = Launch(log, 2, calls, quick_search)
         time.sleep(max(0.0, launch.joined() + moments.uniform(0, seconds_of[script]) - time.monotonic()))
         launch.kill(rank)
         killed = time.monotonic()
@@ -352,7 +361,7 @@ def test_a_killed_process_ends_all(script, rank, before, seconds_of, undisturbed
 def test_a_full_disk_ends_all_and_is_no_loss(before, undisturbed, make_disk, tmp_path):
     workspace, calls = before(STEP_1)
     disk = make_disk("100k")
-    calls = [(STEP_1, [disk if word == workspace.output else word for word in arguments]) for _, arguments in calls]
+    calls = [(STEP_1, [disk if word == str(workspace.output) else word for word in words]) for _, words in calls]
     ends = Launch(tmp_path / "log", 2, calls).ended(30)
     assert [end.code for end in ends] == [1, 1]
     (line,) = printed_lines(ends)

@@ -28,6 +28,7 @@ NOT_RUN = {
     "pip install": "Makefile and continuous integration install",
     "make": "a target is looked at: its commands must be scripts that are here",
     "accelerate launch": "test_sft.py launches two processes",
+    "torchrun": "test_processes.py starts it",
     "lm_eval": "test_ecosystem.py runs it on a local task",
     "python benchmarks/": "takes most of an hour; test_benchmarks.py runs its parts",
 }
