@@ -329,7 +329,10 @@ class _Lifeline:
         """The connections of all other processes, by rank, and what reads from them."""
         is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
         secret, connections = secrets.token_hex(16), {}
-        with socket.create_server(("127.0.0.1" if is_one_machine else "", 0)) as server:
+        is_dual = not is_one_machine and socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if is_dual else socket.AF_INET
+        address = "127.0.0.1" if is_one_machine else ""
+        with socket.create_server((address, 0), family=family, dualstack_ipv6=is_dual) as server:
             server.settimeout(START_TIMEOUT.total_seconds())
             store.set("lifeline", f"{server.getsockname()[1]} {int(is_one_machine)} {secret}")
             while len(connections) < self.size - 1:
@@ -372,11 +375,13 @@ class _Lifeline:
         with self.lock:
             if not self.is_ending:
                 self.is_ending = True
-                if self.rank == 0 or (message.get("is_death") and self.rank == 1):
-                    say_error(message["line"])
-                if self.rank == 0:
-                    self._tell_all({"code": message["code"]})
-                os._exit(message["code"])
+                try:
+                    if self.rank == 0 or (message.get("is_death") and self.rank == 1):
+                        say_error(message["line"])
+                    if self.rank == 0:
+                        self._tell_all({"code": message["code"]})
+                finally:
+                    os._exit(message["code"])
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         for connection, _ in self.connections.values():
