@@ -165,7 +165,7 @@ class SteppableModel:
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 
-SHARD_SIZE = "5GB"  # of a checkpoint's files, which a spread model's weights pass through CPU memory for, one at a time
+SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass through CPU memory a file at a time
 
 
 def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel) -> None:
@@ -182,7 +182,7 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
         weights = {name: weight for name, weight in repaired.named_parameters() if not weight.is_meta}
         require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.staging_folder() as folder:
-            repaired.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+            repaired.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
             copy_tokenizer(model.settings.MODEL_NAME, folder)
             checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
 

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from safetensors import SafetensorError
-
 from utils import processes
 from utils.console import UserError, remedy_for, say
 from utils.hub import hub_access
@@ -47,11 +45,9 @@ def run_step(
                 say(f"next: {hint(settings)}")
     except UserError as error:
         _exit_with(f"error: {error}")
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         if remedy := remedy_for(error):
             _exit_with(f"error: {remedy} ({str(error)[:300]})")
-        _exit_with_traceback(error)
-    except Exception as error:
         _exit_with_traceback(error)
     except KeyboardInterrupt:
         _exit_with("stopped; finished work is kept, run the same command to continue", code=130)
@@ -74,15 +70,19 @@ def _exit_with(line: str, code: int = 1) -> NoReturn:
 
 
 def _exit_with_traceback(error: Exception) -> NoReturn:
-    """What nobody expected is a bug here: one line for the user, and the traceback in a file for whoever fixes it."""
+    """What nobody expected is one line for the user, with the traceback in a file for whoever fixes it."""
+    processes.wait_for_watchdog()
     trace = hub_access().redact("".join(traceback.format_exception(error)))
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="traceback-", suffix=".txt", delete=False) as file:
-        file.write(trace)
-    where = f"process {processes.rank()}: " if processes.launched() > 1 else ""
-    _exit_with(
-        f"error: {where}{type(error).__name__}: {str(error)[:300]}; this is a bug in tracing-llm-trust, please report "
-        f"it with the traceback in {file.name}"
-    )
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="traceback-", suffix=".txt", delete=False) as f:
+            f.write(trace)
+        where = f"the traceback is in {f.name}"
+    except OSError as reason:
+        where = f"the traceback cannot be written ({reason}): {trace}"
+    # A file that may not be read, a network that is down: the machine's fault, not this project's.
+    blame = "" if isinstance(error, OSError) else "this is a bug in tracing-llm-trust, please report it; "
+    process = f"process {processes.rank()}: " if processes.launched() > 1 else ""
+    _exit_with(f"error: {process}{type(error).__name__}: {str(error)[:300]}; {blame}{where}")
 
 
 def load_script(name: str) -> ModuleType:

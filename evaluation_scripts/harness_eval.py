@@ -122,10 +122,10 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
     if unfinished:
         from lm_eval.models.huggingface import HFLM
 
-        device, source = resolve_device(settings.DEVICE), locate(model)
-        pretrained = load_model(model, device, is_spread=True) if settings.DEVICE == SPREAD else source
-        options = {"dtype": "float32", "device": str(device), "batch_size": settings.BATCH_SIZE}
-        loaded = HFLM(pretrained, tokenizer=source, **options)
+        device = resolve_device(settings.DEVICE)
+        # With a model that is loaded, the harness does not look for other processes to divide its work among.
+        pretrained = load_model(model, device, is_spread=settings.DEVICE == SPREAD)
+        loaded = HFLM(pretrained, tokenizer=locate(model), device=str(device), batch_size=settings.BATCH_SIZE)
     for task in unfinished:
         evaluate_task(settings, loaded, task, manager, outputs[task])
     return {task: read_json(output.path) for task, output in outputs.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO
+from conftest import DEMO, read_rows, write_rows
 from safetensors.torch import load_file
 
 from benchmarks import bench, growth, measure, released, workload
@@ -67,8 +67,11 @@ def test_a_sweep_measures_the_same(work, monkeypatch):
 def test_scores_agree_up_to_the_sampled_labels(work, monkeypatch):
     """The baseline draws different Fisher labels at the same positions, so the scores are close, not equal."""
     monkeypatch.setattr(released, "MEASUREMENTS", {"truth": released.MEASUREMENTS["truth"]})  # each takes 20 s
+    (work.folder / "hh").unlink()
+    for split, count in (("train", 30), ("test", 2)):
+        write_rows(work.folder / "hh" / f"{split}.jsonl", read_rows(DEMO / "hh" / f"{split}.jsonl")[:count])
     measure.run_script(measure.STEP_1, work, work.folder / "out", FISHER_POSITIONS="all")
-    theirs = released.step_1(work.model, work.hh_dataset, work.data_dir, work.folder / "released", 60)
+    theirs = released.step_1(work.model, work.hh_dataset, work.data_dir, work.folder / "released", 30)
     for task, scores in theirs.items():
         (file,) = (work.folder / "out").rglob(f"{task}_model/*/pairwise_scores.safetensors")
         pair = torch.stack([scores[0], load_file(file)["all_modules"][0]])

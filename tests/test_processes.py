@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, run_script
+from conftest import DEMO, Workspace, read_rows, run_script, write_rows
 from process_pool import Ended, Launch
 from safetensors.torch import load_file
 
@@ -27,24 +28,25 @@ from utils import batching, evaluation, learning_rate_search, processes
 from utils.console import UserError, progress_bar
 from utils.influence import factors
 from utils.models import resolve_device
-from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_0, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 
 TOLERANCE = 1e-5  # relative
 
 
-def six_steps(workspace: Workspace, blocks: int = 1) -> list[tuple[str, list[object]]]:
+def six_steps(workspace: Workspace, blocks: int = 1, strategy: str = "ekfac") -> list[tuple[str, list[object]]]:
     """The workflow with a search for the learning rate, token scores, completions and the preserving direction."""
-    subset = ["--BOTTOM_K", 5]
+    subset, factors_of = ["--BOTTOM_K", 5], ["--FACTOR_STRATEGY", strategy]
     repair = [*subset, "--SCORES_TYPE", "dpp", "--TASK_NAME", "truth", "--PRESERVE_PERPLEXITY", True]
+    summed = ["--TASK_NAME", "combined", "--GRADIENT_REDUCTION_TYPE", "sum"]
     calls = [
-        (STEP_1, ["--NUM_BLOCKS", blocks, "--COMPUTE_PER_TOKEN_SCORES", True]),
+        (STEP_1, [*factors_of, "--NUM_BLOCKS", blocks, "--COMPUTE_PER_TOKEN_SCORES", True]),
         (STEP_2, ["--ANSWERS_OF", "truth"]),
-        (STEP_3, subset),
-        (STEP_4, repair),
-        (STEP_4, [*subset, "--SCORES_TYPE", "direct", "--TASK_NAME", "bias"]),
+        (STEP_3, [*subset, *factors_of]),
+        (STEP_4, [*repair, *factors_of]),
+        (STEP_4, [*subset, *factors_of, "--SCORES_TYPE", "direct", "--TASK_NAME", "bias"]),
+        (STEP_4, [*subset, *factors_of, *summed]),
         (STEP_5, [*repair, "--LEARNING_RATE", "auto", "--PPL_BUDGET", 0.05, "--NUM_COMPLETIONS", 2]),
-        (STEP_6["truth"], []),
-        (STEP_6["anthropic"], []),
+        *((script, []) for script in STEP_6.values()),
     ]
     return [(script, [*workspace.arguments(script), *arguments]) for script, arguments in calls]
 
@@ -55,14 +57,18 @@ def quick_search(_: int) -> None:
 
 
 def contents(folder) -> dict[str, object]:
-    """Every artifact below a folder by its path: tensors, or numbers of a JSON file, without times and manifests."""
+    """Every artifact below a folder by its path: tensors, or the numbers of a JSON file."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = str(file.relative_to(folder))
         if file.suffix == ".safetensors":
             found |= {f"{name}/{key}": tensor for key, tensor in load_file(file).items()}
-        elif file.suffix == ".json" and "manifest" not in file.name:
+        elif file.suffix == ".json":
             found[name] = json.loads(file.read_text(encoding="utf-8"))
+            if "manifest" in file.name:
+                found[name] = {
+                    key: found[name].get(key) for key in ("settings", "shapes", "alpha", "indices", "examples")
+                }
         elif file.is_file():
             found[name] = None
     return found
@@ -90,29 +96,31 @@ def assert_same(ours: object, theirs: object, where: str) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(make_workspace, tmp_path_factory):
-    """Workspaces with the artifacts of one process, made on first use, by family and number of blocks."""
+    """Workspaces with the artifacts of one process, made on first use."""
     made = {}
 
-    def get(family: str, blocks: int) -> Workspace:
+    def get(family: str, blocks: int = 1, strategy: str = "ekfac") -> Workspace:
         if (family, blocks) not in made:
-            workspace = make_workspace(family)
-            (ended,) = Launch(tmp_path_factory.mktemp("log"), 1, six_steps(workspace, blocks), quick_search).ended()
+            workspace = made[family, blocks] = make_workspace(family)
+            calls = six_steps(workspace, blocks, strategy)
+            (ended,) = Launch(tmp_path_factory.mktemp("log"), 1, calls, quick_search).ended()
             assert ended.code == 0, ended.err
-            made[family, blocks] = workspace
         return made[family, blocks]
 
     return get
 
 
-@pytest.mark.parametrize(
-    ("family", "blocks", "count"), [("pythia", 1, 2), ("qwen", 2, 2), ("pythia", 2, 3), ("qwen", 1, 3)]
-)
-def test_several_processes_give_what_one_gives(family, blocks, count, undisturbed, make_workspace, tmp_path):
+# EVERY_COUNT in the environment runs both numbers of processes on each.
+CASES = {("pythia", 1, "ekfac"): 2, ("qwen", 2, "kfac"): 2, ("pythia", 2, "diagonal"): 3, ("qwen", 1, "ekfac"): 3}
+COUNTED = [(*case, n) for case, count in CASES.items() for n in ((2, 3) if "EVERY_COUNT" in os.environ else (count,))]
+
+
+@pytest.mark.parametrize(("family", "blocks", "strategy", "count"), COUNTED)
+def test_several_processes_give_what_one_gives(family, blocks, strategy, count, undisturbed, make_workspace, tmp_path):
     workspace = make_workspace(family)
-    ends = Launch(tmp_path, count, six_steps(workspace, blocks), quick_search).ended()
+    ends = Launch(tmp_path, count, six_steps(workspace, blocks, strategy), quick_search).ended()
     assert [end.code for end in ends] == [0] * count, ends[0].err
-    ours, theirs = contents(workspace.output), contents(undisturbed(family, blocks).output)
-    assert_same(ours, theirs, "")
+    assert_same(contents(workspace.output), contents(undisturbed(family, blocks, strategy).output), "")
 
 
 def test_artifacts_of_one_number_of_processes_are_finished_for_another(undisturbed, tmp_path):
@@ -231,13 +239,23 @@ def test_every_process_has_a_gpu_of_its_own(device, gpus, monkeypatch):
         resolve_device(device)
 
 
-def test_a_launcher_starts_the_processes(tiny_models, tmp_path):
-    """`accelerate launch`, which starts them as torchrun does."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    arguments = ["--MODEL_NAME", str(tiny_models["qwen"]), "--OUTPUT_DIR", str(tmp_path)]
-    finished = subprocess.run([*launcher, str(PROJECT_ROOT / STEP_2), *arguments], capture_output=True, text=True)
+@pytest.mark.parametrize("launcher", ["torch.distributed.run --standalone --nproc_per_node", "accelerate"])
+def test_launchers_start_the_processes(launcher, tiny_models, tmp_path):
+    """torchrun and step 2; `accelerate launch` and the fine-tuning."""
+    if launcher == "accelerate":
+        launcher = "accelerate.commands.launch --multi_gpu --num_processes"
+        script, hint = STEP_0, "next: torchrun --nproc_per_node 2 compute_factors_and_scores.py"
+        arguments = ["--BASE_MODEL", tiny_models["qwen"], "--SFT_MODEL_DIR", tmp_path / "sft", "--NUM_EPOCHS", 1]
+        for split, count in (("train", 20), ("test", 4)):
+            write_rows(tmp_path / "hh" / f"{split}.jsonl", read_rows(DEMO / "hh" / f"{split}.jsonl")[:count])
+        arguments += ["--HH_DATASET", tmp_path / "hh"]
+    else:
+        script, hint = STEP_2, "next: torchrun --nproc_per_node 2 dpp/greedy_dpp.py"
+        arguments = ["--MODEL_NAME", tiny_models["qwen"], "--OUTPUT_DIR", tmp_path]
+    command = [sys.executable, "-m", *launcher.split(), "2", str(PROJECT_ROOT / script), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert "next: torchrun --nproc_per_node 2 dpp/greedy_dpp.py" in finished.stdout
+    assert finished.stdout.count(hint) == 1
 
 
 def test_a_mistake_is_printed_once(tiny_models, tmp_path):
@@ -257,16 +275,20 @@ def test_a_mistake_is_printed_once(tiny_models, tmp_path):
 
 
 def fail_in_pass(description: str, failing_rank: int, rank: int) -> None:
-    """Makes one process raise an error when it begins its share of a pass."""
+    """Makes one process raise an error in a pass: after its first batch, if it has one."""
     quick_search(rank)
+    processes.ECHO_SECONDS = 0.2
     iterate = processes.iterate_share
 
-    def fail_or_iterate(pieces, costs, sizes, text, unit):
-        if text == description and rank == failing_rank:
+    def iterate_and_fail(pieces, costs, sizes, text, unit):
+        share = iterate(pieces, costs, sizes, text, unit)
+        if text != description or rank != failing_rank:
+            yield from share
+        else:
+            yield from itertools.islice(share, 1)
             raise RuntimeError("on purpose")
-        return iterate(pieces, costs, sizes, text, unit)
 
-    batching.iterate_share = factors.iterate_share = fail_or_iterate
+    batching.iterate_share = factors.iterate_share = iterate_and_fail
 
 
 def printed_lines(ends: list[Ended]) -> list[str]:
@@ -354,7 +376,8 @@ def test_a_killed_process_ends_all(script, rank, before, seconds_of, undisturbed
             assert ends[1 - rank].code == 1, ends
             (line,) = printed_lines(ends)
             assert line.startswith(f"error: process {rank} "), line
-        assert_goes_on(workspace, calls, 1 + number % 3, log, whole)
+        count = 1 + (number + rank + list(MADE_BY).index(script)) % 3
+        assert_goes_on(workspace, calls, count, log, whole)
         shutil.rmtree(workspace.output)
 
 
@@ -389,7 +412,8 @@ def be_told_to_stop(error: type[BaseException], rank: int) -> None:
         (torch.OutOfMemoryError, "error: out of memory; run the same command to continue", 1),
         (KeyboardInterrupt, "stopped; finished work is kept", 130),
         (UserError, "error: on purpose", 1),
-        (MemoryError, "error: process 1: MemoryError: on purpose", 1),
+        (MemoryError, "error: out of memory; run the same command to continue", 1),
+        (PermissionError, "error: process 1: PermissionError: on purpose; the traceback is in", 1),
     ],
 )
 def test_how_a_process_ends_all_end(error, line, code, before, tmp_path):

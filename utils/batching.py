@@ -86,7 +86,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 class BatchLoader:
     """Batches of sequences, length-sorted, with a progress bar over the sequences. Can be iterated many times.
 
-    Several processes plan the same batches, and each iterates over its share of them; none may be left for one of them.
+    Several processes plan the same batches, and each iterates over its share of them, which may be none.
 
     Each batch holds, for B sequences padded to T tokens:
         input_ids, attention_mask, labels: (B, T); labels are IGNORED_LABEL where nothing counts

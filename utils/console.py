@@ -80,7 +80,10 @@ def require_encodable(text: object, where: str) -> None:
 
 
 def progress_bar(total: int, description: str, unit: str) -> tqdm:
-    """A progress bar with a total; use it in a `with` statement and advance it with `update`. None without a text."""
+    """A progress bar with a total; use it in a `with` statement and advance it with `update`.
+
+    No bar is shown where the description is empty.
+    """
     return tqdm(
         total=total,
         desc=f"   {description}",
@@ -107,7 +110,8 @@ def remedy_for(error: BaseException) -> str | None:
     """What to do when the machine is out of disk space or memory; None for any other error."""
     if is_disk_full(error):
         return "the disk is full; free some space and run the same command to continue"
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    is_out_of_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if is_out_of_memory or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
         return (
             "out of memory; run the same command to continue, with a smaller TOKENS_PER_BATCH (BATCH_SIZE_PER_DEVICE "
             "for data/make_sft_model.py) or another DEVICE"

@@ -5,27 +5,22 @@ runs the same script. In a pass over data each takes its `share` of the batches,
 what they found; what is decided or written once is `first_process_only`. There is no collective inside a loop. Started
 without a launcher, a script is one process, and everything here passes through.
 
-Every process also holds a connection to the first one (the lifeline). The operating system closes it when a process
-dies, however deep in a computation the others are, and a process that fails sends its line through it first; either
-way all of them end within seconds, with one line and the same exit code.
+If a process fails or dies, a watchdog (utils/watchdog.py) ends all of them within seconds.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-import secrets
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from utils.console import UserError, progress_bar, say, say_error, silence
+from utils.watchdog import Watchdog
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +28,9 @@ if TYPE_CHECKING:
 P, T = ParamSpec("P"), TypeVar("T")
 
 START_TIMEOUT = timedelta(minutes=10)  # for the last process to start, which on a cluster may have to wait its turn
-HANDSHAKE_SECONDS = 10.0  # for a process that has started
-# A process may wait for as long as another works; that one of them died is known from the lifeline, not from this.
+# A process may wait for as long as another works; that one of them died is known from the watchdog, not from this.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
-KEEPALIVE_SECONDS, KEEPALIVE_PROBES = 5, 3  # of a machine that vanished without closing its connections
-PATIENCE_SECONDS = 20.0  # of a failed process, for the first one to tell the others
+ECHO_SECONDS = 1.0  # between the death of a process and the errors of others that it causes, at most
 
 
 @dataclass
@@ -48,7 +41,7 @@ class _World:
     size: int = 1
     local_rank: int = 0
     is_alone: bool = False
-    lifeline: _Lifeline | None = None
+    watchdog: Watchdog | None = None
     bytes_reduced: int = 0
     num_collectives: int = 0
 
@@ -57,12 +50,12 @@ _world = _World()
 
 
 def count() -> int:
-    """How many processes divide the work: 1 while the first one works alone."""
+    """How many processes divide the work at hand: 1 while the first one works alone."""
     return 1 if _world.is_alone else _world.size
 
 
 def launched() -> int:
-    """How many processes this run has."""
+    """How many processes this run has, whoever works at the moment."""
     return _world.size
 
 
@@ -191,20 +184,32 @@ def first_process_only(function: Callable[P, T]) -> Callable[P, T]:
             raise RuntimeError(f"the processes do different things: {arrived}")
         result: list[Any] = [None]
         if is_first():
-            _world.is_alone = True
-            try:
+            with _alone():
                 result = [function(*arguments, **keywords)]
-            finally:
-                _world.is_alone = False
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
     return on_first
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """This process works by itself, with the threads of all processes of its machine, which wait."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(os.cpu_count() or 1, threads * _number("LOCAL_WORLD_SIZE", 1)))
+    _world.is_alone = True
+    try:
+        yield
+    finally:
+        _world.is_alone = False
+        torch.set_num_threads(threads)
+
+
 @first_process_only
 def wait_for_all() -> None:
-    """Return when every process has come here."""
+    """Return when every process has come here: the first one waits for all, and all for the first one."""
 
 
 # -- beginning and end -------------------------------------------------------------------------------------------------
@@ -212,7 +217,7 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Join the processes that a launcher started with this one, and part at the end, when all have come to it.
+    """Join the processes that a launcher started with this one, and leave at the end, when all have come to it.
 
     Within another such context, only the end counts.
 
@@ -229,9 +234,9 @@ def joined() -> Iterator[None]:
     except SystemExit as stop:
         if stop.code:  # the others know
             raise
-        _part()
+        _leave()
         raise
-    _part()
+    _leave()
 
 
 def end_all(line: str, code: int) -> NoReturn:
@@ -240,11 +245,17 @@ def end_all(line: str, code: int) -> NoReturn:
     Raises:
         SystemExit: with the code.
     """
-    if _world.lifeline:
-        _world.lifeline.fail(line, code)
+    if _world.watchdog:
+        _world.watchdog.fail(line, code)
     else:
         say_error(line)
     raise SystemExit(code)
+
+
+def wait_for_watchdog() -> None:
+    """Give the watchdog a moment to end this process: an unexpected error may be the echo of another one's death."""
+    if _world.size > 1:
+        time.sleep(ECHO_SECONDS)
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -259,7 +270,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 
 def _join() -> None:
-    """Form a process group with the others, and hold the lifeline."""
+    """Form a process group with the others, each under the eye of the watchdog."""
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
         return
@@ -271,6 +282,7 @@ def _join() -> None:
             f"WORLD_SIZE = {size} in the environment, but {' and '.join(missing)} not; start the script with torchrun "
             "or accelerate launch, which set all of them, or unset WORLD_SIZE to run one process"
         )
+    own_local_rank = _number("LOCAL_RANK", own_rank)
     if own_rank:
         silence()
     import torch
@@ -278,24 +290,26 @@ def _join() -> None:
 
     # Fine-tuning alone sends tensors from GPU to GPU; everything else is added up in main memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    trouble = f"process {own_rank} of {size} could not join the others at {address} within {START_TIMEOUT}"
     try:
         store, _, _ = next(dist.rendezvous("env://", rank=own_rank, world_size=size, timeout=START_TIMEOUT))
-        lifeline = _Lifeline(store, own_rank, size)
-        dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        _world.watchdog = Watchdog(store, own_rank, own_local_rank, size, START_TIMEOUT)
+        with _world.watchdog.time_limit(
+            START_TIMEOUT, f"error: {trouble}; see GLOO_SOCKET_IFNAME in docs/REFERENCE.md"
+        ):
+            dist.init_process_group(backend, store=store, rank=own_rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+            _world.rank, _world.size, _world.local_rank = own_rank, size, own_local_rank
+            wait_for_all()
     except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"process {own_rank} of {size} could not join the others at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {START_TIMEOUT} ({error})"
-        ) from error
-    _world.rank, _world.size, _world.lifeline = own_rank, size, lifeline
-    _world.local_rank = _number("LOCAL_RANK", own_rank)
+        raise UserError(f"{trouble} ({error})") from error
     say(f"{size} processes")
 
 
-def _part() -> None:
+def _leave() -> None:
     """Wait until all have come to the end of their work, then leave the process group."""
     global _world
-    if not _world.lifeline:
+    if not _world.watchdog:
         return
     import torch.distributed as dist
 
@@ -303,125 +317,6 @@ def _part() -> None:
     reduced, tensors = traffic()
     if tensors:
         say(f"   {_world.size} processes added up {reduced / 1e6:,.1f} MB in {tensors} tensors")
-    _world.lifeline.part()
+    _world.watchdog.finish()
     dist.destroy_process_group()
     _world = _World()
-
-
-class _Lifeline:
-    """A connection between the first process and each of the others, watched by threads.
-
-    The others send one message: that they are at their end, or the line with which they fail. The first one answers
-    that all are at their end, or the code with which all exit. A connection that closes without a message is a death.
-    """
-
-    def __init__(self, store: torch.distributed.Store, own_rank: int, size: int) -> None:
-        """Connect; the first process waits for all others."""
-        self.rank, self.size = own_rank, size
-        self.lock, self.is_ending = threading.Lock(), False
-        self.connections = self._accept(store) if own_rank == 0 else {0: self._connect(store)}
-        self.parted = {peer: threading.Event() for peer in self.connections}
-        for peer, (connection, reader) in self.connections.items():
-            _keep_alive(connection)
-            threading.Thread(target=self._watch, args=(peer, reader), daemon=True).start()
-
-    def _accept(self, store: torch.distributed.Store) -> dict[int, tuple[socket.socket, TextIO]]:
-        """The connections of all other processes, by rank, and what reads from them."""
-        is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
-        secret, connections = secrets.token_hex(16), {}
-        is_dual = not is_one_machine and socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if is_dual else socket.AF_INET
-        address = "127.0.0.1" if is_one_machine else ""
-        with socket.create_server((address, 0), family=family, dualstack_ipv6=is_dual) as server:
-            server.settimeout(START_TIMEOUT.total_seconds())
-            store.set("lifeline", f"{server.getsockname()[1]} {int(is_one_machine)} {secret}")
-            while len(connections) < self.size - 1:
-                connection, _ = server.accept()
-                connection.settimeout(HANDSHAKE_SECONDS)
-                reader = connection.makefile("r")
-                with contextlib.suppress(OSError, ValueError):  # of a stranger
-                    word, peer = reader.readline().split()
-                    if secrets.compare_digest(word, secret):
-                        connections[int(peer)] = connection, reader
-        return connections
-
-    def _connect(self, store: torch.distributed.Store) -> tuple[socket.socket, TextIO]:
-        """The connection to the first process, and what reads from it."""
-        port, is_one_machine, secret = store.get("lifeline").decode().split()
-        host = "127.0.0.1" if int(is_one_machine) else os.environ["MASTER_ADDR"]
-        connection = socket.create_connection((host, int(port)), START_TIMEOUT.total_seconds())
-        connection.sendall(f"{secret} {self.rank}\n".encode())
-        return connection, connection.makefile("r")
-
-    def _watch(self, peer: int, reader: TextIO) -> None:
-        """Wait for the message of another process, or for its death."""
-        line = (
-            f"error: process {peer} (of 0 to {self.size - 1}) was killed, or ran out of memory; finished work is kept, "
-            "run the same command to continue"
-        )
-        message = {"line": line, "code": 1, "is_death": True}
-        with contextlib.suppress(OSError, ValueError):
-            message = json.loads(reader.readline())
-        if message.get("code") is None:
-            self.parted[peer].set()
-        else:
-            self._end(message)
-
-    def _end(self, message: dict[str, Any]) -> None:
-        """Exit now, from whatever the main thread is doing, which may be waiting for a process that is no more.
-
-        If it is the first process that died, the second one says so.
-        """
-        with self.lock:
-            if not self.is_ending:
-                self.is_ending = True
-                try:
-                    if self.rank == 0 or (message.get("is_death") and self.rank == 1):
-                        say_error(message["line"])
-                    if self.rank == 0:
-                        self._tell_all({"code": message["code"]})
-                finally:
-                    os._exit(message["code"])
-
-    def _tell_all(self, message: dict[str, Any]) -> None:
-        for connection, _ in self.connections.values():
-            with contextlib.suppress(OSError):  # of a dead one
-                connection.sendall(f"{json.dumps(message)}\n".encode())
-
-    def fail(self, line: str, code: int) -> None:
-        """Have all processes end; the first one prints the line."""
-        if self.rank:
-            self._tell_all({"line": line, "code": code})
-            time.sleep(PATIENCE_SECONDS)  # the answer ends this process
-            os._exit(code)
-        with self.lock:
-            if self.is_ending:
-                return
-            self.is_ending = True
-            say_error(line)
-            self._tell_all({"code": code})
-
-    def part(self) -> None:
-        """Return when every process is at its end."""
-        if self.rank:
-            self._tell_all({})
-        for event in self.parted.values():
-            event.wait()
-        if self.rank == 0:
-            self._tell_all({})
-        for connection, reader in self.connections.values():
-            reader.close()
-            connection.close()
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """No time limit on messages; but probe the other machine, which may have lost its power or its network."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", KEEPALIVE_SECONDS),
-        ("TCP_KEEPINTVL", KEEPALIVE_SECONDS),
-        ("TCP_KEEPCNT", KEEPALIVE_PROBES),
-    ):
-        if hasattr(socket, option):  # not on every system
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -13,8 +13,8 @@ class Totals:
     """A sum over all batches for each Linear.
 
     Each batch's own sum comes in the curvature's precision; they are added in float64, so that the order of the
-    batches does not show in the result, and so neither does the number of processes. Float32 would not do: it turns
-    the eigenvectors of close eigenvalues.
+    batches does not show in the result, and so neither does the number of processes. With float32 it would: its
+    rounding turns the eigenvectors of close eigenvalues.
 
     Args:
         shapes: of the sums, by name.
@@ -31,5 +31,9 @@ class Totals:
 
     def over_processes(self) -> dict[str, torch.Tensor]:
         """The sums over all batches of all processes; the end of a pass, which every process comes to."""
-        all_reduce(*self._totals.values())
-        return {name: total.to(self._dtype) for name, total in self._totals.items()}
+        results = {}
+        for name in list(self._totals):
+            total = self._totals.pop(name)  # freed before the next one is converted
+            all_reduce(total)
+            results[name] = total.to(self._dtype)
+        return results
