@@ -10,7 +10,7 @@ import torch
 from conftest import DEMO, read_rows, write_rows
 from safetensors.torch import load_file
 
-from benchmarks import bench, growth, measure, released, workload
+from benchmarks import bench, growth, measure, released, scaling, workload
 from benchmarks.floor import Operations, Tokens
 from benchmarks.workload import Workload
 from dpp.greedy_dpp import FourierKernel, center, greedy_dpp, median_heuristic_gamma
@@ -128,3 +128,30 @@ def test_the_committed_table_is_that_of_the_committed_numbers():
     for key, ratio in results["ratios"].items():
         step, unit = (key, "median_seconds") if key in results["ours"] else ("step1_three_tasks", "peak_bytes")
         assert ratio == pytest.approx(results["released"][step][unit] / results["ours"][step][unit])
+
+
+def test_the_projection_to_eight_gpus():
+    """Passes and sums are divided, what is added up is not; and the files of a real run are as large as it says."""
+    on_one = {"model": "Pythia 1.4b", "passes": 80.0, "sums": 8.0, "eigendecompositions": 10.0, "step2": 800.0}
+    (row,) = scaling.project({"projection": [on_one]}, bytes_per_second=1e30)
+    assert row["step1_on_one"] == 98
+    assert 11 + 10 / 4 < row["step1"] < 11 + 10 / 2, "the largest of four Linears takes the longest"
+    assert row["step2"] == pytest.approx(100)
+    (slow,) = scaling.project({"projection": [on_one]}, bytes_per_second=1e9)
+    added_up = sum(row["step1_bytes_reduced"].values()) / 1e9
+    assert slow["step1"] == pytest.approx(row["step1"] + added_up)
+
+
+def test_a_round_of_several_processes_says_what_can_be_reached(work, monkeypatch):
+    """One process takes 10 s, two take 6 s, and two runs beside each other 12 s each."""
+    seconds = iter([10.0, 6.0, 11.0, 13.0])
+    started = []
+    monkeypatch.setattr(scaling, "start", lambda count, step, work: started.append((count, work.folder)))
+    monkeypatch.setattr(scaling, "result_of", lambda _: {"seconds": [next(seconds)], "bytes_reduced": 5})
+    _, second = scaling.measure_round("step2_representations", work, [1, 2])
+    assert [count for count, _ in started] == [1, 2, 1, 1]
+    assert len({folder for _, folder in started}) == 3, "runs beside each other have folders of their own"
+    assert second["ratio"] == pytest.approx(10 / 6)
+    assert second["most"] == pytest.approx(2 * 10 / 12)
+    row = scaling.results_table({"steps": {"step2_representations": [[second]]}}).splitlines()[-1]
+    assert [cell.strip() for cell in row.split("|")[2:6]] == ["2", "6.0", "1.67", "1.67"]

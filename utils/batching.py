@@ -18,6 +18,8 @@ IGNORED_LABEL = -100
 AUTO_TOKENS_ON_CPU = 2_048  # past this, larger batches are no faster on a CPU
 AUTO_TOKENS_ON_GPU = (2_048, 65_536)  # smallest and largest automatic budget on a GPU
 SHARE_OF_GPU_MEMORY = 0.25  # of what is free when a step begins
+# A short pass has at least so many batches, for several processes to share, unless they would be smaller than this.
+FEWEST_BATCHES, SMALLEST_BATCH = 16, 512
 
 Batch = dict[str, torch.Tensor]
 
@@ -121,6 +123,7 @@ class BatchLoader:
         self.pad_token_id, self.device, self.pad_to = pad_token_id, device, pad_to
         self.transform, self.description = transform, description
         lengths = [pad_to or len(sequences[index].input_ids) for index in self.indices]
+        tokens_per_batch = min(tokens_per_batch, max(SMALLEST_BATCH, sum(lengths) // FEWEST_BATCHES))
         self.batches = [[self.indices[i] for i in batch] for batch in plan_batches(lengths, tokens_per_batch)]
 
     def described(self, description: str) -> BatchLoader:
