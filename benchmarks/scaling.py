@@ -2,7 +2,7 @@
 
 Each number of processes is started by torchrun and measured in turn, as often as REPETITIONS says, on the same model
 and data as the other benchmarks. Writes benchmarks/scaling.json and scaling.md, with a projection to 8 GPUs from that
-of growth.py to one.
+of growth.py to one. Steps that are not in STEPS keep their earlier numbers.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def main(settings: Settings) -> None:
         "threads_per_process": 1,
         "dtype": str(torch.get_default_dtype()),
         "versions": software_versions(),
-        "steps": {},
+        "steps": read_json(RESULTS)["steps"] if RESULTS.exists() else {},
     }
     for step in settings.STEPS:
         banner("scaling", step)

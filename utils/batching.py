@@ -137,9 +137,12 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         lengths = {i: self.pad_to or len(self.sequences[i].input_ids) for i in self.indices}
-        padded_tokens = [len(batch) * max(lengths[i] for i in batch) for batch in self.batches]
         sizes = [len(batch) for batch in self.batches]
-        yield from map(self._collate, iterate_share(self.batches, padded_tokens, sizes, self.description, "texts"))
+        widths = [max(lengths[i] for i in batch) for batch in self.batches]
+        # Attention makes the tokens of long texts more expensive; how much more depends on the model. What matters is
+        # that processes take batches in turn by length, so that all get long and short ones.
+        costs = [size * width * (1 + width / 4_096) for width, size in zip(widths, sizes, strict=True)]
+        yield from map(self._collate, iterate_share(self.batches, costs, sizes, self.description, "texts"))
 
     def _collate(self, batch: list[int]) -> Batch:
         sequences = [self.sequences[i] for i in batch]
