@@ -124,7 +124,12 @@ class BatchLoader:
         self.transform, self.description = transform, description
         lengths = [pad_to or len(sequences[index].input_ids) for index in self.indices]
         tokens_per_batch = min(tokens_per_batch, max(SMALLEST_BATCH, sum(lengths) // FEWEST_BATCHES))
-        self.batches = [[self.indices[i] for i in batch] for batch in plan_batches(lengths, tokens_per_batch)]
+        planned = plan_batches(lengths, tokens_per_batch)
+        self.batches = [[self.indices[i] for i in batch] for batch in planned]
+        # Attention makes the tokens of long texts more expensive; how much more depends on the model. What matters is
+        # that processes take batches in turn by length, so that all get long and short ones.
+        widths = [max(lengths[i] for i in batch) for batch in planned]
+        self._costs = [len(batch) * width * (1 + width / 4_096) for batch, width in zip(planned, widths, strict=True)]
 
     def described(self, description: str) -> BatchLoader:
         """The same batches under another progress bar."""
@@ -136,13 +141,8 @@ class BatchLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        lengths = {i: self.pad_to or len(self.sequences[i].input_ids) for i in self.indices}
         sizes = [len(batch) for batch in self.batches]
-        widths = [max(lengths[i] for i in batch) for batch in self.batches]
-        # Attention makes the tokens of long texts more expensive; how much more depends on the model. What matters is
-        # that processes take batches in turn by length, so that all get long and short ones.
-        costs = [size * width * (1 + width / 4_096) for width, size in zip(widths, sizes, strict=True)]
-        yield from map(self._collate, iterate_share(self.batches, costs, sizes, self.description, "texts"))
+        yield from map(self._collate, iterate_share(self.batches, self._costs, sizes, self.description, "texts"))
 
     def _collate(self, batch: list[int]) -> Batch:
         sequences = [self.sequences[i] for i in batch]

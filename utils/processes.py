@@ -232,9 +232,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        if stop.code:  # the others know
-            raise
-        _leave()
+        if not stop.code:  # otherwise all are ending
+            _leave()
         raise
     _leave()
 
