@@ -24,16 +24,17 @@ from steps import next_command, run_step
 from tasks import TRUST_TASKS
 from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact
-from utils.batching import BatchLoader, LabelledSequence
+from utils.batching import LabelledSequence
 from utils.console import banner, say
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.scores import Scores, mean_measurement_gradient, precondition, score_training_examples
-from utils.influence.traced_model import TracedModel, load_traced_model
+from utils.influence.scores import mean_measurement_gradient, precondition, score_training_examples
+from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
+from utils.locks import locked
 from utils.models import resolve_device
 from utils.paths import STEP_2, STEP_4, resolve_path
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, require_labels, tokenize_dialogues
-from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
+from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts
 from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, tasks_of
 
@@ -75,39 +76,51 @@ def fit(
         output.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
 
 
-def score(
-    traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], train: BatchLoader, factors: Path, per_token: bool
-) -> Scores:
-    """Stack the tasks' preconditioned gradients and score all of them in one pass over the training data."""
+def preconditioned_queries(traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], factors: Path) -> Gradients:
+    """(F + damping I)^-1 grad f of every task, (tasks, out, in), so that one training pass scores all of them."""
     gradients = []
     for task, pairs in queries.items():
         loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
         gradients.append(mean_measurement_gradient(traced, task, loader))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    preconditioned = precondition(stacked, traced.curvature, factors)
-    return score_training_examples(traced, next(iter(queries)), train, preconditioned, per_token)
+    return precondition(stacked, traced.curvature, factors)
 
 
 def trace_model(settings: Settings, model: str) -> None:
     """Factors and scores of one model; finished artifacts are not computed again."""
     banner("step 1: factors and scores", model)
-    device = resolve_device(settings.DEVICE)
     artifacts = ModelArtifacts(settings, model)
     data_dir, names = resolve_path(settings.DATA_DIR), tasks_of(settings.TASK_NAME)
     pairs = {name: TRUST_TASKS[name].measurement.load_pairs(data_dir, "train") for name in names}
-    is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
-    factors, outputs = artifacts.factors(), {}
+    outputs: dict[str, list[Artifact]] = {}
     for name in names:
         fingerprint = pairs[name].fingerprint
         outputs[name] = [artifacts.scores(name, pairs=fingerprint)]
         if settings.COMPUTE_PER_TOKEN_SCORES:
             outputs[name].append(artifacts.token_scores(name, pairs=fingerprint))
+    with locked(*(output.path for of_task in outputs.values() for output in of_task)):
+        make_unfinished(artifacts, pairs, outputs)
+
+
+def make_unfinished(
+    artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], outputs: dict[str, list[Artifact]]
+) -> None:
+    """Fit the factors and compute the scores, unless they are finished.
+
+    Args:
+        pairs: the training pairs of each task.
+        outputs: the scores of each task, with COMPUTE_PER_TOKEN_SCORES also those of tokens.
+    """
+    settings, factors, names = artifacts.settings, artifacts.factors(), list(pairs)
+    is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
+    device = resolve_device(settings.DEVICE)
     unfinished = [name for name in names if not all(is_finished(output) for output in outputs[name])]
-    has_factors = is_finished(factors)
+    with locked(factors.path):
+        has_factors = is_finished(factors)
     if has_factors and not unfinished:
         return
 
-    traced = load_traced_model(settings, model, device)
+    traced = load_traced_model(settings, artifacts.model, device)
     examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
     say(f"   {len(examples)} dialogues, {len(traced.linears)} Linears, {traced.tokens_per_batch} tokens per batch")
     tasks = [
@@ -115,13 +128,15 @@ def trace_model(settings: Settings, model: str) -> None:
         for name in unfinished or names
     ]
     queries = {task: tokenize_pairs(pairs[task.name], traced.tokenizer, task.measurement.max_tokens) for task in tasks}
-    if not has_factors:
-        fit(settings, traced, tasks[0], examples, factors)
-    if not unfinished:
-        return
-    started = time.monotonic()
+    with locked(factors.path):
+        if not has_factors and not is_finished(factors):  # another run may have fitted them meanwhile
+            fit(settings, traced, tasks[0], examples, factors)
+        if not unfinished:
+            return
+        started = time.monotonic()
+        gradients = preconditioned_queries(traced, queries, factors.path)
     train = traced.loader(examples, cached=True, description="training dialogues")
-    scores = score(traced, queries, train, factors.path, settings.COMPUTE_PER_TOKEN_SCORES)
+    scores = score_training_examples(traced, tasks[0], train, gradients, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
         of_dialogues, *of_tokens = outputs[name]
         for output in of_tokens:

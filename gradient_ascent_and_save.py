@@ -23,9 +23,10 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
-from utils.artifacts import Artifact, fingerprint_of, read_json, require_finite
+from utils.artifacts import Artifact, require_finite
 from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel, Evaluator
+from utils.files import fingerprint_of, read_json
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
@@ -240,7 +241,8 @@ def repair_task(
     settings, task, rates, search = model.settings, repair.task, model.settings.LEARNING_RATE, None
     inputs = repair.inputs | {metric: evaluator.data(metric).fingerprint for metric in metrics}
     sweep = (settings.OUTPUT_DIR, repair.artifacts.name, task, repair.artifacts.repair_name, inputs)
-    swept = earlier_rates(*sweep, settings.OVERWRITE) if isinstance(rates, list) else {}
+    if isinstance(rates, list):
+        earlier_rates(*sweep, settings.OVERWRITE)  # a sweep of other inputs is refused before the work
     if rates == "auto":
         banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")
         search = search_learning_rate(repair.artifacts, task, partial(model.at, repair))
@@ -258,7 +260,7 @@ def repair_task(
             write_completions(repair, rate, model, evaluator)
         reports.append(report)
     if isinstance(rates, list):
-        write_sweep(*sweep, swept, reports, 100 * settings.PPL_BUDGET)
+        write_sweep(*sweep, settings.OVERWRITE, reports, 100 * settings.PPL_BUDGET)
     return [repair.checkpoint(report["learning_rate"]) for report in reports]
 
 

@@ -31,11 +31,12 @@ import torch
 
 from steps import next_command, run_step
 from tasks import BackwardTask
-from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, banner, shown_path
+from utils.files import fingerprint_of
 from utils.influence.scores import mean_measurement_gradient, precondition
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
+from utils.locks import locked
 from utils.models import resolve_device
 from utils.paths import STEP_3, STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -268,14 +269,16 @@ def make_model_gradients(settings: Settings, model: str) -> None:
         banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model}")
         sources = choose_sources(artifacts, task_name)
         output = artifacts.gradients(task_name, **sources.fingerprints, dataset=artifacts.dialogues.fingerprint)
-        if output.is_finished(settings.OVERWRITE):
-            continue
-        if traced is None:
-            traced = load_traced_model(artifacts.settings, model, device)
-            examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
-        started = time.monotonic()
-        gradient, facts = repair_gradient(settings, traced, examples, sources, factors.path)
-        output.save_tensors(gradient, started, **facts)
+        with locked(output.path):
+            if output.is_finished(settings.OVERWRITE):
+                continue
+            if traced is None:
+                traced = load_traced_model(artifacts.settings, model, device)
+                examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
+            started = time.monotonic()
+            with locked(factors.path):
+                gradient, facts = repair_gradient(settings, traced, examples, sources, factors.path)
+            output.save_tensors(gradient, started, **facts)
 
 
 def main(settings: Settings) -> None:

@@ -31,8 +31,8 @@ from benchmarks.workload import (
     make_workload,
 )
 from steps import run_step
-from utils.artifacts import to_json, write_atomically
 from utils.console import banner, say
+from utils.files import to_json, write_atomically
 from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues

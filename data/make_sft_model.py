@@ -31,9 +31,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
-from utils.artifacts import Artifact, fingerprint_of, write_atomically
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel
+from utils.files import fingerprint_of, write_atomically
 from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size
 from utils.models import (
     copy_tokenizer,

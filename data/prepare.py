@@ -40,8 +40,8 @@ from data.official.files import PreparedFile
 from data.official.parts import FILES, PARTS, OfficialFile, PartName
 from data.official.sources import Source, find_source
 from steps import require_writable, run_step
-from utils.artifacts import fingerprint_of_files
 from utils.console import UserError, banner, is_disk_full, say, shown_path
+from utils.files import fingerprint_of_files
 from utils.paths import resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
 from utils.console import UserError, banner, progress_bar
+from utils.locks import locked
 from utils.paths import STEP_4
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
@@ -240,18 +241,19 @@ def main(settings: Settings) -> None:
         scores, fingerprints = ranking_scores(artifacts, task)
         source = artifacts.representations()
         output = artifacts.dpp(task, **fingerprints, representations=source.require()["fingerprint"])
-        if output.is_finished(settings.OVERWRITE):
-            continue
-        if kernel is None:  # shared by the tasks
-            representations = center(source.load_tensors()["representations"])
-            gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
-            if settings.KERNEL == "rbf":
-                kernel = RBFKernel(representations, gamma)
-            else:
-                kernel = FourierKernel(representations, gamma, settings.NUM_FEATURES, settings.SEED)
-        started = time.monotonic()
-        subset = greedy_dpp(kernel, min_max_normalise(-scores), settings.BOTTOM_K, settings.IF_WEIGHT)
-        output.save_json({**vars(subset), "objective": subset.objective, "gamma": gamma}, started)
+        with locked(output.path):
+            if output.is_finished(settings.OVERWRITE):
+                continue
+            if kernel is None:  # shared by the tasks
+                representations = center(source.load_tensors()["representations"])
+                gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
+                if settings.KERNEL == "rbf":
+                    kernel = RBFKernel(representations, gamma)
+                else:
+                    kernel = FourierKernel(representations, gamma, settings.NUM_FEATURES, settings.SEED)
+            started = time.monotonic()
+            subset = greedy_dpp(kernel, min_max_normalise(-scores), settings.BOTTOM_K, settings.IF_WEIGHT)
+            output.save_json({**vars(subset), "objective": subset.objective, "gamma": gamma}, started)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ import torch
 
 from steps import run_step
 from utils import paths
-from utils.artifacts import Artifact, read_json
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
+from utils.files import read_json
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only

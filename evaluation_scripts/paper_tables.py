@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import run_script, run_step
 from utils import paths
-from utils.artifacts import Artifact, read_json
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
+from utils.files import read_json
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on

@@ -25,6 +25,7 @@ from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
 from utils.forward import last_hidden_state
 from utils.labels import require_embeddings
+from utils.locks import locked
 from utils.models import load_model, load_tokenizer, resolve_device
 from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -103,14 +104,15 @@ def main(settings: Settings) -> None:
         pairs = MEASUREMENTS[task].load_pairs(resolve_path(settings.DATA_DIR), "train")
         output = artifacts.answer_representations(task, pairs=pairs.fingerprint)
         outputs.append((output, untrustworthy_texts(pairs)))
-    unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
-    if unfinished:
-        model = load_model(settings.MODEL_NAME, device, settings.DEVICE == SPREAD)
-        tokenizer = load_tokenizer(settings.MODEL_NAME, model)
-    for output, texts in unfinished:
-        started = time.monotonic()
-        representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)
-        output.save_tensors({"representations": representations}, started)
+    with locked(*(output.path for output, _ in outputs)):
+        unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
+        if unfinished:
+            model = load_model(settings.MODEL_NAME, device, settings.DEVICE == SPREAD)
+            tokenizer = load_tokenizer(settings.MODEL_NAME, model)
+        for output, texts in unfinished:
+            started = time.monotonic()
+            representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)
+            output.save_tensors({"representations": representations}, started)
 
 
 def next_step(settings: Settings) -> str:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import load_script
+from killing import was_killed_at
 from safetensors.torch import load_file
 
 from utils import artifacts, paths
-from utils.artifacts import (
-    Artifact,
-    fingerprint_of,
-    fingerprint_of_files,
-    read_json,
-    require_finite,
-    to_json,
-    write_atomically,
-)
+from utils.artifacts import Artifact, require_finite
 from utils.console import UserError
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_atomically, write_if_changed
+from utils.locks import locked
 
 STEP = "compute_factors_and_scores.py"
 VALUES = {"numbers": torch.arange(6.0).reshape(2, 3)}
@@ -139,54 +134,18 @@ def test_folder_artifact_carries_its_manifest_inside(tmp_path):
 # ---------------------------------------------------------------------------------------------------- atomicity
 
 
-@pytest.mark.parametrize("point", ["while_writing_the_tensors", "before_the_manifest", "while_renaming_the_manifest"])
-@pytest.mark.parametrize("is_replacing", [False, True])
-def test_killed_while_saving_leaves_the_artifact_unfinished(tmp_path, monkeypatch, point, is_replacing):
-    if is_replacing:
-        make_artifact(tmp_path, settings={"NUM_BLOCKS": 3}).save_tensors(VALUES, time.monotonic())
-    artifact = make_artifact(tmp_path)
-
-    def kill(*arguments, **keywords):
-        raise Killed
-
-    if point == "while_writing_the_tensors":
-        monkeypatch.setattr(artifacts, "save_file", lambda tensors, path: (path.write_bytes(b"half"), kill()))
-    elif point == "before_the_manifest":
-        monkeypatch.setattr(artifacts, "write_atomically", kill)
-    else:
-        monkeypatch.setattr(os, "fsync", kill)
-    with pytest.raises(Killed):
-        artifact.save_tensors({"numbers": torch.ones(4)}, time.monotonic())
-    monkeypatch.undo()
-
-    if is_replacing and point == "while_writing_the_tensors":
-        old = make_artifact(tmp_path, settings={"NUM_BLOCKS": 3})
-        assert old.is_finished(), "the old artifact stays whole until the new one is"
-        assert torch.equal(old.load_tensors()["numbers"], VALUES["numbers"])
-    else:
-        assert not artifact.is_finished()
-        with pytest.raises(UserError, match="missing or incomplete; run compute_factors_and_scores.py first"):
-            artifact.require()
-    artifact.save_tensors(VALUES, time.monotonic())
-    assert names_in(artifact.path.parent) == ["scores.manifest.json", "scores.safetensors"]
-    assert torch.equal(artifact.load_tensors()["numbers"], VALUES["numbers"])
-
-
-def test_killed_while_writing_text_leaves_the_old_text(tmp_path, monkeypatch):
-    file = tmp_path / "sub" / "settings.json"
-    write_atomically(file, "old")
-
-    def kill(_):
-        raise Killed
-
-    monkeypatch.setattr(os, "fsync", kill)
-    with pytest.raises(Killed):
-        write_atomically(file, "new")
-    assert file.read_text(encoding="utf-8") == "old"
-    monkeypatch.undo()
-    write_atomically(file, "new")
-    assert names_in(tmp_path) == ["settings.json"]
-    assert file.read_text(encoding="utf-8") == "new"
+def test_killed_at_any_file_operation_a_text_is_the_old_one_or_the_new_one(tmp_path):
+    for operation in count(1):
+        file = tmp_path / str(operation) / "settings.json"
+        write_atomically(file, "old")
+        was_killed = was_killed_at(operation, partial(write_if_changed, file, "new"))
+        assert file.read_text(encoding="utf-8") in ("old", "new")
+        write_if_changed(file, "new")
+        assert [path.name for path in file.parent.rglob("*")] == ["settings.json"]
+        assert file.read_text(encoding="utf-8") == "new"
+        if not was_killed:
+            break
+    assert operation > 5, "it was killed at many operations"
 
 
 def grow_until_killed(artifact: Artifact, name: str) -> None:
@@ -204,37 +163,45 @@ def test_staging_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp
         assert names_in(artifact.partial_path) == [*kept, "settings.json"]
 
 
-@pytest.mark.parametrize("point", ["before_the_manifest", "while_removing_the_old_folder", "before_the_rename"])
-def test_killed_while_replacing_a_folder_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, point):
-    old, new = make_folder_artifact(tmp_path, NUM_BLOCKS=3), make_folder_artifact(tmp_path)
-    save_folder(old, factor="old", other="old")
-    with new.staging_folder() as folder:
-        (folder / "factor").write_text("new", encoding="utf-8")
+@pytest.mark.parametrize("is_replacing", [False, True])
+@pytest.mark.parametrize("make", [make_artifact, make_folder_artifact])
+def test_killed_at_any_file_operation_it_is_whole_or_not_there_and_a_rerun_ends_as_undisturbed(
+    tmp_path, make, is_replacing
+):
+    def save(artifact: Artifact) -> None:
+        with locked(artifact.path):
+            if artifact.is_finished(overwrite=True):
+                return
+            if artifact.is_folder:
+                save_folder(artifact, factor=str(artifact.settings), other="2")
+            else:
+                artifact.save_tensors({"numbers": torch.full((4,), artifact.settings["NUM_BLOCKS"])}, 0.0)
 
-    def remove_half(folder: Path) -> None:
-        (folder / "factor").unlink()
-        raise Killed
+    def content(artifact: Artifact) -> object:
+        if artifact.is_folder:
+            return {name: (artifact.path / name).read_text(encoding="utf-8") for name in ("factor", "other")}
+        return artifact.load_tensors()["numbers"].tolist()
 
-    def kill(*_):
-        raise Killed
-
-    if point == "before_the_manifest":
-        monkeypatch.setattr(artifacts, "write_atomically", kill)
-    elif point == "while_removing_the_old_folder":
-        monkeypatch.setattr(artifacts.shutil, "rmtree", remove_half)
-    else:
-        monkeypatch.setattr(artifacts.shutil, "rmtree", lambda folder: (shutil.move(folder, tmp_path / "gone"), kill()))
-    with pytest.raises(Killed):
-        new.publish_folder(time.monotonic(), {})
-    monkeypatch.undo()
-
-    assert not new.is_finished(overwrite=True)
-    assert old.is_finished() == (point == "before_the_manifest"), "whole or unfinished, never in between"
-    with new.staging_folder() as folder:
-        assert (folder / "factor").read_text(encoding="utf-8") == "new", "what was grown is still there"
-        new.publish_folder(time.monotonic(), {})
-    assert new.is_finished()
-    assert names_in(new.path) == ["factor", "manifest.json"]
+    undisturbed = make(tmp_path / "undisturbed")
+    save(undisturbed)
+    for operation in count(1):
+        folder = tmp_path / str(operation)
+        old = make(folder, settings={"NUM_BLOCKS": 3}) if make is make_artifact else make(folder, NUM_BLOCKS=3)
+        new = make(folder)
+        if is_replacing:
+            save(old)
+        if not was_killed_at(operation, partial(save, new)):
+            break
+        for artifact in (old, new):
+            if artifact.is_finished(overwrite=True):
+                content(artifact)  # can be read
+        save(new)
+        assert content(new) == content(undisturbed)
+        everything = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        assert everything == {
+            str(path.relative_to(tmp_path / "undisturbed")) for path in undisturbed.path.parents[1].rglob("*")
+        }
+    assert operation > 12, "it was killed at many operations"
 
 
 # --------------------------------------------------------------------------------------------- other settings
@@ -327,7 +294,7 @@ def test_a_truncated_file_is_one_readable_error(artifact, damage):
     artifact.path.write_bytes(damage(artifact.path.read_bytes()))
     with pytest.raises(UserError) as refusal:
         artifact.load_tensors()
-    assert "scores.safetensors cannot be read" in str(refusal.value)
+    assert "scores.safetensors has changed" in str(refusal.value)
     assert f"delete it and run {STEP} again" in str(refusal.value)
     artifact.path.unlink()
     assert not artifact.is_finished(), "once deleted, as the message says, it is made again"

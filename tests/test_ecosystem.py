@@ -17,8 +17,8 @@ from conftest import Workspace, contents, load_script, write_rows
 from huggingface_hub import ModelCard
 
 from utils import processes
-from utils.artifacts import read_json
 from utils.console import UserError
+from utils.files import read_json
 from utils.reporting.cards import repair_card
 from utils.tracker import tracking
 

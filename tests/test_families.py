@@ -16,10 +16,10 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from utils import trunk as trunk_module
-from utils.artifacts import read_json
 from utils.batching import BatchLoader
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
+from utils.files import read_json
 from utils.fine_tuning import completion_loss
 from utils.models import find_blocks, load_config, load_model, load_tokenizer, require_supported, traced_linear_names
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues

@@ -762,12 +762,11 @@ def test_a_full_disk(run, hub, make_disk, capsys):
 
 
 def test_a_full_disk_when_the_manifest_is_written(run, hub, data, capsys, monkeypatch):
-    def fail(path: Path, _: str) -> None:
-        path.with_name(f"{path.name}.partial").write_text("{", encoding="utf-8")
+    def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "write_atomically", fail)
+        patch.setattr(artifacts, "write_text", fail)
         assert all_in(failure(run, capsys, "--ONLY", "truth", *ANY_COUNT), "the disk is full")
     assert set(contents(data)) == {"truthfulness/TruthfulQA.csv"}
     run("--ONLY", "truth", *ANY_COUNT)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import load_script
 
-from utils.artifacts import read_json
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
+from utils.files import read_json
 from utils.intervals import ClusterSums
 from utils.learning_rate_search import PRECISION, Trial, largest_gain_within, perplexity_change, search_learning_rate
 from utils.performance_functions import MEASUREMENTS

@@ -8,7 +8,7 @@ from conftest import Workspace
 from safetensors.torch import load_file
 
 from make_gradients import inner_product, preserving_direction
-from utils.artifacts import read_json
+from utils.files import read_json
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues

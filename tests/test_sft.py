@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from process_pool import Launch
 from safetensors.torch import load_file
 
-from utils.artifacts import read_json
+from utils.files import read_json
 from utils.fine_tuning import Progress, collate
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections import Counter
 
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils import paths, registry
-from utils.artifacts import read_json
 from utils.evaluation import EvaluationModel, Evaluator
+from utils.files import read_json
 from utils.models import load_model, load_tokenizer, model_fingerprint
 from utils.performance_functions.hh import Dialogues
 from utils.results import improvement_percent
@@ -182,7 +183,8 @@ def test_sweep_equals_single_rates_and_results_equal_step_6(finished):
     swept = load_file(folder / "model.safetensors")
     results = {m: only(finished, f"{folder.name}_{m}_test.json") for m in ("anthropic", "truth")}
     recorded = {metric: read_json(path)["loss"] for metric, path in results.items()}
-    for path in (folder / "manifest.json", *results.values()):
+    shutil.rmtree(folder)
+    for path in results.values():
         path.unlink()
     finished.run(
         "gradient_ascent_and_save.py",

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from evaluation_scripts import paper_tables
 from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names, mean_improvement
 from utils import paths
-from utils.artifacts import read_json, write_atomically
 from utils.console import UserError
+from utils.files import read_json, write_atomically
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import earlier_rates, write_sweep

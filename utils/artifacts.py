@@ -2,23 +2,20 @@
 
 A manifest is written last and everything goes to a temporary name first, so "the manifest exists" means "the
 artifact is complete". Its `fingerprint` covers the settings and the fingerprints of the inputs, so that a change
-anywhere upstream is noticed by every step below it.
+anywhere upstream is noticed by every step below it. It also lists the files with their sizes, and for a single file a
+fingerprint of its content, so that what was changed, cut short or deleted since is not taken for what was written.
 
-Of several processes the first one alone decides whether an artifact is finished, and writes; all of them read.
+Whoever makes an artifact holds its lock (utils/locks.py) from the question whether it is finished until it is. Of
+several processes the first one alone decides whether an artifact is finished, and writes; all of them read.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 import platform
-import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -26,46 +23,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.console import UserError, say, say_read, shown_path
+from utils.files import (
+    fingerprint_of,
+    fingerprint_of_files,
+    partial_of,
+    read_json,
+    remove,
+    to_json,
+    write_text,
+    written_whole,
+)
+from utils.locks import locked
 from utils.paths import PROJECT_ROOT
 from utils.processes import first_process_only, launched
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
-FINGERPRINT_BYTES = 16
-FINGERPRINT_PIECE_BYTES = 16 << 20
+MANIFEST_NAME = "manifest.json"  # of a folder
 STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
-
-
-def fingerprint_of(value: Any) -> str:  # noqa: ANN401
-    """Fingerprint of anything JSON can hold."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=FINGERPRINT_BYTES).hexdigest()
-
-
-def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """Fingerprint of the names and contents of files, hashed in pieces by as many threads as there are cores.
-
-    The hash of the pieces is not cryptographic: it detects changes, at the speed of the disk.
-    """
-
-    def digest_of(piece: tuple[Path, int]) -> bytes:
-        file, offset = piece
-        with file.open("rb") as stream:
-            stream.seek(offset)
-            return xxhash.xxh3_128_digest(stream.read(FINGERPRINT_PIECE_BYTES))
-
-    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for file in sorted(files):
-            pieces = [(file, offset) for offset in range(0, file.stat().st_size, FINGERPRINT_PIECE_BYTES)]
-            digest.update(file.name.encode("utf-8"))
-            for piece in threads.map(digest_of, pieces):
-                digest.update(piece)
-    return digest.hexdigest()
+MANIFEST_PARTS = {"fingerprint": str, "settings": dict, "inputs": dict, "files": dict}  # that are read again
 
 
 @functools.cache
@@ -83,30 +62,6 @@ def software_versions() -> dict[str, str]:
     return versions
 
 
-@first_process_only
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-
-
-@first_process_only
-def write_if_changed(path: Path, text: str) -> None:
-    """Write a text file, unless it says the same already."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_atomically(path, text)
-
-
-def to_json(value: Any) -> str:  # noqa: ANN401
-    """Readable JSON; NaN and infinity are refused, since JSON has neither."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Check tensors for NaN and infinity.
 
@@ -119,21 +74,6 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
             raise UserError(
                 f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
             )
-
-
-def read_json(path: Path, remedy: str = "delete it and run the step again") -> Any:  # noqa: ANN401
-    """Read a JSON file.
-
-    Args:
-        remedy: what the user is told to do where it is broken.
-
-    Raises:
-        UserError: the file is not valid JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown_path(path)} is not valid JSON ({error}); {remedy}") from None
 
 
 def differing_values(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "there") -> list[str]:
@@ -173,18 +113,30 @@ class Artifact:
     def manifest_path(self) -> Path:
         """`x.safetensors` has `x.manifest.json` beside it, a folder `manifest.json` inside."""
         if self.is_folder:
-            return self.path / "manifest.json"
+            return self.path / MANIFEST_NAME
         return self.path.with_name(f"{self.path.stem}.manifest.json")
 
     @property
     def partial_path(self) -> Path:
-        """Where the artifact grows until it is complete."""
-        return self.path.with_name(f"{self.path.name}.partial")
+        """Where a folder grows until it is complete."""
+        return partial_of(self.path)
+
+    @property
+    def _replaced_path(self) -> Path:
+        """Where a folder of other settings lies while the new one takes its name."""
+        return self.path.with_name(f"{self.path.name}.replaced")
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the settings and inputs."""
         return fingerprint_of({"settings": self.settings, "inputs": self.inputs})
+
+    @property
+    def remedy(self) -> str:
+        """What the user is told to do where the artifact is broken."""
+        return f"delete {'the folder' if self.is_folder else 'it'} and run {self.made_by} again"
+
+    # -- is it there? --------------------------------------------------------------------------------------------------
 
     @first_process_only
     def is_finished(self, overwrite: bool = False) -> bool:
@@ -193,11 +145,24 @@ class Artifact:
         With `overwrite`, one made with others counts as unfinished, and is replaced when the new one is complete.
 
         Raises:
-            UserError: the artifact was made with other settings or inputs; shows both values.
+            UserError: the artifact was made with other settings or inputs (shows both values), is damaged, or is a
+                folder that this project did not make.
         """
-        if not self.manifest_path.exists() or not self.path.exists():
+        if not self._is_there():
+            is_foreign = self.is_folder and self.path.is_dir() and any(self.path.iterdir())
+            if is_foreign and not overwrite:
+                raise UserError(
+                    f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
+                    "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
+                )
             return False
-        manifest = self._read_manifest()
+        try:
+            manifest = self._read_manifest()
+            self._require_undamaged(manifest)
+        except UserError:
+            if overwrite:
+                return False
+            raise
         differences = differing_values(manifest["settings"], self.settings)
         differences += differing_values(manifest["inputs"], self.inputs)
         if differences and not overwrite:
@@ -205,17 +170,20 @@ class Artifact:
                 f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "
                 "Set OVERWRITE = True to replace it, or choose another OUTPUT_DIR to keep both"
             )
-        if not differences and not self.quiet:
+        if differences:
+            return False
+        self._tidy()
+        if not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
-        return not differences
+        return True
 
     def require(self) -> dict[str, Any]:
         """The manifest of an artifact that a later step reads.
 
         Raises:
-            UserError: it is missing or incomplete, or was made from another model or dataset.
+            UserError: it is missing, incomplete or damaged, or was made from another model or dataset.
         """
-        if not self.manifest_path.exists() or not self.path.exists():
+        if not self._is_there():
             constants = ", ".join(f"{name} = {value!r}" for name, value in self.settings.items())
             raise UserError(
                 f"{shown_path(self.path)} is missing or incomplete; run {self.made_by} first"
@@ -229,30 +197,61 @@ class Artifact:
                     f"{shown_path(self.path)} was made with {name} = {recorded.get(name)!r}, but this step has "
                     f"{name} = {value!r}; make them agree or run {self.made_by} again with OVERWRITE = True"
                 )
+        self._require_undamaged(manifest)
         return manifest
 
+    def _is_there(self) -> bool:
+        return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
+
     def _read_manifest(self) -> dict[str, Any]:
-        manifest = read_json(self.manifest_path, f"delete it and run {self.made_by} again")
-        if not isinstance(manifest, dict) or not {"fingerprint", "settings", "inputs"} <= set(manifest):
-            raise UserError(
-                f"{shown_path(self.manifest_path)} is not a valid manifest; delete it and run {self.made_by} again"
-            )
+        manifest = read_json(self.manifest_path, self.remedy)
+        is_manifest = isinstance(manifest, dict) and all(
+            isinstance(manifest.get(part), of_type) for part, of_type in MANIFEST_PARTS.items()
+        )
+        if not is_manifest:
+            raise UserError(f"{shown_path(self.manifest_path)} is not a valid manifest; {self.remedy}")
         return manifest
+
+    def _require_undamaged(self, manifest: Mapping[str, Any]) -> None:
+        """Check that all files are there, and as long as they were.
+
+        Raises:
+            UserError: names the first file that is not.
+        """
+        folder = self.path if self.is_folder else self.path.parent
+        for name, size in manifest["files"].items():
+            file = folder / name
+            if not file.is_file():
+                raise UserError(f"{shown_path(self.path)} is incomplete: {name} is missing; {self.remedy}")
+            if file.stat().st_size != size:
+                raise UserError(
+                    f"{shown_path(file)} has changed: it has {file.stat().st_size:,} bytes, and was written with "
+                    f"{size!r}; {self.remedy}"
+                )
+
+    def _tidy(self) -> None:
+        """Remove what a run that was killed at its last rename left."""
+        leftovers = [partial_of(self.path), partial_of(self.manifest_path)]
+        if self.is_folder:
+            leftovers += [self._replaced_path, self.path / STAGING_MARKER, *self.path.glob("*.partial")]
+        for leftover in leftovers:
+            remove(leftover)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def load_tensors(self) -> dict[str, torch.Tensor]:
         """Read a safetensors artifact.
 
         Raises:
-            UserError: missing, made from something else, unreadable or truncated, or not finite.
+            UserError: missing, made from something else, changed since it was written, unreadable, or not finite.
         """
-        self.require()
-        try:
-            tensors = load_file(self.path)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{shown_path(self.path)} cannot be read ({error}); delete it and run {self.made_by} again"
-            ) from None
-        require_finite(tensors, f"{shown_path(self.path)} (delete it and run {self.made_by} again)")
+        with locked(self.path):
+            self._require_content()
+            try:
+                tensors = load_file(self.path)
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{shown_path(self.path)} cannot be read ({error}); {self.remedy}") from None
+        require_finite(tensors, f"{shown_path(self.path)} ({self.remedy})")
         if not self.quiet:
             say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
         return tensors
@@ -261,10 +260,17 @@ class Artifact:
         """Read a JSON artifact.
 
         Raises:
-            UserError: missing, made from something else, or not valid JSON.
+            UserError: missing, made from something else, changed since it was written, or not valid JSON.
         """
-        self.require()
-        return read_json(self.path, f"delete it and run {self.made_by} again")
+        with locked(self.path):
+            self._require_content()
+            return read_json(self.path, self.remedy)
+
+    def _require_content(self) -> None:
+        if self.require().get("content") != fingerprint_of_files([self.path]):
+            raise UserError(f"{shown_path(self.path)} has been changed since it was written; {self.remedy}")
+
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     @first_process_only
     def save_tensors(self, tensors: dict[str, torch.Tensor], started: float, **details: Any) -> None:  # noqa: ANN401
@@ -277,9 +283,9 @@ class Artifact:
         """
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         require_finite(tensors, shown_path(self.path))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, self.partial_path)
-        self._publish_file(started, {name: list(tensor.shape) for name, tensor in tensors.items()}, details)
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        with self._publishing(started, shapes, details) as partial:
+            save_file(tensors, partial)
 
     @first_process_only
     def save_json(self, content: Any, started: float, **details: Any) -> None:  # noqa: ANN401
@@ -292,41 +298,64 @@ class Artifact:
             text = to_json(content)
         except ValueError as error:
             raise UserError(f"{shown_path(self.path)} is not written: a number is NaN or infinite ({error})") from None
-        write_atomically(self.partial_path, text)
-        self._publish_file(started, {}, details)
+        with self._publishing(started, {}, details) as partial:
+            partial.write_text(text, encoding="utf-8")
 
-    def _publish_file(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> None:
-        self.manifest_path.unlink(missing_ok=True)
-        self.partial_path.replace(self.path)
-        write_atomically(self.manifest_path, to_json(self._manifest(started, shapes, details)))
-        self._say_written(started, shapes)
+    @contextmanager
+    def _publishing(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> Iterator[Path]:
+        """Gives the path at which to write the file; then it gets its name, and after that its manifest."""
+        with locked(self.path):
+            with written_whole(self.path) as partial:
+                yield partial
+                details = {"content": fingerprint_of_files([partial]), **details}
+                self.manifest_path.unlink(missing_ok=True)
+            manifest = self._manifest(started, shapes, [self.path], details)
+            write_text(self.manifest_path, to_json(manifest))
+            self._say_written(started, shapes)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
         """A temporary folder, which keeps what a killed run with the same settings and inputs left."""
-        self._prepare_staging_folder()
-        yield self.partial_path
+        with locked(self.path):
+            self._prepare_staging_folder()
+            yield self.partial_path
 
     @first_process_only
     def _prepare_staging_folder(self) -> None:
         marker = self.partial_path / STAGING_MARKER
-        if not marker.exists() or read_json(marker)["fingerprint"] != self.fingerprint:
-            shutil.rmtree(self.partial_path, ignore_errors=True)
-            write_atomically(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
+        try:
+            is_ours = not self.partial_path.is_symlink() and read_json(marker)["fingerprint"] == self.fingerprint
+        except (UserError, OSError, KeyError, TypeError):
+            is_ours = False
+        if not is_ours:
+            remove(self.partial_path)
+            write_text(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
 
     @first_process_only
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
-        """Put the manifest into the staging folder and give the folder its name."""
-        manifest = to_json(self._manifest(started, shapes, details))
-        write_atomically(self.partial_path / self.manifest_path.name, manifest)
+        """Put the manifest into the staging folder and give the folder its name.
+
+        What libraries and killed runs left there under temporary names is removed.
+        """
+        for leftover in [*self.partial_path.glob("*.partial"), *self.partial_path.glob(".*")]:
+            remove(leftover)
+        files = sorted(
+            file
+            for file in self.partial_path.iterdir()
+            if file.is_file() and file.name not in (STAGING_MARKER, MANIFEST_NAME)
+        )
+        manifest = self._manifest(started, shapes, files, details)
+        write_text(self.partial_path / MANIFEST_NAME, to_json(manifest))
+        remove(self._replaced_path)
         if self.path.exists():
-            self.manifest_path.unlink(missing_ok=True)  # half removed, the old folder must not look finished
-            shutil.rmtree(self.path)
+            self.path.replace(self._replaced_path)
         self.partial_path.replace(self.path)
-        (self.path / STAGING_MARKER).unlink()  # until here a killed run resumes
+        self._tidy()  # until here a killed run resumes
         self._say_written(started, shapes)
 
-    def _manifest(self, started: float, shapes: dict[str, list[int]], details: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(
+        self, started: float, shapes: dict[str, list[int]], files: Sequence[Path], details: dict[str, Any]
+    ) -> dict[str, Any]:
         return {
             "artifact": self.path.name,
             "made_by": self.made_by,
@@ -334,6 +363,7 @@ class Artifact:
             "settings": self.settings,
             "inputs": self.inputs,
             "shapes": shapes,
+            "files": {file.name: file.stat().st_size for file in files},
             "seconds": round(time.monotonic() - started, 3),
             "versions": software_versions(),
             "processes": launched(),

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import read_json
+from utils.artifacts import Artifact
 from utils.batching import BatchLoader, token_budget
 from utils.console import UserError
 from utils.intervals import estimate_mean
+from utils.locks import locked
 from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
@@ -186,12 +187,17 @@ class Evaluator:
         data = self.data(metric)
         location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data)
         artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
-        overwrite = self.settings.OVERWRITE
-        if artifact.is_finished(overwrite) and stored_losses.is_finished(overwrite):
-            return Result(read_json(artifact.path), stored_losses.load_tensors())
-        model = load()
+        with locked(artifact.path, stored_losses.path):
+            if all(stored.is_finished(self.settings.OVERWRITE) for stored in (artifact, stored_losses)):
+                return Result(artifact.load_json(), stored_losses.load_tensors())
+            return self._measure(metric, model_name, load(), artifact, stored_losses)
+
+    def _measure(
+        self, metric: Metric, model_name: str, model: EvaluationModel, artifact: Artifact, stored_losses: Artifact
+    ) -> Result:
+        """Measure, and store the losses and the result."""
         started = time.monotonic()
-        losses = model.measure(metric, data)
+        losses = model.measure(metric, self.data(metric))
         loss = estimate_mean(quantities(losses)["loss"]).value
         if not math.isfinite(loss) or loss >= LARGEST_LOSS:
             raise UserError(

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from utils.artifacts import fingerprint_of
 from utils.console import say
 from utils.evaluation import EvaluationModel
+from utils.files import fingerprint_of
 from utils.intervals import ClusterSums, estimate_difference
+from utils.locks import locked
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.hh import Dialogues
+from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.results import quantities
@@ -196,10 +199,44 @@ def search_learning_rate(
         validation=fingerprint_of(rows),
         **{f"pairs_{name}": of_task.fingerprint for name, of_task in pairs.items()},
     )
-    if artifact.is_finished(settings.OVERWRITE):
-        return artifact.load_json()
-    model_at(0.0)  # loads the model, which the search's seconds leave out
-    started = time.monotonic()
+    with locked(artifact.path):
+        if artifact.is_finished(settings.OVERWRITE):
+            return artifact.load_json()
+        model = model_at(0.0)  # loads the model, which the search's seconds leave out
+        started = time.monotonic()
+        search = _search_on(validation, pairs, weights, settings.PPL_BUDGET, model_at)
+        content = {
+            "learning_rate": search.learning_rate,
+            "stopped": search.stopped,
+            "budget": settings.PPL_BUDGET,
+            "validation_dialogues": len(validation),
+            "split_rules": {name: of_task.split_rule for name, of_task in pairs.items()},
+            "trials": [
+                dataclasses.asdict(trial)
+                for trial in search.trials
+                if math.isfinite(trial.perplexity_change) and math.isfinite(trial.gain)
+            ],
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        artifact.save_json(content, started)
+    for metric, data in {"anthropic": validation, **pairs}.items():
+        model.release(metric, data)
+    say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
+    return content
+
+
+def _search_on(
+    validation: Dialogues,
+    pairs: dict[str, AnswerPairs],
+    weights: dict[str, float],
+    budget: float,
+    model_at: Callable[[float], EvaluationModel],
+) -> Search:
+    """Search on these dialogues and training pairs.
+
+    Args:
+        weights: of the tasks' gains.
+    """
 
     def losses(learning_rate: float) -> tuple[ClusterSums, dict[str, float]]:
         model = model_at(learning_rate)
@@ -223,23 +260,4 @@ def search_learning_rate(
     def measure(learning_rate: float) -> Trial:
         return trial_of(learning_rate, *losses(learning_rate))
 
-    search = largest_gain_within(settings.PPL_BUDGET, measure)
-    content = {
-        "learning_rate": search.learning_rate,
-        "stopped": search.stopped,
-        "budget": settings.PPL_BUDGET,
-        "validation_dialogues": len(validation),
-        "split_rules": {name: of_task.split_rule for name, of_task in pairs.items()},
-        "trials": [
-            dataclasses.asdict(trial)
-            for trial in search.trials
-            if math.isfinite(trial.perplexity_change) and math.isfinite(trial.gain)
-        ],
-        "seconds": round(time.monotonic() - started, 3),
-    }
-    artifact.save_json(content, started)
-    model = model_at(0.0)
-    for metric, data in {"anthropic": validation, **pairs}.items():
-        model.release(metric, data)
-    say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
-    return content
+    return largest_gain_within(budget, measure)

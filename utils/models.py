@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
 from utils.console import UserError, say_read, shows_bars
+from utils.files import fingerprint_of, fingerprint_of_files, read_json
 from utils.forward import position_limit, require_own_logits
 from utils.hub import hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path

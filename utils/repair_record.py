@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
+from utils.artifacts import Artifact
 from utils.console import say, shown_path
+from utils.files import fingerprint_of, to_json, write_if_changed
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card

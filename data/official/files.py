@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import Artifact, differing_values, fingerprint_of_files, write_atomically
+from utils.artifacts import Artifact, differing_values
 from utils.console import UserError, say, shown_path
+from utils.files import fingerprint_of_files, remove, write_atomically
 
 
 class PreparedFile(Artifact):
@@ -21,7 +21,7 @@ class PreparedFile(Artifact):
         return self.path.parents[1] / f"{self.path.parent.name}.partial"
 
     @property
-    def partial_path(self) -> Path:
+    def staged_path(self) -> Path:
         """Where the file lies until it is published."""
         return self.staging_dir / self.path.parent.name / self.path.name
 
@@ -51,11 +51,11 @@ class PreparedFile(Artifact):
     def staged(self, text: str) -> Iterator[Path]:
         """Write the text to the staging folder, and delete that folder afterwards."""
         try:
-            write_atomically(self.partial_path, text)
+            remove(self.staging_dir)
+            write_atomically(self.staged_path, text)
             yield self.staging_dir
         finally:
-            shutil.rmtree(self.staging_dir, ignore_errors=True)
-            self.manifest_path.with_name(f"{self.manifest_path.name}.partial").unlink(missing_ok=True)
+            remove(self.staging_dir)
 
     def publish(self, started: float, overwrite: bool, **details: Any) -> None:  # noqa: ANN401
         """Move the staged file to its final path and write the manifest.
@@ -63,12 +63,12 @@ class PreparedFile(Artifact):
         Raises:
             UserError: a different file without a manifest is there, and `overwrite` is not set.
         """
-        content = fingerprint_of_files([self.partial_path])
+        content = fingerprint_of_files([self.staged_path])
         is_foreign = self.path.exists() and not self.manifest_path.exists()
         if is_foreign and not overwrite and fingerprint_of_files([self.path]) != content:
             raise UserError(
                 f"{shown_path(self.path)} already exists, has no manifest and differs from what {self.settings} gives; "
                 "set OVERWRITE = True to replace it, or leave it out of ONLY"
             )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._publish_file(started, {}, {"content": content, **details})
+        with self._publishing(started, {}, details) as partial:
+            self.staged_path.replace(partial)

@@ -12,8 +12,8 @@ from typing import Any
 
 from data.official.formats import Content
 from data.official.sources import Source
-from utils.artifacts import to_json
 from utils.console import UserError, shown_path
+from utils.files import to_json
 from utils.performance_functions.bias import DEFAULT_SPLIT, PLACEHOLDER
 
 SIDES = ("stereotype", "antistereotype")

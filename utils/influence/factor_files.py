@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from utils.artifacts import require_finite
 from utils.console import UserError, shown_path
+from utils.files import written_whole
 from utils.processes import first_process_only
 
 
@@ -33,10 +34,8 @@ def save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
     for name, by_module in factors.items():
         require_finite(by_module, f"factor {name}")
     for name, by_module in factors.items():
-        file = _factor_file(folder, name)
-        partial = file.with_name(f"{file.name}.partial")
-        save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
-        partial.replace(file)
+        with written_whole(_factor_file(folder, name)) as partial:
+            save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
 
 
 def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:

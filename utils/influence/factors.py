@@ -36,9 +36,9 @@ from kronfluence.utils.constants import (
 )
 from torch import nn
 
-from utils.artifacts import to_json, write_atomically
 from utils.batching import Batch, BatchLoader
 from utils.console import say
+from utils.files import to_json, write_atomically
 from utils.influence.factor_files import are_saved, load_factors, save_factors
 from utils.influence.token_gradients import append_ones, second_moment, summed_squared_gradients
 from utils.influence.traced_model import Curvature, TracedModel

@@ -8,8 +8,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from utils.artifacts import read_json
 from utils.console import UserError, require_encodable, shown_path
+from utils.files import read_json
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement
 
 PLACEHOLDER = "[target_group]"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, require_encodable, say_read, shown_path
+from utils.files import fingerprint_of
 from utils.hub import hub_access
 from utils.labels import label_texts
 from utils.paths import may_be_hub_id, resolve_path

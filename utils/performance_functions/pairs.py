@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from utils.artifacts import fingerprint_of
 from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
+from utils.files import fingerprint_of
 from utils.labels import label_texts
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from utils.files import written_whole
+from utils.locks import locked
 from utils.processes import first_process_only
 from utils.reporting.tables import Row, WithInterval, group_by_repair, mean_with_interval
 
@@ -48,11 +49,8 @@ def _line_style(label: str) -> dict[str, Any]:
 
 @first_process_only
 def _save(figure: Figure, path: Path) -> None:
-    """Save as PNG under a temporary name, then rename, so that a killed run leaves no truncated file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
-    os.replace(partial, path)
+    with locked(path), written_whole(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
 
 
 def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: Path) -> None:

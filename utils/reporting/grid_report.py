@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from utils import paths
-from utils.artifacts import read_json, software_versions
+from utils.artifacts import software_versions
+from utils.files import read_json
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import SCORES_TENSOR

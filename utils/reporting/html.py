@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import write_atomically
 from utils.console import UserError, say, shown_path
+from utils.files import write_atomically
 from utils.reporting.tables import Table, is_missing, leading_number
 
 TEMPLATE = Path(__file__).with_name("report_template.html")

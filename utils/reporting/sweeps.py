@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from utils import paths
-from utils.artifacts import differing_values, read_json, to_json, write_atomically, write_if_changed
+from utils.artifacts import differing_values
 from utils.console import UserError, say, shown_path
+from utils.files import read_json, to_json, write_atomically, write_if_changed
+from utils.locks import locked
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
 from utils.reporting.figures import RepairPoint, repairs_figure
@@ -60,30 +62,32 @@ def write_sweep(
     task: str,
     repair: str,
     inputs: dict[str, str],
-    rates: dict[float, Row],
+    overwrite: bool,
     reports: Sequence[dict[str, Any]],
     budget_percent: float,
 ) -> None:
-    """Write a sweep as JSON and CSV, and draw it beside the other methods' sweeps of the same model and task.
+    """Add rates to a sweep, as JSON and CSV, and draw it beside the other methods' sweeps of the same model and task.
 
     Args:
-        rates: the `earlier_rates`, to which this run adds its own.
+        inputs, overwrite: as for `earlier_rates`.
         reports: one for each learning rate of this run.
         budget_percent: the perplexity change up to which the figure is shaded.
     """
     file = paths.sweep_file(output_dir, task, model_name, repair)
     figure = paths.sweep_figure(output_dir, task, model_name)
-    merged = {**rates, **{report["learning_rate"]: sweep_row(report) for report in reports}}
-    rows = [merged[rate] for rate in sorted(merged)]
-    text = to_json({"model": model_name, "task": task, "repair": repair, "inputs": inputs, "rates": rows})
-    write_if_changed(file.with_suffix(".csv"), csv_text(rows))
-    if not file.exists() or file.read_text(encoding="utf-8") != text:
-        figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
-        write_atomically(file, text)
-    if not figure.exists():
-        panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
-        if points := _points(output_dir, task, model_name, panels, inputs):
-            repairs_figure(points, budget_percent, figure)
+    with locked(file, figure):
+        rates = earlier_rates(output_dir, model_name, task, repair, inputs, overwrite)
+        rates |= {report["learning_rate"]: sweep_row(report) for report in reports}
+        rows = [rates[rate] for rate in sorted(rates)]
+        text = to_json({"model": model_name, "task": task, "repair": repair, "inputs": inputs, "rates": rows})
+        write_if_changed(file.with_suffix(".csv"), csv_text(rows))
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
+            write_atomically(file, text)
+        if not figure.exists():
+            panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
+            if points := _points(output_dir, task, model_name, panels, inputs):
+                repairs_figure(points, budget_percent, figure)
     drawn = f"; figure: {shown_path(figure)}" if figure.exists() else ""
     say(f"   sweep: {shown_path(file)} with .csv{drawn}")
 

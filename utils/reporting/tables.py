@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.artifacts import write_if_changed
+from utils.files import write_if_changed
 from utils.intervals import interval_names
 from utils.performance_functions import MEASUREMENTS
 

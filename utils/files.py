@@ -1,0 +1,134 @@
+"""Files: written whole or not at all, read with one line for what is broken, and fingerprinted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from utils.console import UserError, shown_path
+from utils.locks import locked
+from utils.processes import first_process_only
+
+FINGERPRINT_BYTES = 16
+FINGERPRINT_PIECE_BYTES = 16 << 20
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it points to) or a folder with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def partial_of(path: Path) -> Path:
+    """The temporary folder beside a file or folder, in which it grows until it is complete."""
+    return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary path to write to, in a folder of its own; at the end the file there becomes `path`.
+
+    So `path` is the old file or the whole new one at any moment. What a killed writer leaves, its library's own
+    temporary files included, is in that folder, which the next writer of `path` removes. The caller holds a lock.
+    """
+    folder = partial_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(folder)
+    folder.mkdir()
+    try:
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    finally:
+        remove(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, to the disk itself. The caller holds a lock."""
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@first_process_only
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file whole, while no other run writes it."""
+    with locked(path):
+        write_text(path, text)
+
+
+@first_process_only
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a text file as `write_atomically`, unless it says the same already."""
+    with locked(path):
+        if path.is_file() and path.read_bytes() == text.encode("utf-8"):
+            remove(partial_of(path))  # a run may have been killed at its last rename
+        else:
+            write_text(path, text)
+
+
+def to_json(value: Any) -> str:  # noqa: ANN401
+    """Readable JSON; NaN and infinity are refused, since JSON has neither."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, remedy: str = "delete it and run the step again") -> Any:  # noqa: ANN401
+    """Read a JSON file.
+
+    Args:
+        remedy: what the user is told to do where it is broken.
+
+    Raises:
+        UserError: the file is not valid JSON, or not JSON that Python takes: too deep, numbers of too many digits.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise UserError(f"{shown_path(path)} is not valid JSON ({error}); {remedy}") from None
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------------
+
+
+def fingerprint_of(value: Any) -> str:  # noqa: ANN401
+    """Fingerprint of anything JSON can hold."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Fingerprint of the names and contents of files, hashed in pieces by as many threads as there are cores.
+
+    The hash of the pieces is not cryptographic: it detects changes, at the speed of the disk.
+    """
+
+    def digest_of(piece: tuple[Path, int]) -> bytes:
+        file, offset = piece
+        with file.open("rb") as stream:
+            stream.seek(offset)
+            return xxhash.xxh3_128_digest(stream.read(FINGERPRINT_PIECE_BYTES))
+
+    digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for file in sorted(files):
+            pieces = [(file, offset) for offset in range(0, file.stat().st_size, FINGERPRINT_PIECE_BYTES)]
+            digest.update(file.name.encode("utf-8"))
+            for piece in threads.map(digest_of, pieces):
+                digest.update(piece)
+    return digest.hexdigest()
