@@ -12,6 +12,11 @@ lowers the measurement (helps); the most negative scores are the most harmful.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
 import random
 import time
 from functools import partial
@@ -36,10 +41,20 @@ from utils.paths import STEP_2, STEP_4, resolve_path
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts
-from utils.settings import Family, NonNegativeFloat, PositiveInt, Seed, Settings, Strategy, TraceTask, tasks_of
+from utils.settings import (
+    Family,
+    ModelNames,
+    NonNegativeFloat,
+    PositiveInt,
+    Seed,
+    Settings,
+    Strategy,
+    TraceTask,
+    tasks_of,
+)
 
 # ------------------------------------------------------------------------------------------------ constants
-MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
+MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/

@@ -13,6 +13,11 @@ and figure in results/. "auto" finds the rate that improves most within PPL_BUDG
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
 import time
 from collections import Counter
 from functools import cached_property, partial
@@ -38,6 +43,7 @@ from utils.reporting.sweeps import earlier_rates, sweep_row, write_sweep
 from utils.results import Metric, Result
 from utils.settings import (
     TASK_NAMES,
+    Choices,
     Family,
     NonNegativeFloat,
     NonNegativeInt,
@@ -74,7 +80,7 @@ BOTTOM_K: PositiveInt = 20  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
 PRESERVE_PERPLEXITY: bool = False  # as in step 4
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # as in step 4
-LEARNING_RATE: Literal["auto"] | NonNegativeFloat | list[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
+LEARNING_RATE: Literal["auto"] | NonNegativeFloat | Choices[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
 PPL_BUDGET: PositiveFloat = 0.01  # for "auto": perplexity that a repair may cost, as a fraction
 NUM_VALIDATION_EXAMPLES: PositiveInt = 500  # for "auto": training dialogues that the cost is measured on, at most
 SAVE_TO_DISK: bool = True  # True writes the repaired checkpoint; False measures it only

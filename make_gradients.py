@@ -20,6 +20,11 @@ for each traced Linear, (1, out, in) or (1, out, in + 1) with the bias last.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +59,7 @@ from utils.selection import (
 )
 from utils.settings import (
     Family,
+    ModelNames,
     NonNegativeFloat,
     PositiveInt,
     RepairTask,
@@ -66,7 +72,7 @@ from utils.settings import (
 )
 
 # ------------------------------------------------------------------------------------------------ constants
-MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
+MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # for "direct": folder with bias/, ethics/ and truthfulness/

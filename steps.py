@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import os
 import shlex
 import sys
@@ -13,11 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from utils import processes
+from utils import interruptions, processes
 from utils.console import UserError, remedy_for, say
 from utils.hub import hub_access
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.settings import Settings, load_settings
+
+LONGEST_LINE = 1_500  # characters of an error
+LONGEST_REASON = 300  # of what a library said
 
 
 def run_step(
@@ -35,8 +39,11 @@ def run_step(
         arguments: the command line, by default that of the process.
         hint: gives the command that the user is told to run next.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     try:
-        with processes.joined():
+        with interruptions.as_exceptions(), processes.joined():
             settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
             if hasattr(settings, "OUTPUT_DIR"):
                 require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
@@ -47,10 +54,10 @@ def run_step(
         _exit_with(f"error: {error}")
     except Exception as error:
         if remedy := remedy_for(error):
-            _exit_with(f"error: {remedy} ({str(error)[:300]})")
+            _exit_with(f"error: {remedy} ({_one_line(str(error), LONGEST_REASON)})")
         _exit_with_traceback(error)
-    except KeyboardInterrupt:
-        _exit_with("stopped; finished work is kept, run the same command to continue", code=130)
+    except KeyboardInterrupt as stop:
+        _exit_with(interruptions.STOPPED, getattr(stop, "exit_code", 130))
 
 
 def require_writable(constant: str, value: str) -> None:
@@ -65,8 +72,16 @@ def require_writable(constant: str, value: str) -> None:
         raise UserError(f"{constant} = {value!r}: {existing} is not a writable folder")
 
 
+def _one_line(text: str, longest: int) -> str:
+    """The text for one line of a terminal: redacted first, then without control characters, then cut in its middle."""
+    words = " ".join(hub_access().redact(text).split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    half = longest // 2
+    return line if len(line) <= longest else f"{line[:half]} [...] {line[-half:]}"
+
+
 def _exit_with(line: str, code: int = 1) -> NoReturn:
-    processes.end_all(" ".join(hub_access().redact(line).split()), code)
+    processes.end_all(_one_line(line, LONGEST_LINE), code)
 
 
 def _exit_with_traceback(error: Exception) -> NoReturn:
@@ -82,7 +97,8 @@ def _exit_with_traceback(error: Exception) -> NoReturn:
     # A file that may not be read, a network that is down: the machine's fault, not this project's.
     blame = "" if isinstance(error, OSError) else "this is a bug in tracing-llm-trust, please report it; "
     process = f"process {processes.rank()}: " if processes.launched() > 1 else ""
-    _exit_with(f"error: {process}{type(error).__name__}: {str(error)[:300]}; {blame}{where}")
+    reason = _one_line(str(error), LONGEST_REASON)
+    _exit_with(f"error: {process}{type(error).__name__}: {reason}; {blame}{where}")
 
 
 def load_script(name: str) -> ModuleType:
@@ -128,8 +144,11 @@ def arguments_for(
     known = {name: value for name, value in shared.items() if name in script_constants}
     arguments = []
     for name, value in {**known, **required}.items():
-        if script_constants.get(name) != value:
-            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if script_constants.get(name) == value:
+            continue
+        is_lone = isinstance(value, list) and len(value) == 1 and not isinstance(script_constants.get(name), list)
+        words = value if isinstance(value, list) and not is_lone else [value]  # [0.02] is a list where 0.02 is a number
+        arguments += [f"--{name}", *map(str, words)]
     return arguments
 
 

@@ -38,7 +38,7 @@ from utils.files import read_json, to_json, write_atomically
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
-from utils.settings import PositiveInt, Settings
+from utils.settings import Choices, PositiveInt, Settings
 
 Step = Literal[
     "step1_three_tasks",
@@ -51,7 +51,7 @@ Step = Literal[
 ]
 
 # ------------------------------------------------------------------------------------------------ constants
-STEPS: list[Step] = list(get_args(Step))  # steps to measure; all seven by default
+STEPS: Choices[Step] = list(get_args(Step))  # steps to measure; all seven by default
 BERGSON_PYTHON: str | None = None  # Python of an environment that has bergson, to compare step 1 with it; None skips it
 OUTPUT_DIR: str = "runs/bench"  # folder for the model, the data and the outputs
 TRAIN_DIALOGUES: PositiveInt = 176  # 10,000 / 96,256 of them are used for the factors, as in the paper

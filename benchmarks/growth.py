@@ -38,13 +38,13 @@ from utils.paths import PROJECT_ROOT, resolve_path
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
-from utils.settings import PositiveInt, Settings
+from utils.settings import Choices, PositiveInt, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 OUTPUT_DIR: str = "runs/bench/growth"  # folder for the models, the data and the outputs
-DIALOGUES: list[PositiveInt] = [40, 80, 160, 320]  # at hidden 512
-WIDTHS: list[PositiveInt] = [128, 256, 512, 1_024]  # hidden sizes, at the second number of dialogues
-GREEDY_EXAMPLES: list[PositiveInt] = [12_032, 24_064, 48_128, 96_256]  # for step 3, in place of DIALOGUES
+DIALOGUES: Choices[PositiveInt] = [40, 80, 160, 320]  # at hidden 512
+WIDTHS: Choices[PositiveInt] = [128, 256, 512, 1_024]  # hidden sizes, at the second number of dialogues
+GREEDY_EXAMPLES: Choices[PositiveInt] = [12_032, 24_064, 48_128, 96_256]  # for step 3, in place of DIALOGUES
 REPETITIONS: PositiveInt = 1  # after a warm-up if there are several; the median counts
 # -----------------------------------------------------------------------------------------------------------
 

@@ -32,14 +32,14 @@ from utils.files import read_json, to_json, write_atomically
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
-from utils.settings import PositiveInt, Settings
+from utils.settings import Choices, PositiveInt, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
-STEPS: list[Literal["step1_three_tasks", "step2_representations", "step4_gradients", "step6_evaluation"]] = [
+STEPS: Choices[Literal["step1_three_tasks", "step2_representations", "step4_gradients", "step6_evaluation"]] = [
     "step1_three_tasks",
     "step2_representations",
 ]  # steps to measure
-PROCESSES: list[PositiveInt] = [1, 2]  # numbers of processes, 1 first
+PROCESSES: Choices[PositiveInt] = [1, 2]  # numbers of processes, 1 first
 OUTPUT_DIR: str = "runs/scaling"  # folder for the model, the data and the outputs
 TRAIN_DIALOGUES: PositiveInt = 320  # 10,000 / 96,256 of them are used for the factors, as in the paper
 TEST_DIALOGUES: PositiveInt = 64  # for step 6

@@ -12,10 +12,17 @@ TOKENIZER. The final EOS is trained too, so that the model learns to stop.
 
 from __future__ import annotations
 
-import shutil
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+import shutil
+import time
 
 import torch
 from transformers import (
@@ -27,8 +34,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
 from utils.artifacts import Artifact

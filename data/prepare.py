@@ -30,11 +30,16 @@ split of the paper's numbers: both texts of each of its test pairs are in traini
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
-from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+import time
+from typing import Any, Literal
 
 from data.official.files import PreparedFile
 from data.official.parts import FILES, PARTS, OfficialFile, PartName
@@ -45,11 +50,11 @@ from utils.files import fingerprint_of_files
 from utils.paths import resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
-from utils.settings import Settings
+from utils.settings import Choices, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 DATA_DIR: str = "data"  # folder to put the files into, as hh/, truthfulness/, ethics/ and bias/
-ONLY: list[PartName] = ["hh", "truth", "ethics", "prompt", "bias"]  # parts to fetch, of these five
+ONLY: Choices[PartName] = ["hh", "truth", "ethics", "prompt", "bias"]  # parts to fetch, of these five
 HH_SOURCE: str = "Dahoas/static-hh"  # hub id, or a local folder with train.jsonl and test.jsonl
 TRUTH_SOURCE: str = "truthfulqa/truthful_qa"  # hub id, or the original TruthfulQA.csv
 ETHICS_SOURCE: str = "hendrycks/ethics"  # hub id, or a local folder with cm_train.csv and cm_test.csv

@@ -11,18 +11,23 @@ representations, and writes the indices in pick order with each pick's gain in b
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
 import math
 import random
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
 from utils.console import UserError, banner, progress_bar

@@ -10,18 +10,23 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+from typing import Literal
 
 from steps import run_step
 from utils.console import banner, say
 from utils.evaluation import evaluate_models
 from utils.reporting.tables import results_table
-from utils.settings import Settings
+from utils.settings import ModelNames, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
-MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # models to measure: hub ids or local folders
+MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # models to measure: hub ids or local folders
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)

@@ -10,16 +10,21 @@ to results/tables/harness.md, .tex and .csv. Needs the optional package: pip ins
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
 import difflib
 import functools
 import math
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
@@ -33,7 +38,7 @@ from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only
 from utils.registry import harness_result
 from utils.reporting.tables import Row, Table, with_interval
-from utils.settings import PositiveInt, Settings
+from utils.settings import Choices, ModelNames, PositiveInt, Settings
 from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
@@ -41,8 +46,8 @@ if TYPE_CHECKING:
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
-REPAIRED_MODEL_NAMES: list[str] | None = None  # hub ids or local folders; None = all repairs of it below OUTPUT_DIR
-HARNESS_TASKS: list[str] = [  # names of the harness's tasks
+REPAIRED_MODEL_NAMES: ModelNames | None = None  # hub ids or local folders; None = all repairs of it below OUTPUT_DIR
+HARNESS_TASKS: Choices[str] = [  # names of the harness's tasks
     "truthfulqa_mc1",
     "truthfulqa_mc2",
     "ethics_cm",

@@ -10,15 +10,20 @@ results/tables/*.md, .tex and .csv, pictures, and results/report.html, which wor
 
 from __future__ import annotations
 
-import math
-import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from steps import run_script, run_step
 from utils import paths
@@ -33,9 +38,12 @@ from utils.reporting.sweeps import draw_overview, sweep_row
 from utils.reporting.tables import Table, ablation_table, main_table, with_interval
 from utils.settings import (
     TASK_NAMES,
+    Choices,
     Family,
+    ModelNames,
     NonNegativeFloat,
     NonNegativeInt,
+    OneTask,
     PositiveFloat,
     PositiveInt,
     ScoresType,
@@ -44,18 +52,18 @@ from utils.settings import (
 )
 
 # ------------------------------------------------------------------------------------------------ constants
-MODEL_NAMES: list[str] = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
+MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
 PRE_SFT_MODEL_NAMES: list[str] | None = None  # their base models, in the same order; adds a row for each
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; seeds but the first get a folder seed-N in it
-SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
+SEEDS: Choices[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
-TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # repaired for
-SCORES_TYPES: list[ScoresType] = [  # methods: "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
+TASKS: Choices[OneTask] = ["bias", "ethics", "truth", "combined"]  # that models are repaired for, of these four
+SCORES_TYPES: Choices[ScoresType] = [  # methods: "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
     "pure_ekfac",
     "dpp",
     "identity",
@@ -63,13 +71,20 @@ SCORES_TYPES: list[ScoresType] = [  # methods: "pure_ekfac", "dpp", "random", "i
     "direct",
     "random",
 ]
-PRESERVE_PERPLEXITY: list[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
-BOTTOM_K: list[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
-IF_WEIGHT: list[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
-ABLATED_SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp"]  # those of SCORES_TYPES in the ablation over BOTTOM_K
+PRESERVE_PERPLEXITY: Choices[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
+BOTTOM_K: Choices[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
+IF_WEIGHT: Choices[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
+ABLATED_SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp"]  # of SCORES_TYPES, in the ablation over BOTTOM_K
 LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # a number, or "auto": searched within PPL_BUDGET
 PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a fraction
-SWEPT_RATES: list[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # for the first seed's sweep pictures
+SWEPT_RATES: Choices[PositiveFloat] | None = [
+    0.02,
+    0.05,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+]  # for the first seed's sweep pictures
 NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions the report shows
 
 NUM_BLOCKS: PositiveInt = 1  # as in step 1

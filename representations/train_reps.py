@@ -11,14 +11,19 @@ step 4 needs.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+import time
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import next_command, run_step
 from utils.batching import BatchLoader, LabelledSequence, token_budget

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, contents, make_tiny_model, read_rows, run_process, write_rows
+from conftest import Workspace, contents, make_tiny_model, read_rows, record, run_process, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -448,10 +448,12 @@ def put_nan(file: Path) -> None:
     tensors = load_file(file)
     next(iter(tensors.values())).view(-1)[3] = float("nan")
     save_file(tensors, file)
+    record(file)
 
 
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
+    record(file)
 
 
 READERS = [
@@ -477,18 +479,21 @@ def test_broken_tensors(ready, refusal, file, script, arguments, made_by, spoil,
 )
 def test_broken_indices(ready, refusal, text):
     (ready.output / INDICES).write_text(text, encoding="utf-8")
+    record(ready.output / INDICES)
     assert all_in(refusal(ready, STEP_4, "--BOTTOM_K", 5, *DPP), ready.output / INDICES, f"run {STEP_3} again")
 
 
 def test_learning_rate_that_overflows(ready, refusal):
     gradient = ready.output / GRADIENT
     save_file({name: tensor.sign() * 1e9 for name, tensor in load_file(gradient).items()}, gradient)
+    record(gradient)
     line = refusal(ready, STEP_5, "--BOTTOM_K", 5, *DPP, "--LEARNING_RATE", 1e30)
     assert all_in(line, "LEARNING_RATE = 1e+30", "NaN or infinite")
 
 
 def test_scores_of_another_length(ready, refusal):
     save_file({"all_modules": torch.zeros(1, 50)}, ready.output / SCORES)
+    record(ready.output / SCORES)
     line = refusal(ready, STEP_3, "--BOTTOM_K", 6)
     assert all_in(line, ready.output / SCORES, "50 scores for 60 dialogues", f"run {STEP_1} again")
 

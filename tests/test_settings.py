@@ -144,7 +144,11 @@ def test_a_whole_number_for_a_float_is_the_same_setting_as_the_float():
         (STEPS[1], ["--USE_HALF_PRECISION", "1"], ["USE_HALF_PRECISION = 1", "True or False"]),
         (STEPS[1], ["--TASK_NAME", "toxicity"], ["TASK_NAME = toxicity", "'bias', 'ethics', 'truth', 'all'"]),
         (STEPS[1], ["--FACTOR_STRATEGY", "EKFAC"], ["FACTOR_STRATEGY = EKFAC", "'ekfac', 'kfac', 'diagonal'"]),
-        (STEPS[1], ["--TOKENS_PER_BATCH", "none"], ["TOKENS_PER_BATCH = none", "whole number of at least 1 or 'auto'"]),
+        (
+            STEPS[1],
+            ["--TOKENS_PER_BATCH", "none"],
+            ["TOKENS_PER_BATCH = none", "whole number of at least 1 and at most 2,147,483,647 or 'auto'"],
+        ),
         (STEPS[1], ["--SEED", "-1"], ["SEED = -1", "whole number of at least 0"]),
         (STEPS[1], ["ethics"], ["'ethics'", "--NAME value", "TASK_NAME"]),
         (EVALUATIONS[1], ["--SPLIT", "validation"], ["SPLIT = validation", "'train', 'test'"]),
@@ -176,7 +180,7 @@ def test_an_unknown_constant_lists_what_exists(word):
         (STEPS[4], "TASK_WEIGHTS", [], "a list of numbers"),
         (STEPS[1], "MODEL_NAMES", "a/b", "a list of text"),
         (STEPS[1], "TASK_NAME", "toxicity", "'bias', 'ethics', 'truth', 'all'"),
-        (STEPS[1], "DAMPING_FACTOR", float("nan"), "a number of at least 0 or None"),
+        (STEPS[1], "DAMPING_FACTOR", float("nan"), "a number of at least 0 and at most 3.4e+38 or None"),
         (STEPS[5], "PUSH_TO_HUB", 1, "True or False"),
     ],
 )

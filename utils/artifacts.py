@@ -245,6 +245,7 @@ class Artifact:
         Raises:
             UserError: missing, made from something else, changed since it was written, unreadable, or not finite.
         """
+        self.require()  # first, since a lock makes folders
         with locked(self.path):
             self._require_content()
             try:
@@ -262,6 +263,7 @@ class Artifact:
         Raises:
             UserError: missing, made from something else, changed since it was written, or not valid JSON.
         """
+        self.require()
         with locked(self.path):
             self._require_content()
             return read_json(self.path, self.remedy)

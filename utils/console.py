@@ -17,6 +17,22 @@ from tqdm import tqdm
 
 SECONDS_BETWEEN_UPDATES = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs far fewer updates than a terminal
 
+REMEDIES = {  # by the number of the operating system's error: what is wrong with the file, and what to do
+    errno.EACCES: "may not be read or written; change its permissions, or choose another folder",
+    errno.EPERM: "may not be changed; change its permissions, or choose another folder",
+    errno.EROFS: "is on a disk that can only be read; choose another folder",
+    errno.ENOTDIR: "is needed as a folder, and it or a part of its path is a file; move that away",
+    errno.EEXIST: "is in the way, a file where a folder is needed or the reverse; move it away",
+    errno.EISDIR: "is a folder where a file is needed; move it away, or choose another folder",
+    errno.ENOTEMPTY: "is a folder that is in the way; move it away, or choose another folder",
+    errno.ENAMETOOLONG: "has a longer name than the disk takes; choose a shorter OUTPUT_DIR or name of the model",
+    errno.ELOOP: "is a link that leads back to itself; remove it",
+    errno.EIO: "cannot be read or written, since the disk fails; choose another one",
+    errno.ESTALE: "is on a shared disk that has lost it; run the same command again",
+    errno.EMFILE: "cannot be opened, since too many files are open; raise the limit (ulimit -n)",
+    errno.EPIPE: "is closed: nobody reads the output any more; send it to a file, or leave it on the terminal",
+}
+
 _is_silent = False
 
 
@@ -106,8 +122,18 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _os_error_of(error: BaseException) -> tuple[int, str] | None:
+    """The number of the operating system's error behind an error, and the file that it is about, if one is named."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno, str(error.filename or "")
+    number = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # of a library written in Rust
+    if number:
+        return int(number[1] or number[2]), ""
+    return _os_error_of(error.__cause__) if error.__cause__ else None
+
+
 def remedy_for(error: BaseException) -> str | None:
-    """What to do when the machine is out of disk space or memory; None for any other error."""
+    """What to do about an error of the machine: its disk, its memory, files in the way; None for any other error."""
     if is_disk_full(error):
         return "the disk is full; free some space and run the same command to continue"
     is_out_of_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -116,4 +142,7 @@ def remedy_for(error: BaseException) -> str | None:
             "out of memory; run the same command to continue, with a smaller TOKENS_PER_BATCH (BATCH_SIZE_PER_DEVICE "
             "for data/make_sft_model.py) or another DEVICE"
         )
+    number, file = _os_error_of(error) or (0, "")
+    if number in REMEDIES:
+        return f"{file or 'a file'} {REMEDIES[number]}"
     return None

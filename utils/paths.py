@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from utils.console import UserError
+
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_SEED = 42
 
@@ -26,8 +28,15 @@ PAPER_TABLES = "evaluation_scripts/paper_tables.py"
 
 
 def resolve_path(path: str | Path) -> Path:
-    """A path that a user gave: relative paths start at the repository, not at the working directory."""
-    return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+    """A path that a user gave: relative paths start at the repository, not at the working directory.
+
+    Raises:
+        UserError: no such home directory, or a link that leads back to itself.
+    """
+    try:
+        return (PROJECT_ROOT / Path(path).expanduser()).resolve()
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{str(path)!r} is no path that can be followed ({error})") from None
 
 
 def may_be_hub_id(name: str) -> bool:

@@ -5,48 +5,89 @@ A script annotates its constants; the annotation is the schema:
     TASK_NAME: Literal["bias", "ethics", "truth", "all"] = "all"  # which measurement to trace
     BOTTOM_K: PositiveInt = 20  # training examples to select
 
-`python script.py --TASK_NAME ethics --BOTTOM_K 50` overrides them for one run. Lists are separated by spaces;
-`None`, `True` and `False` as in Python. `--help` lists every constant with its comment.
+`python script.py --TASK_NAME ethics --BOTTOM_K 50` overrides them for one run. Lists are separated by spaces, or
+written as in Python: `[0.02]` is a list of one. `None`, `True` and `False` as in Python. `--help` lists every constant
+with its comment. Of the constants that most steps share, those that a script does not use are passed over, so that the
+same words can be given to every step.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
-import math
 import re
 import types
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from utils.console import UserError, say
+from utils.paths import model_short_name
+
+LARGEST_FLOAT = 3.4e38  # of float32
+LARGEST_INT = 2**31 - 1
+LARGEST_SEED = 2**32 - 1  # of numpy
 
 
 @dataclass(frozen=True)
-class AtLeast:
-    """Lower bound of a number, the bound itself allowed unless `exclusive`."""
+class Between:
+    """Bounds of a number, the bounds themselves allowed, but for the lower one if `is_above`."""
 
     minimum: float
-    exclusive: bool = False
+    maximum: float
+    is_above: bool = False
 
     def allows(self, value: float) -> bool:
-        """Whether the value is finite and within the bound."""
-        return math.isfinite(value) and (value > self.minimum if self.exclusive else value >= self.minimum)
+        """Whether the value is within the bounds; NaN is not."""
+        return (value > self.minimum if self.is_above else value >= self.minimum) and value <= self.maximum
 
     def __str__(self) -> str:
-        return f"{'above' if self.exclusive else 'of at least'} {self.minimum:g}"
+        maximum = f"{self.maximum:,}" if isinstance(self.maximum, int) else f"{self.maximum:g}"
+        return f"{'above' if self.is_above else 'of at least'} {self.minimum} and at most {maximum}"
 
 
-PositiveInt = Annotated[int, AtLeast(1)]
-NonNegativeInt = Annotated[int, AtLeast(0)]
-Seed = NonNegativeInt
-NonNegativeFloat = Annotated[float, AtLeast(0)]
-PositiveFloat = Annotated[float, AtLeast(0, exclusive=True)]
+@dataclass(frozen=True)
+class Distinct:
+    """Requires members of a list that differ as file names show them, numbers with six digits."""
+
+    def allows(self, values: Sequence[Any]) -> bool:
+        """Whether no two members have the same name."""
+        names = [self.name_of(value) for value in values]
+        return len(set(names)) == len(names)
+
+    def name_of(self, value: Any) -> str:  # noqa: ANN401
+        """A member as file names show it."""
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def __str__(self) -> str:
+        return "without repetition (of numbers six digits count)"
+
+
+class DistinctModels(Distinct):
+    """Requires models whose artifacts have different names."""
+
+    def name_of(self, value: str) -> str:
+        """The model's last part."""
+        return model_short_name(value)
+
+    def __str__(self) -> str:
+        return "that differ in the last part, by which artifacts are named"
+
+
+PositiveInt = Annotated[int, Between(1, LARGEST_INT)]
+NonNegativeInt = Annotated[int, Between(0, LARGEST_INT)]
+Seed = Annotated[int, Between(0, LARGEST_SEED)]
+NonNegativeFloat = Annotated[float, Between(0, LARGEST_FLOAT)]
+PositiveFloat = Annotated[float, Between(0, LARGEST_FLOAT, is_above=True)]
+Member = TypeVar("Member")
+Choices = Annotated[list[Member], Distinct()]
+ModelNames = Annotated[list[str], DistinctModels()]
 
 TraceTask = Literal["bias", "ethics", "truth", "all"]
+OneTask = Literal["bias", "ethics", "truth", "combined"]
 RepairTask = Literal["bias", "ethics", "truth", "combined", "all"]
 Family = Literal["auto", "pythia", "qwen"]
 Strategy = Literal["ekfac", "kfac", "diagonal", "identity"]
@@ -55,6 +96,7 @@ TrackerName = Literal["trackio", "wandb"]
 
 
 TASK_NAMES = ("bias", "ethics", "truth")  # the trust measurements
+COMMON_CONSTANTS = frozenset({"MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "OVERWRITE"})
 
 
 class Settings(types.SimpleNamespace):
@@ -97,7 +139,8 @@ def _allowed(annotation: Any) -> str:  # noqa: ANN401
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
     if origin is list:
-        return f"a list of {_allowed(arguments[0]).removeprefix('a ').replace('number', 'numbers')}"
+        members = _allowed(arguments[0]).removeprefix("a ").replace("number", "numbers").replace("text", "texts")
+        return f"a list of {members}"
     return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[
         annotation
     ]
@@ -115,9 +158,11 @@ def _matches(value: Any, annotation: Any) -> bool:  # noqa: ANN401
     if origin is list:
         return isinstance(value, list) and bool(value) and all(_matches(item, arguments[0]) for item in value)
     if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is str:
+        return isinstance(value, str) and "\0" not in value  # which no path can hold
     return isinstance(value, annotation)
 
 
@@ -140,10 +185,19 @@ def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401
     raise ValueError(word)
 
 
-def _choices(annotation: Any) -> Sequence[Any]:  # noqa: ANN401
+def _alternatives(annotation: Any) -> Sequence[Any]:  # noqa: ANN401
     """The members of a union, or the annotation itself."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else [annotation]
+
+
+def _list_of(annotation: Any) -> Any:  # noqa: ANN401
+    """The annotation of the members, if an annotation allows a list; otherwise None."""
+    for choice in _alternatives(annotation):
+        plain = typing.get_args(choice)[0] if typing.get_origin(choice) is Annotated else choice
+        if typing.get_origin(plain) is list:
+            return typing.get_args(plain)[0]
+    return None
 
 
 def _parse_words(words: Sequence[str], annotation: Any) -> Any:  # noqa: ANN401
@@ -151,15 +205,18 @@ def _parse_words(words: Sequence[str], annotation: Any) -> Any:  # noqa: ANN401
     if len(words) == 1:
         with contextlib.suppress(ValueError):
             return _parse_word(words[0], annotation)
-    for choice in _choices(annotation):
-        if typing.get_origin(choice) is list and words:
-            return [_parse_word(word, typing.get_args(choice)[0]) for word in words]
-    raise ValueError(" ".join(words))
+    member = _list_of(annotation)
+    if member is None or not words:
+        raise ValueError(" ".join(words))
+    if len(words) == 1 and words[0].startswith("["):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return ast.literal_eval(words[0])
+    return [_parse_word(word, member) for word in words]
 
 
 def _with_floats(value: Any, annotation: Any) -> Any:  # noqa: ANN401
     """A checked value with floats where the annotation asks for them, so that 10 and 10.0 have one fingerprint."""
-    annotation = next(choice for choice in _choices(annotation) if _matches(value, choice))
+    annotation = next(choice for choice in _alternatives(annotation) if _matches(value, choice))
     if typing.get_origin(annotation) is Annotated:
         return _with_floats(value, typing.get_args(annotation)[0])
     if typing.get_origin(annotation) is list:
@@ -198,6 +255,10 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
             if name == "help" or argument == "-h":
                 _print_help(module, schema, values)
                 raise SystemExit(0)
+            if name in COMMON_CONSTANTS and name not in schema:
+                say(f"   {name} is not used by {Path(module.__file__).name}")
+                words = []
+                continue
             if name not in schema:
                 alike = difflib.get_close_matches(name.upper(), schema, n=1)
                 hint = f", did you mean --{alike[0]}?" if alike else ";"

@@ -9,20 +9,25 @@ grid.
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if __name__ == "__main__":  # before imports that take seconds
+    from utils.interruptions import end_at_once
+
+    end_at_once()
+
+import time
 
 from steps import run_script, run_step
 from utils import paths
 from utils.console import say, shown_path
-from utils.settings import PositiveInt, ScoresType, Settings
+from utils.settings import Choices, PositiveInt, ScoresType, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # trained on first use
 OUTPUT_DIR: str = "."  # folder for all output; a relative path is relative to the repository
-SCORES_TYPES: list[ScoresType] = ["pure_ekfac", "dpp", "random"]  # also: "identity", "representation", "direct"
+SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp", "random"]  # also: "identity", "representation", "direct"
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
 # -----------------------------------------------------------------------------------------------------------
 

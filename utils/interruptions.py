@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM: one line and exit code 130 or 143, from a script's first import to the end of the interpreter.
+
+While a step runs they are exceptions, so that what is open is closed; before and after, they end the process at once.
+Whatever is on disk is whole at any moment, so nothing is lost either way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import NoReturn
+
+STOPPED = "stopped; finished work is kept, run the same command to continue"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal to stop; `exit_code` is what shells expect of a process that it ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def end_at_once() -> None:
+    """From now on a signal to stop ends this process with one line: nothing else has begun, or all has ended."""
+    for number in SIGNALS:
+        signal.signal(number, _end)
+    sys.unraisablehook = _unraisable
+
+
+@contextlib.contextmanager
+def as_exceptions() -> Iterator[None]:
+    """Within, the first signal to stop is an exception; a second one, while that is handled, ends the process."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = [signal.signal(number, _raise) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None = None) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says so
+        os.write(2, f"\n{STOPPED}\n".encode())
+    os._exit(128 + number)
+
+
+def _raise(number: int, _: FrameType | None) -> NoReturn:
+    for each in SIGNALS:
+        signal.signal(each, _end)
+    raise Interrupted(number)
+
+
+def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
+    """An interruption that was raised where Python drops exceptions, in a destructor say, ends the process too."""
+    if isinstance(unraisable.exc_value, Interrupted):
+        _end(unraisable.exc_value.exit_code - 128)
+    sys.__unraisablehook__(unraisable)
