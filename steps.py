@@ -50,6 +50,8 @@ def run_step(
             main(settings)
             if hint:
                 say(f"next: {hint(settings)}")
+        if arguments is None:
+            interruptions.ignore()
     except UserError as error:
         _exit_with(f"error: {error}")
     except Exception as error:

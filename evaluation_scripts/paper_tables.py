@@ -77,14 +77,7 @@ IF_WEIGHT: Choices[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for 
 ABLATED_SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp"]  # of SCORES_TYPES, in the ablation over BOTTOM_K
 LEARNING_RATE: Literal["auto"] | PositiveFloat = "auto"  # a number, or "auto": searched within PPL_BUDGET
 PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a fraction
-SWEPT_RATES: Choices[PositiveFloat] | None = [
-    0.02,
-    0.05,
-    0.1,
-    0.15,
-    0.2,
-    0.3,
-]  # for the first seed's sweep pictures
+SWEPT_RATES: Choices[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # of the first seed's sweep pictures
 NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions the report shows
 
 NUM_BLOCKS: PositiveInt = 1  # as in step 1

@@ -27,7 +27,8 @@ from transformers import (
 
 from steps import load_script, run_step
 from utils import evaluation, learning_rate_search
-from utils.files import fingerprint_of_files
+from utils.artifacts import checksum_of
+from utils.files import fingerprint_of_content
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 
@@ -197,8 +198,14 @@ def record(file: Path) -> None:
     content = json.loads(manifest.read_text(encoding="utf-8"))
     content["files"][file.name] = file.stat().st_size
     if "content" in content:
-        content["content"] = fingerprint_of_files([file])
-    manifest.write_text(json.dumps(content), encoding="utf-8")
+        content["content"] = fingerprint_of_content(file)
+    write_manifest(manifest, content)
+
+
+def write_manifest(path: Path, content: dict) -> None:
+    """Write a manifest as a step would, with its checksum."""
+    del content["checksum"]
+    path.write_text(json.dumps({**content, "checksum": checksum_of(content)}), encoding="utf-8")
 
 
 def run_script(name: str, *arguments: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Workspace, contents, make_tiny_model, read_rows, record, run_process, write_rows
+from conftest import Workspace, contents, make_tiny_model, read_rows, record, run_process, write_manifest, write_rows
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
@@ -516,7 +516,7 @@ def test_scores_that_were_not_made_with_the_factors_that_are_there(ready, refusa
     content = json.loads(manifest.read_text(encoding="utf-8"))
     assert content["settings"][name] == there
     content["settings"][name] = now
-    manifest.write_text(json.dumps(content), encoding="utf-8")
+    write_manifest(manifest, content)
     line = refusal(ready, STEP_4, "--BOTTOM_K", 6)
     assert all_in(line, ready.output / SCORES, f"{name} = {there!r}", f"{name} = {now!r}", f"run {STEP_1} again")
 

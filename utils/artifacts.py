@@ -12,6 +12,7 @@ several processes the first one alone decides whether an artifact is finished, a
 from __future__ import annotations
 
 import functools
+import json
 import platform
 import subprocess
 import time
@@ -29,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from utils.console import UserError, say, say_read, shown_path
 from utils.files import (
     fingerprint_of,
-    fingerprint_of_files,
+    fingerprint_of_content,
+    fingerprint_of_text,
     partial_of,
     read_json,
     remove,
@@ -44,7 +46,6 @@ from utils.processes import first_process_only, launched
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 MANIFEST_NAME = "manifest.json"  # of a folder
 STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
-MANIFEST_PARTS = {"fingerprint": str, "settings": dict, "inputs": dict, "files": dict}  # that are read again
 
 
 @functools.cache
@@ -74,6 +75,27 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
             raise UserError(
                 f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
             )
+
+
+def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a manifest that this project wrote.
+
+    Raises:
+        UserError: it is not valid JSON, or its `checksum` shows that it is not as it was written.
+    """
+    manifest = read_json(path, remedy)
+    try:
+        is_whole = isinstance(manifest, dict) and manifest.pop("checksum", None) == checksum_of(manifest)
+    except RecursionError:
+        is_whole = False
+    if not is_whole:
+        raise UserError(f"{shown_path(path)} is not a valid manifest, or has been edited; {remedy}")
+    return manifest
+
+
+def checksum_of(manifest: dict[str, Any]) -> str:
+    """Fingerprint of all that a manifest says but the seconds."""
+    return fingerprint_of_text(json.dumps(manifest))
 
 
 def differing_values(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "there") -> list[str]:
@@ -204,13 +226,7 @@ class Artifact:
         return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
 
     def _read_manifest(self) -> dict[str, Any]:
-        manifest = read_json(self.manifest_path, self.remedy)
-        is_manifest = isinstance(manifest, dict) and all(
-            isinstance(manifest.get(part), of_type) for part, of_type in MANIFEST_PARTS.items()
-        )
-        if not is_manifest:
-            raise UserError(f"{shown_path(self.manifest_path)} is not a valid manifest; {self.remedy}")
-        return manifest
+        return read_manifest(self.manifest_path, self.remedy)
 
     def _require_undamaged(self, manifest: Mapping[str, Any]) -> None:
         """Check that all files are there, and as long as they were.
@@ -269,7 +285,7 @@ class Artifact:
             return read_json(self.path, self.remedy)
 
     def _require_content(self) -> None:
-        if self.require().get("content") != fingerprint_of_files([self.path]):
+        if self.require().get("content") != fingerprint_of_content(self.path):
             raise UserError(f"{shown_path(self.path)} has been changed since it was written; {self.remedy}")
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -309,7 +325,7 @@ class Artifact:
         with locked(self.path):
             with written_whole(self.path) as partial:
                 yield partial
-                details = {"content": fingerprint_of_files([partial]), **details}
+                details = {"content": fingerprint_of_content(partial), **details}
                 self.manifest_path.unlink(missing_ok=True)
             manifest = self._manifest(started, shapes, [self.path], details)
             write_text(self.manifest_path, to_json(manifest))
@@ -358,7 +374,7 @@ class Artifact:
     def _manifest(
         self, started: float, shapes: dict[str, list[int]], files: Sequence[Path], details: dict[str, Any]
     ) -> dict[str, Any]:
-        return {
+        manifest = {
             "artifact": self.path.name,
             "made_by": self.made_by,
             "fingerprint": self.fingerprint,
@@ -371,6 +387,7 @@ class Artifact:
             "processes": launched(),
             **details,
         }
+        return {**manifest, "checksum": checksum_of(manifest)}
 
     def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
         content = f": {_shape_in_words(shapes)}," if shapes else ""

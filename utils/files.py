@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from utils.processes import first_process_only
 
 FINGERPRINT_BYTES = 16
 FINGERPRINT_PIECE_BYTES = 16 << 20
+SECONDS = re.compile(r'"seconds": \d+(\.\d+)?')
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 
@@ -110,6 +112,18 @@ def fingerprint_of(value: Any) -> str:  # noqa: ANN401
     """Fingerprint of anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def fingerprint_of_text(text: str) -> str:
+    """Fingerprint of a JSON text that does not depend on how many `seconds` the work took."""
+    return fingerprint_of(SECONDS.sub('"seconds": 0', text))
+
+
+def fingerprint_of_content(path: Path) -> str:
+    """Fingerprint of what a file holds; of JSON without `seconds`, as `fingerprint_of_text`."""
+    if path.suffix == ".json":
+        return fingerprint_of_text(path.read_text(encoding="utf-8", errors="backslashreplace"))
+    return fingerprint_of_files([path])
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: one line and exit code 130 or 143, from a script's first import to the end of the interpreter.
 
-While a step runs they are exceptions, so that what is open is closed; before and after, they end the process at once.
-Whatever is on disk is whole at any moment, so nothing is lost either way.
+While a step runs they are exceptions, so that what is open is closed; before, they end the process at once. Whatever
+is on disk is whole at any moment, so nothing is lost either way. After the step there is nothing left to stop.
 """
 
 from __future__ import annotations
@@ -28,10 +28,16 @@ class Interrupted(KeyboardInterrupt):
 
 
 def end_at_once() -> None:
-    """From now on a signal to stop ends this process with one line: nothing else has begun, or all has ended."""
+    """From now on a signal to stop ends this process with one line: nothing else has begun."""
     for number in SIGNALS:
         signal.signal(number, _end)
     sys.unraisablehook = _unraisable
+
+
+def ignore() -> None:
+    """From now on a signal to stop does nothing: all is done, and the interpreter takes a moment to end."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.artifacts import Artifact, differing_values
 from utils.console import UserError, say, shown_path
-from utils.files import fingerprint_of_files, remove, write_atomically
+from utils.files import fingerprint_of_content, remove, write_atomically
 
 
 class PreparedFile(Artifact):
@@ -35,7 +35,7 @@ class PreparedFile(Artifact):
             return False
         manifest = self._read_manifest()
         recorded = {**manifest["settings"], **manifest["inputs"], "content": manifest.get("content")}
-        ours = {**self.settings, **self.inputs, "content": fingerprint_of_files([self.path])}
+        ours = {**self.settings, **self.inputs, "content": fingerprint_of_content(self.path)}
         differences = differing_values(recorded, ours, "recorded")
         if not differences:
             say(f"   finished before: {shown_path(self.path)}")
@@ -63,9 +63,9 @@ class PreparedFile(Artifact):
         Raises:
             UserError: a different file without a manifest is there, and `overwrite` is not set.
         """
-        content = fingerprint_of_files([self.staged_path])
+        content = fingerprint_of_content(self.staged_path)
         is_foreign = self.path.exists() and not self.manifest_path.exists()
-        if is_foreign and not overwrite and fingerprint_of_files([self.path]) != content:
+        if is_foreign and not overwrite and fingerprint_of_content(self.path) != content:
             raise UserError(
                 f"{shown_path(self.path)} already exists, has no manifest and differs from what {self.settings} gives; "
                 "set OVERWRITE = True to replace it, or leave it out of ONLY"

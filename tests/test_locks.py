@@ -1,0 +1,213 @@
+"""Runs at the same time: equal ones end as one alone, and no manifest names the settings of another run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from conftest import Workspace, contents
+from killing import was_killed_at
+from process_pool import Ended, Launch
+from test_resume import ARGUMENTS, DPP, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, results
+
+from utils import locks
+from utils.locks import locked
+from utils.paths import PAPER_TABLES
+
+TRIES = int(os.environ.get("TRIES", "1"))  # of each pair of runs
+MOMENTS = (0, 0.1, 0.2)  # seconds between the starts of two runs
+
+
+def fork(work) -> int:
+    """Run in a forked process; gives its number."""
+    pid = os.fork()
+    if not pid:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def hold_and_say_so(path: Path, seconds: float) -> None:
+    with locked(path):
+        path.with_name("held").touch()
+        time.sleep(seconds)
+        path.with_name("released").touch()
+
+
+def wait_for(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.005)
+
+
+def test_the_second_waits_says_so_and_leaves_nothing(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    pid = fork(partial(hold_and_say_so, path, 0.5))
+    wait_for(tmp_path / "held")
+    with locked(path):
+        assert (tmp_path / "released").exists()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert "waiting for another run, which works on" in capsys.readouterr().out
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_lock_of_a_killed_run_is_free(tmp_path):
+    path = tmp_path / "x.json"
+    pid = fork(partial(hold_and_say_so, path, 60))
+    wait_for(tmp_path / "held")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (tmp_path / ".x.json.lock").exists()
+    with locked(path):
+        pass
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_lies_in_a_locked_folder_is_not_locked_again(tmp_path):
+    with locked(tmp_path / "folder"), locked(tmp_path / "folder", tmp_path / "folder" / "file"):
+        assert list(locks._held) == [tmp_path / "folder"]
+    assert not locks._held
+
+
+def test_a_link_where_a_lock_goes_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / ".x.json.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic link"), locked(tmp_path / "x.json"):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+def count_up(file: Path, times: int) -> None:
+    for _ in range(times):
+        with locked(file):
+            number = int(file.read_text())
+            file.write_text(str(number + 1))
+
+
+def test_four_processes_count_together_though_some_are_killed(tmp_path):
+    file = tmp_path / "count"
+    file.write_text("0")
+    pids = [fork(partial(count_up, file, 200)) for _ in range(4)]
+    for operation in (3, 4, 5):  # while the lock is held, or let go of
+        was_killed_at(operation, partial(count_up, tmp_path / "count", 0) if operation else None)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * 4
+    assert file.read_text() == "800"
+
+
+# ------------------------------------------------------------------------------------------------------- whole steps
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make_workspace, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """The output folders before and after each step."""
+    workspace, root = make_workspace("pythia"), tmp_path_factory.mktemp("undisturbed")
+    workspace.output.mkdir(exist_ok=True)
+    folders = {}
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5):
+        before, after = root / Path(script).stem / "before", root / Path(script).stem / "after"
+        shutil.copytree(workspace.output, before)
+        workspace.run(script, *ARGUMENTS[script])
+        shutil.copytree(workspace.output, after)
+        folders[script] = (before, after)
+    return folders
+
+
+def at_once(folder: Path, moment: float, *runs: tuple[Workspace, str, list]) -> list[Ended]:
+    """Start the runs one after another, some moment apart."""
+    launches = []
+    for number, (workspace, script, words) in enumerate(runs):
+        launches.append(Launch(folder / str(number), 1, [(script, [*workspace.arguments(script), *words])]))
+        time.sleep(moment)
+    return [launch.ended()[0] for launch in launches]
+
+
+def assert_tidy(folder: Path) -> None:
+    assert not [
+        path for path in folder.rglob("*") if path.name.startswith(".") or path.suffix in (".partial", ".replaced")
+    ]
+
+
+@pytest.mark.parametrize("script", [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5])
+@pytest.mark.parametrize("number", range(TRIES))
+def test_two_equal_runs_end_as_one(undisturbed, make_workspace, tmp_path, script, number):
+    before, after = undisturbed[script]
+    workspace = make_workspace("pythia")
+    shutil.copytree(before, workspace.output, dirs_exist_ok=True)
+    ends = at_once(tmp_path, MOMENTS[number % 3], *[(workspace, script, ARGUMENTS[script])] * 2)
+    assert [end.code for end in ends] == [0, 0], [end.err for end in ends]
+    assert results(workspace.output) == results(after)
+    assert_tidy(workspace.output)
+
+
+OTHERS = {  # other settings of the same artifact
+    STEP_1: ["--NUM_FACTOR_EXAMPLES", 20],
+    STEP_2: ["--MAX_LENGTH", 50],
+    STEP_3: ["--BOTTOM_K", 5, "--GAMMA", 0.5],
+    STEP_4: [*DPP, "--GRADIENT_REDUCTION_TYPE", "sum"],
+}
+
+
+@pytest.mark.parametrize("script", OTHERS)
+@pytest.mark.parametrize("number", range(TRIES))
+def test_of_two_runs_with_different_settings_one_is_refused_and_no_manifest_lies(
+    undisturbed, make_workspace, tmp_path, script, number
+):
+    """The one that comes second is refused; whichever it was, what is there is the whole work of the other."""
+    before, after = undisturbed[script]
+    workspace = make_workspace("pythia")
+    shutil.copytree(before, workspace.output, dirs_exist_ok=True)
+    runs = [(workspace, script, ARGUMENTS[script]), (workspace, script, OTHERS[script])]
+    ends = at_once(tmp_path, MOMENTS[number % 3], *(runs if number % 2 else reversed(runs)))
+    ends = ends if number % 2 else list(reversed(ends))
+    assert sorted(end.code for end in ends) == [0, 1], [end.err for end in ends]
+    (refused,) = (end for end in ends if end.code)
+    assert "was made with other settings" in refused.err
+    assert len(refused.err.strip().splitlines()) == 1
+    if ends[0].code == 0:
+        assert results(workspace.output) == results(after)
+    else:
+        alone = make_workspace("pythia")
+        shutil.copytree(before, alone.output, dirs_exist_ok=True)
+        alone.run(script, *OTHERS[script])
+        assert results(workspace.output) == results(alone.output)
+    assert_tidy(workspace.output)
+
+
+def test_a_grid_by_four_processes_is_the_grid_by_one(make_workspace, tmp_path):
+    grid = [
+        ["--TASKS", task, "--SCORES_TYPES", *methods, "--PRESERVE_PERPLEXITY", "False", "--BOTTOM_K", 5]
+        + [
+            "--IF_WEIGHT",
+            10,
+            "--SEEDS",
+            42,
+            "--NUM_COMPLETIONS",
+            1,
+            "--LEARNING_RATE",
+            0.02,
+            "--SWEPT_RATES",
+            0.01,
+            0.03,
+        ]
+        for task, methods in (("bias", ["pure_ekfac", "random"]), ("truth", ["pure_ekfac", "random"]))
+        for methods in ([methods[0]], [methods[1]])
+    ]
+    together, alone = make_workspace("pythia"), make_workspace("pythia")
+    ends = at_once(tmp_path, 0, *((together, PAPER_TABLES, words) for words in grid))
+    assert [end.code for end in ends] == [0] * 4, [end.err for end in ends]
+    for words in grid:
+        alone.run(PAPER_TABLES, *words)
+        together.run(PAPER_TABLES, *words)  # the last one's tables and report, whichever came last before
+    assert_tidy(together.output)
+    theirs, ours = contents(together.output), contents(alone.output)
+    assert theirs.keys() == ours.keys()
+    timeless = [name for name in ours if name.endswith((".safetensors", "_test.json", "_sweep.json", "_sweep.csv"))]
+    assert len(timeless) > 20
+    assert [name for name in timeless if theirs[name][0] != ours[name][0]] == []
