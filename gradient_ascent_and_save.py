@@ -28,7 +28,7 @@ from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel, Evaluator
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
-from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
+from utils.models import content_fingerprint, copy_tokenizer, load_model, load_tokenizer, resolve_device
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -184,7 +184,7 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
         with checkpoint.staging_folder() as folder:
             repaired.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
             copy_tokenizer(model.settings.MODEL_NAME, folder)
-            checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
+            checkpoint.publish_folder(started, repair.gradient["shapes"], content=content_fingerprint(folder))
 
     save()
 

@@ -43,6 +43,7 @@ from utils.models import (
     require_supported,
     resolve_device,
     silence_transformers,
+    tokenizer_fingerprint,
 )
 from utils.paths import STEP_1
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -88,16 +89,11 @@ def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedMod
     """The base model, or a bare architecture with random weights, and its tokenizer.
 
     Raises:
-        UserError: a bare architecture without TOKENIZER, or a base that cannot be loaded.
+        UserError: the base or the tokenizer cannot be loaded.
     """
     if settings.BASE_MODEL not in ARCHITECTURES:
         model = load_model(settings.BASE_MODEL, device)
         return model, load_tokenizer(settings.BASE_MODEL, model)
-    if settings.TOKENIZER is None:
-        raise UserError(
-            f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "
-            "local folder"
-        )
     tokenizer = load_tokenizer(settings.TOKENIZER)
     config_class, sizes = ARCHITECTURES[settings.BASE_MODEL]
     config = config_class(
@@ -137,14 +133,20 @@ def sft_artifact(settings: Settings, dataset: str) -> Artifact:
         dataset: fingerprint of the training split.
 
     Raises:
-        UserError: the base is missing, or later steps could not repair it; or SFT_MODEL_DIR holds something else.
+        UserError: the base, or a bare architecture's tokenizer, is missing; later steps could not repair the model; or
+            SFT_MODEL_DIR holds something else.
     """
-    if settings.BASE_MODEL in ARCHITECTURES:
-        base = settings.BASE_MODEL
-    else:
+    if settings.BASE_MODEL not in ARCHITECTURES:
         require_supported(settings.BASE_MODEL, "auto")
-        base = model_fingerprint(settings.BASE_MODEL)
-    artifact = sft_model(settings, fingerprint_of(base), dataset)
+        inputs = {"base": model_fingerprint(settings.BASE_MODEL)}
+    elif settings.TOKENIZER is None:
+        raise UserError(
+            f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "
+            "local folder"
+        )
+    else:
+        inputs = {"base": fingerprint_of(settings.BASE_MODEL), "tokenizer": tokenizer_fingerprint(settings.TOKENIZER)}
+    artifact = sft_model(settings, **inputs, dataset=dataset)
     if artifact.path.exists() and not artifact.manifest_path.exists() and not settings.OVERWRITE:
         raise UserError(
             f"SFT_MODEL_DIR = {settings.SFT_MODEL_DIR!r}: already exists and has no manifest, so this script did not "

@@ -550,6 +550,45 @@ def test_model_retrained_under_the_same_name(ready, refusal, script, arguments, 
     assert line.count("'") >= 4, "both fingerprints are shown"
 
 
+def swap_ids(file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[500:502]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("tokenizer.json", swap_ids),
+        ("tokenizer_config.json", lambda file: change_json(eos_token="a")(file)),
+        ("special_tokens_map.json", lambda file: file.write_text('{"eos_token": "a"}', encoding="utf-8")),
+        ("generation_config.json", lambda file: file.write_text('{"repetition_penalty": 2.0}', encoding="utf-8")),
+        ("chat_template.jinja", lambda file: file.write_text("{{ messages }}", encoding="utf-8")),
+        ("of_a_kind.to_come", lambda file: file.write_text("x", encoding="utf-8")),
+    ],
+)
+@pytest.mark.parametrize(("script", "artifact"), [(STEP_1, SCORES), (STEP_2, REPRESENTATIONS)])
+def test_every_file_of_a_model_that_may_matter_is_part_of_it(ready, refusal, tmp_path, script, artifact, file, spoil):
+    fingerprint = json.loads((ready.output / FACTORS / "manifest.json").read_text(encoding="utf-8"))["inputs"]["model"]
+    ready.model = model_copy(ready.model, tmp_path / "other")
+    spoil(ready.model / file)
+    line = refusal(ready, script)
+    assert all_in(line, ready.output / artifact, fingerprint)
+    assert line.count("'") >= 4, "both fingerprints are shown"
+
+
+def test_files_of_a_model_for_readers_are_not_part_of_it(ready, tmp_path, capsys):
+    ready.model = model_copy(ready.model, tmp_path / "other")
+    for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", ".tmpAbC", "plot.png", "training_args.bin"):
+        (ready.model / name).write_text("edited", encoding="utf-8")
+    (ready.model / "runs").mkdir()
+    (ready.model / "runs" / "vocab.json").write_text("{}", encoding="utf-8")
+    ready.run(STEP_2)
+    assert "finished before" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def retrained(tmp_path_factory) -> Path:
     return make_tiny_model("pythia", tmp_path_factory.mktemp("retrained") / "pythia-tiny", seed=1)

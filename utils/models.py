@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from utils.artifacts import fingerprint_of, fingerprint_of_files, read_json
+from utils.artifacts import STAGING_MARKER, fingerprint_of, fingerprint_of_files, read_json
 from utils.console import UserError, say_read, shows_bars
 from utils.forward import position_limit, require_own_logits
 from utils.hub import hub_access
@@ -31,6 +31,15 @@ DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")
 
 # `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
 FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
+
+# Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, what this
+# project writes beside a model, and what the Trainer needs to go on.
+WITHOUT_EFFECT = re.compile(
+    r"\..*|.*\.(partial|tmp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|csv)|(README|LICEN[CS]E|NOTICE|USE_POLICY)(\..*)?"
+    rf"|manifest\.json|repair\.json|{re.escape(STAGING_MARKER)}"
+    r"|training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth|.*_results\.json",
+    re.IGNORECASE,
+)
 
 # Tensors that a checkpoint may hold and a model may not: buffers that transformers computes itself.
 HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|self_attn)\.(masked_)?bias)$")
@@ -218,10 +227,10 @@ def copy_tokenizer(model: str, folder: Path) -> None:
 
 @first_process_only
 def model_fingerprint(model: str) -> str:
-    """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
+    """Fingerprint of a model, its tokenizer and its settings: of the files of a folder, or of the hub commit.
 
-    A repaired checkpoint whose weights are those that were saved has the fingerprint of its manifest, so that it is the
-    same model before and after it is saved.
+    A repaired checkpoint that is as it was saved has the fingerprint of its manifest, so that it is the same model
+    before and after it is saved.
 
     Raises:
         UserError: the model is not found or has no weights.
@@ -230,25 +239,45 @@ def model_fingerprint(model: str) -> str:
     folder = Path(located)
     if not folder.is_dir():
         return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
-    content = weights_fingerprint(folder)
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
+    content = content_fingerprint(folder)
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         manifest = read_json(manifest_path)
-        if manifest.get("made_by") == STEP_5 and manifest.get("weights") == content:
+        if manifest.get("made_by") == STEP_5 and manifest.get("content") == content:
             return manifest["fingerprint"]
     return content
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Fingerprint of the weights and the configuration in a folder.
+@first_process_only
+def tokenizer_fingerprint(tokenizer: str) -> str:
+    """Fingerprint of a tokenizer that comes without a model: of the files of its folder, or of the hub commit.
 
     Raises:
-        UserError: the folder has no weights.
+        UserError: it is not found.
     """
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not weights:
-        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
-    return fingerprint_of_files([*weights, folder / "config.json"])
+    from transformers.utils.hub import cached_file
+
+    marker = "tokenizer_config.json"
+    located = locate(tokenizer, marker)
+    if Path(located).is_dir():
+        return content_fingerprint(Path(located))
+    access = hub_access()
+    try:
+        file = cached_file(tokenizer, marker, cache_dir=access.cache, token=access.token)
+    except Exception as error:
+        raise UserError(f"{tokenizer}: cannot load the tokenizer: {access.reason(error)}") from error
+    return fingerprint_of([tokenizer, Path(file).parent.name])  # snapshots/COMMIT/tokenizer_config.json
+
+
+def content_fingerprint(folder: Path) -> str:
+    """Fingerprint of everything in a model's folder that can change a number: weights, settings, tokenizer, code.
+
+    What a file is for is not always known by its name, so all count but those of which it is known that they do not.
+    """
+    files = [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
+    return fingerprint_of_files(files)
 
 
 def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
