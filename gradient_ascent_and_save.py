@@ -65,6 +65,7 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it; of the validation dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
@@ -282,7 +283,7 @@ def main(settings: Settings) -> None:
 
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
-    names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE")
+    names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
     same = {name: [getattr(settings, name)] for name in ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY")}
     same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)

@@ -69,6 +69,7 @@ SAVE_EVERY: PositiveInt = 500  # optimizer steps between the checkpoints that a 
 SEED: Seed = 42  # of the random weights and the order of the dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda"
 TRACKER: TrackerName | None = None  # also log the training curve to "trackio" or "wandb"
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # replace a model made with other settings
 # -----------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ LIMIT: PositiveInt | None = None  # documents of each task, the first ones; None
 BATCH_SIZE: PositiveInt = 8  # requests that the model runs at once
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces results that were made from other weights or settings
 # -----------------------------------------------------------------------------------------------------------
 
@@ -125,7 +126,13 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
         device = resolve_device(settings.DEVICE)
         # With a model that is loaded, the harness does not look for other processes to divide its work among.
         pretrained = load_model(model, device, is_spread=settings.DEVICE == SPREAD)
-        loaded = HFLM(pretrained, tokenizer=locate(model), device=str(device), batch_size=settings.BATCH_SIZE)
+        loaded = HFLM(
+            pretrained,
+            tokenizer=locate(model),
+            trust_remote_code=settings.TRUST_REMOTE_CODE,
+            device=str(device),
+            batch_size=settings.BATCH_SIZE,
+        )
     for task in unfinished:
         evaluate_task(settings, loaded, task, manager, outputs[task])
     return {task: read_json(output.path) for task, output in outputs.items()}

@@ -51,6 +51,7 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; seeds but the first get a folder seed-N in it
 SEEDS: list[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: list[Literal["bias", "ethics", "truth", "combined"]] = ["bias", "ethics", "truth", "combined"]  # repaired for
@@ -77,7 +78,7 @@ USE_HALF_PRECISION: bool = False  # as in step 1
 # -----------------------------------------------------------------------------------------------------------
 
 STEP_CONSTANTS = ("MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "DEVICE", "OVERWRITE", "PPL_BUDGET", "NUM_COMPLETIONS")
-STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION")
+STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION", "TRUST_REMOTE_CODE")
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------

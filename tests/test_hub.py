@@ -11,6 +11,7 @@ from conftest import Workspace
 
 from utils import hub
 from utils.console import UserError
+from utils.models import model_fingerprint, tokenizer_fingerprint
 
 STEP_5 = "gradient_ascent_and_save.py"
 TOKEN = "hf_not_a_real_token"
@@ -207,7 +208,12 @@ def test_models_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub, m
     ready.model = "somebody/gated"
     with pytest.raises(SystemExit):
         ready.run(STEP_5, *RECIPE)
-    assert asked == {"name": "somebody/gated", "cache_dir": "/some/cache", "token": TOKEN}
+    assert asked == {
+        "name": "somebody/gated",
+        "cache_dir": "/some/cache",
+        "token": TOKEN,
+        "trust_remote_code": False,
+    }
     expected = (
         "error: somebody/gated: cannot load the configuration: no such folder, and not to be had from the hub: "
         "403 for somebody/gated with *** more lines\n"
@@ -233,3 +239,16 @@ def test_data_sets_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub
         "somebody/gated with *** more lines)" in shown
     )
     assert TOKEN not in shown
+
+
+def test_another_commit_of_a_hub_model_is_another_model(tiny_models, fake_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--somebody--a-model"
+    (repository / "refs").mkdir(parents=True)
+    fingerprints = set()
+    for digit in "abb":
+        commit = 40 * digit
+        shutil.copytree(tiny_models["pythia"], repository / "snapshots" / commit, dirs_exist_ok=True)
+        (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+        fingerprints.add((model_fingerprint("somebody/a-model"), tokenizer_fingerprint("somebody/a-model")))
+    assert len(fingerprints) == 2

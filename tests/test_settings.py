@@ -28,7 +28,7 @@ PIPELINE = [*STEPS.values(), *EVALUATIONS]
 SCRIPTS = ["data/make_sft_model.py", *PIPELINE]
 
 FACTORS = {"NUM_BLOCKS", "FACTOR_STRATEGY", "NUM_FACTOR_EXAMPLES", "DAMPING_FACTOR", "USE_HALF_PRECISION"}
-COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "OVERWRITE"}
+COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "TRUST_REMOTE_CODE", "OVERWRITE"}
 PROMISED = {
     1: {
         *{"MODEL_NAMES", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", *FACTORS, "FISHER_POSITIONS"},
@@ -277,7 +277,9 @@ def test_a_step_has_the_constants_it_promises(step):
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_an_evaluation_has_the_constants_it_promises(script):
     data = "HH_DATASET" if script == EVALUATIONS[0] else "DATA_DIR"
-    assert {"MODEL_NAMES", data, "OUTPUT_DIR", "DEVICE", "OVERWRITE", "SPLIT"} == set(schema_of(script))
+    assert {"MODEL_NAMES", data, "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE", "OVERWRITE", "SPLIT"} == set(
+        schema_of(script)
+    )
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from utils.console import UserError, say, say_read, shown_path
+from utils.hub import allows_remote_code
 from utils.paths import PROJECT_ROOT
 from utils.processes import first_process_only, launched
 
@@ -337,6 +338,7 @@ class Artifact:
             "seconds": round(time.monotonic() - started, 3),
             "versions": software_versions(),
             "processes": launched(),
+            "trust_remote_code": allows_remote_code(),
             **details,
         }
 

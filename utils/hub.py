@@ -1,8 +1,10 @@
-"""The Hugging Face hub: access from `.env`, and uploading a repaired checkpoint."""
+"""The Hugging Face hub: access from `.env`, whose code may run, and uploading a repaired checkpoint."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,25 @@ def hub_access() -> HubAccess:
     """Read HUB_CACHE and HUB_TOKEN; the environment takes precedence over the repository's `.env`."""
     values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
     return HubAccess(cache=values.get("HUB_CACHE") or None, token=values.get("HUB_TOKEN") or None)
+
+
+_allows_remote_code = False
+
+
+@contextmanager
+def remote_code(allowed: bool) -> Iterator[None]:
+    """Whether a model may run code that comes with it (TRUST_REMOTE_CODE) while a step runs; otherwise it may not."""
+    global _allows_remote_code
+    before, _allows_remote_code = _allows_remote_code, allowed
+    try:
+        yield
+    finally:
+        _allows_remote_code = before
+
+
+def allows_remote_code() -> bool:
+    """Whether a model may run code that comes with it."""
+    return _allows_remote_code
 
 
 def require_hub_access(settings: Settings) -> HubAccess:

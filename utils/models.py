@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from utils.artifacts import STAGING_MARKER, fingerprint_of, fingerprint_of_files, read_json
-from utils.console import UserError, say_read, shows_bars
+from utils.console import UserError, say, say_read, shows_bars
 from utils.forward import position_limit, require_own_logits
-from utils.hub import hub_access
+from utils.hub import allows_remote_code, hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
 from utils.processes import first_process_only, is_first, launched, local_rank
 from utils.spreading import SPREAD, keep_hooks_on_trunk, place_modules, silence_accelerate
@@ -31,6 +31,8 @@ DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")
 
 # `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
 FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
+
+TOKENIZER_MARKER = "tokenizer_config.json"
 
 # Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, what this
 # project writes beside a model, and what the Trainer needs to go on.
@@ -127,13 +129,25 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
     import transformers  # takes seconds, which --help and refusals need not wait for
 
     located, access = locate(model, marker), hub_access()
+    access_keywords = {"cache_dir": access.cache, "token": access.token, "trust_remote_code": allows_remote_code()}
     try:
-        return getattr(transformers, loader).from_pretrained(
-            located, cache_dir=access.cache, token=access.token, **keywords
-        )
+        return getattr(transformers, loader).from_pretrained(located, **access_keywords, **keywords)
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
+        if "trust_remote_code=True" in str(error):
+            raise _remote_code_refusal(model, located, marker) from None
         no_folder = "" if located != model else "no such folder, and not to be had from the hub: "
         raise UserError(f"{model}: cannot load the {what}: {no_folder}{access.reason(error)}") from error
+
+
+def _remote_code_refusal(model: str, located: str, marker: str) -> UserError:
+    """Says which code a model wants to run."""
+    code = f"code from the hub (https://hf.co/{model})"
+    if Path(located).is_dir():
+        code = f"code of its own (auto_map in {marker}: {read_json(Path(located) / marker).get('auto_map')!r:.200})"
+    return UserError(
+        f"{model}: needs {code}, which can do anything and is not run; read it, and if you trust it set "
+        "TRUST_REMOTE_CODE = True"
+    )
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
@@ -188,6 +202,8 @@ def load_model(
             "correct config.json (its number of blocks, say), or save the model again with save_pretrained"
         )
     say_read(model, f"{loaded.num_parameters():,} parameters")
+    if getattr(loaded.config, "auto_map", None) and not allows_remote_code():
+        say(f"   {model} has code of its own, which is not run: TRUST_REMOTE_CODE = False")
     if is_spread:
         weakref.finalize(loaded, folder.cleanup)
         keep_hooks_on_trunk(loaded, blocks, first, device)
@@ -209,7 +225,7 @@ def load_tokenizer(
     Raises:
         UserError: there is none, or it has no end-of-sequence token.
     """
-    tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json")
+    tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker=TOKENIZER_MARKER)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
@@ -222,7 +238,7 @@ def load_tokenizer(
 
 def copy_tokenizer(model: str, folder: Path) -> None:
     """Save the model's tokenizer unchanged: without the settings of `load_tokenizer` or traces of its use."""
-    _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
+    _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
 
 
 @first_process_only
@@ -238,7 +254,7 @@ def model_fingerprint(model: str) -> str:
     located = locate(model)
     folder = Path(located)
     if not folder.is_dir():
-        return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
+        return _hub_fingerprint(model, "config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
     content = content_fingerprint(folder)
@@ -257,18 +273,22 @@ def tokenizer_fingerprint(tokenizer: str) -> str:
     Raises:
         UserError: it is not found.
     """
+    folder = Path(locate(tokenizer, TOKENIZER_MARKER))
+    return content_fingerprint(folder) if folder.is_dir() else _hub_fingerprint(tokenizer, TOKENIZER_MARKER)
+
+
+def _hub_fingerprint(model: str, marker: str) -> str:
+    """Fingerprint of a hub id and its commit, which the cache has as a folder: snapshots/COMMIT/config.json."""
     from transformers.utils.hub import cached_file
 
-    marker = "tokenizer_config.json"
-    located = locate(tokenizer, marker)
-    if Path(located).is_dir():
-        return content_fingerprint(Path(located))
     access = hub_access()
     try:
-        file = cached_file(tokenizer, marker, cache_dir=access.cache, token=access.token)
-    except Exception as error:
-        raise UserError(f"{tokenizer}: cannot load the tokenizer: {access.reason(error)}") from error
-    return fingerprint_of([tokenizer, Path(file).parent.name])  # snapshots/COMMIT/tokenizer_config.json
+        file = cached_file(model, marker, cache_dir=access.cache, token=access.token)
+    except Exception as error:  # as in _from_hub_or_folder
+        raise UserError(
+            f"{model}: no such folder, and not to be had from the hub: {marker}: {access.reason(error)}"
+        ) from error
+    return fingerprint_of([model, Path(file).parent.name])
 
 
 def content_fingerprint(folder: Path) -> str:
@@ -298,7 +318,9 @@ def _skeleton(model: str) -> transformers.PreTrainedModel:
     config = load_config(model)
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=allows_remote_code()
+            )
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(
