@@ -25,7 +25,7 @@ from steps import next_command, run_step
 from utils import paths
 from utils.artifacts import Artifact, fingerprint_of, read_json, require_finite
 from utils.console import UserError, banner, say
-from utils.evaluation import EvaluationModel, Evaluator
+from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.models import content_fingerprint, copy_tokenizer, load_model, load_tokenizer, resolve_device
@@ -169,21 +169,30 @@ class SteppableModel:
 SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass through CPU memory a file at a time
 
 
-def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel) -> None:
-    """Write the repaired checkpoint, unless it is finished."""
+def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel, is_measured: bool) -> None:
+    """Write the repaired checkpoint, unless it is finished.
+
+    Args:
+        is_measured: its loss is known to be finite; otherwise that of one dialogue is tried first.
+
+    Raises:
+        UserError: its weights or its loss are not finite; then nothing is written.
+    """
     checkpoint = repair.checkpoint(learning_rate)
     if checkpoint.is_finished(model.settings.OVERWRITE):
         return
-    repaired = model.at(repair, learning_rate).model
+    stepped = model.at(repair, learning_rate)
+    # What is spread to CPU memory or disk (here on the meta device) does not change.
+    weights = {name: weight for name, weight in stepped.model.named_parameters() if not weight.is_meta}
+    require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
+    if not is_measured:
+        require_finite_loss(checkpoint.path.name, "anthropic", stepped.measure("anthropic", repair.probe, quiet=True))
 
     @first_process_only
     def save() -> None:
         started = time.monotonic()
-        # What is spread to CPU memory or disk (here on the meta device) does not change.
-        weights = {name: weight for name, weight in repaired.named_parameters() if not weight.is_meta}
-        require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.staging_folder() as folder:
-            repaired.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
+            stepped.model.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
             copy_tokenizer(model.settings.MODEL_NAME, folder)
             checkpoint.publish_folder(started, repair.gradient["shapes"], content=content_fingerprint(folder))
 
@@ -216,16 +225,19 @@ def write_completions(repair: RepairRecord, learning_rate: float, model: Steppab
 def measure(
     repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric]
 ) -> tuple[dict[Metric, Result], dict[Metric, Result]]:
-    """Results of the POST-SFT and of the repaired model by metric; stored results are read."""
-    checkpoint, before, after = repair.checkpoint(learning_rate), {}, {}
-    for metric in metrics:
-        before[metric] = evaluator.result(
-            metric, repair.artifacts.name, repair.artifacts.fingerprint, lambda: model.at(repair, 0.0)
-        )
-        after[metric] = evaluator.result(
-            metric, checkpoint.path.name, checkpoint.fingerprint, lambda: model.at(repair, learning_rate)
-        )
-    return before, after
+    """Results of the POST-SFT and of the repaired model by metric; stored results are read.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    artifacts, checkpoint = repair.artifacts, repair.checkpoint(learning_rate)
+
+    def results(name: str, fingerprint: str, rate: float) -> dict[Metric, Result]:
+        at_rate = partial(model.at, repair, rate)
+        return {metric: evaluator.result(metric, name, fingerprint, at_rate) for metric in metrics}
+
+    after = results(checkpoint.path.name, checkpoint.fingerprint, learning_rate)  # first: it may turn out broken
+    return results(artifacts.name, artifacts.fingerprint, 0.0), after
 
 
 def say_report(report: dict[str, Any]) -> None:
@@ -249,9 +261,9 @@ def repair_task(
     reports = []
     for rate in rates if isinstance(rates, list) else [rates]:
         banner("step 5: repair", f"{task}, {settings.SCORES_TYPE}, learning rate {rate:g}, {settings.MODEL_NAME}")
-        if settings.SAVE_TO_DISK:
-            save_checkpoint(repair, rate, model)
         report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
+        if settings.SAVE_TO_DISK:
+            save_checkpoint(repair, rate, model, is_measured=bool(metrics))
         repair.write(report)
         say_report(report)
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})

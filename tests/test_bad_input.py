@@ -480,11 +480,18 @@ def test_broken_indices(ready, refusal, text):
     assert all_in(refusal(ready, STEP_4, "--BOTTOM_K", 5, *DPP), ready.output / INDICES, f"run {STEP_3} again")
 
 
-def test_learning_rate_that_overflows(ready, refusal):
+@pytest.mark.parametrize("rate", [1e10, 1e30])  # the weights are finite, and the loss is not; the weights are not
+@pytest.mark.parametrize("measured", [("True", "True"), ("False", "True"), ("False", "False")])
+def test_learning_rate_that_breaks_the_model(ready, refusal, rate, measured):
+    """Whether it is measured or not, nothing is written for it."""
     gradient = ready.output / GRADIENT
     save_file({name: tensor.sign() * 1e9 for name, tensor in load_file(gradient).items()}, gradient)
-    line = refusal(ready, STEP_5, "--BOTTOM_K", 5, *DPP, "--LEARNING_RATE", 1e30)
-    assert all_in(line, "LEARNING_RATE = 1e+30", "NaN or infinite")
+    what = ["--COMPUTE_ANTHROPIC_EVAL", measured[0], "--COMPUTE_TASK_EVAL", measured[1]]
+    line = refusal(ready, STEP_5, "--BOTTOM_K", 5, *DPP, "--LEARNING_RATE", rate, *what)
+    if "NaN or infinite" in line:
+        assert all_in(line, f"LEARNING_RATE = {rate:g}")
+    else:
+        assert all_in(line, f"_lr{rate:g}: the ", " loss is nan", "LEARNING_RATE far too large")
 
 
 def test_scores_of_another_length(ready, refusal):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
 from utils.console import say, shown_path
+from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card
@@ -48,6 +49,13 @@ class RepairRecord:
     def inputs(self) -> dict[str, str]:
         """Fingerprints of the model and the gradient."""
         return {"model": self.artifacts.fingerprint, "gradient": self.gradient["fingerprint"]}
+
+    @property
+    def probe(self) -> Dialogues:
+        """One training dialogue, with the shortest prompt of those that have an answer."""
+        dialogues = self.artifacts.dialogues
+        answered = [row for row in range(len(dialogues)) if dialogues.completions[row].strip()]
+        return dialogues.at([min(answered, key=lambda row: len(dialogues.prompts[row]))])
 
     def checkpoint(self, learning_rate: float) -> Artifact:
         """The artifact that holds the repaired model."""
