@@ -28,7 +28,7 @@ from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
-from utils.models import content_fingerprint, copy_tokenizer, load_model, load_tokenizer, resolve_device
+from utils.models import content_fingerprint, load_model, load_tokenizer, model_files, resolve_device, save_model
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -166,6 +166,7 @@ class SteppableModel:
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 
+RECORDS = ("manifest.json", "repair.json", "README.md")  # what lies beside the model in a checkpoint
 SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass through CPU memory a file at a time
 
 
@@ -192,9 +193,12 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
     def save() -> None:
         started = time.monotonic()
         with checkpoint.staging_folder() as folder:
-            stepped.model.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
-            copy_tokenizer(model.settings.MODEL_NAME, folder)
-            checkpoint.publish_folder(started, repair.gradient["shapes"], content=content_fingerprint(folder))
+            keywords = SPREAD_SAVING if model.settings.DEVICE == SPREAD else {}
+            save_model(stepped.model, model.settings.MODEL_NAME, folder, **keywords)
+            files = {file.name: file.stat().st_size for file in sorted(model_files(folder))}
+            checkpoint.publish_folder(
+                started, repair.gradient["shapes"], files=files, content=content_fingerprint(folder)
+            )
 
     save()
 
@@ -290,7 +294,8 @@ def main(settings: Settings) -> None:
             checkpoints = repair_task(repair, model, evaluator, metrics, tracker)
             if access:
                 for checkpoint in checkpoints:
-                    push_folder(checkpoint.path, settings.HUB_USERNAME, access)
+                    files = [*checkpoint.require()["files"], *RECORDS]
+                    push_folder(checkpoint.path, files, settings.HUB_USERNAME, access)
 
 
 def tables_command(settings: Settings) -> str:

@@ -12,7 +12,6 @@ TOKENIZER. The final EOS is trained too, so that the model learns to stop.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,6 @@ from transformers import (
     Qwen2Config,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -36,12 +34,12 @@ from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel
 from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size
 from utils.models import (
-    copy_tokenizer,
     load_model,
     load_tokenizer,
     model_fingerprint,
     require_supported,
     resolve_device,
+    save_model,
     silence_transformers,
     tokenizer_fingerprint,
 )
@@ -187,10 +185,7 @@ def main(settings: Settings) -> None:
 
         @first_process_only
         def save() -> None:
-            for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(used)
-            model.save_pretrained(folder)
-            copy_tokenizer(settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
+            save_model(model, settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
             write_atomically(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
             output.publish_folder(started, {}, perplexity=perplexity)
 

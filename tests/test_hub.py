@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from conftest import Workspace
+from huggingface_hub.utils import filter_repo_objects
 
 from utils import hub
+from utils.artifacts import read_json
 from utils.console import UserError
-from utils.models import model_fingerprint, tokenizer_fingerprint
+from utils.models import load_model, load_tokenizer, model_fingerprint, save_model, tokenizer_fingerprint
 
 STEP_5 = "gradient_ascent_and_save.py"
 TOKEN = "hf_not_a_real_token"
@@ -37,10 +41,11 @@ class FakeHub:
         assert exist_ok, "a second push of the same model must not fail"
         self._called("create_repo", repo_id)
 
-    def upload_folder(self, folder_path: str, repo_id: str, commit_message: str) -> None:
+    def upload_folder(self, folder_path: str, repo_id: str, commit_message: str, allow_patterns: list[str]) -> None:
         assert commit_message
         self._called("upload_folder", repo_id)
-        self.uploaded[repo_id] = {file.name for file in Path(folder_path).iterdir()}
+        names = [file.relative_to(folder_path).as_posix() for file in Path(folder_path).rglob("*")]
+        self.uploaded[repo_id] = set(filter_repo_objects(names, allow_patterns=allow_patterns))
         assert Path(folder_path).name == repo_id.partition("/")[2]
 
     def _called(self, name: str, repo_id: str) -> None:
@@ -103,7 +108,42 @@ def test_every_repaired_model_is_pushed_whole(ready, fake_hub):
     for repository in repositories:
         files = fake_hub.uploaded[repository]
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "repair.json"} <= files
-        assert not [name for name in files if "partial" in name]
+
+
+STRAYS = [".tmpAbCdEf", "model.safetensors.partial", "settings.json", ".env", "notes.txt", "runs/config.json"]
+
+
+def test_only_what_belongs_to_a_checkpoint_is_pushed(ready, fake_hub):
+    ready.run(STEP_5, *RECIPE)
+    for name in NAMES:
+        for stray in STRAYS:
+            file = ready.output / "gradient_ascent_models" / name / stray
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("mine", encoding="utf-8")
+    ready.run(STEP_5, *PUSH)
+    for files in fake_hub.uploaded.values():
+        assert {"config.json", "model.safetensors", "manifest.json", "README.md"} <= files
+        assert not files & set(STRAYS)
+
+
+def test_a_checkpoint_holds_nothing_that_a_killed_run_left(ready, monkeypatch):
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def be_killed(model, folder: Path, **keywords) -> None:
+        save(model, folder, **keywords)
+        for stray in (".tmpAbCdEf", "model-00002-of-00002.safetensors"):
+            (folder / stray).write_text("unfinished", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", be_killed)
+        with pytest.raises(SystemExit):
+            ready.run(STEP_5, *RECIPE, "--TASK_NAME", "bias")
+    ready.run(STEP_5, *RECIPE, "--TASK_NAME", "bias")
+    folder = ready.output / "gradient_ascent_models" / NAMES[0]
+    names = {file.name for file in folder.iterdir()}
+    assert not [name for name in names if name.startswith((".", "model-"))]
+    assert names - {"manifest.json", "repair.json", "README.md"} == set(read_json(folder / "manifest.json")["files"])
 
 
 def test_each_learning_rate_has_its_own_repository(ready, fake_hub):
@@ -116,6 +156,22 @@ def test_a_finished_repair_is_pushed_without_being_made_again(ready, fake_hub, m
     refuse_to_load(monkeypatch)
     ready.run(STEP_5, *PUSH)
     assert list(fake_hub.uploaded) == [f"somebody/{name}" for name in NAMES]
+
+
+def test_what_is_saved_does_not_say_where_the_model_was(ready, tmp_path, tiny_models):
+    model = Path(shutil.copytree(tiny_models["pythia"], tmp_path / "secret" / "model"))
+    for file, more in {
+        "config.json": {"_name_or_path": "/home/somebody/secret"},
+        "generation_config.json": {"_name_or_path": "/home/somebody/secret"},
+        "tokenizer_config.json": {"name_or_path": "secret/model", "special_tokens_map_file": "/home/secret/map.json"},
+    }.items():
+        content = read_json(model / file) | more
+        (model / file).write_text(json.dumps(content), encoding="utf-8")
+    loaded = load_model(str(model), torch.device("cpu"))
+    (tmp_path / "saved").mkdir()
+    save_model(loaded, str(model), tmp_path / "saved")
+    assert files_with("secret", tmp_path / "saved") == []
+    assert load_tokenizer(str(tmp_path / "saved")).eos_token == "<|endoftext|>"
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -174,7 +230,7 @@ def test_a_failed_push_is_one_line_without_the_token_and_loses_nothing(ready, fa
 def test_a_failed_push_does_not_pass_the_token_on(fake_hub, tmp_path):
     fake_hub.failures["upload_folder"] = OSError(f"bad token {TOKEN}")
     with pytest.raises(UserError) as failure:
-        hub.push_folder(tmp_path, "somebody", hub.hub_access())
+        hub.push_folder(tmp_path, [], "somebody", hub.hub_access())
     assert str(failure.value) == f"pushing to somebody/{tmp_path.name} failed: bad token ***"
     assert failure.value.__cause__ is None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,11 @@ def require_hub_access(settings: Settings) -> HubAccess:
 
 
 @first_process_only
-def push_folder(folder: Path, username: str, access: HubAccess) -> None:
+def push_folder(folder: Path, files: Sequence[str], username: str, access: HubAccess) -> None:
     """Upload a checkpoint to `username/folder-name`, which is created if it does not exist.
+
+    Args:
+        files: those that belong to it; whatever else lies in the folder stays where it is.
 
     Raises:
         UserError: the hub refused or could not be reached; the message does not contain the token.
@@ -86,7 +90,12 @@ def push_folder(folder: Path, username: str, access: HubAccess) -> None:
     try:
         api = HfApi(token=access.token)
         api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message="Upload repaired model")
+        api.upload_folder(
+            folder_path=str(folder),
+            repo_id=repo_id,
+            commit_message="Upload repaired model",
+            allow_patterns=[glob.escape(file) for file in files],
+        )
     except Exception as error:  # the hub's client raises many types; all become one redacted line
         raise UserError(f"pushing to {repo_id} failed: {access.reason(error)}") from None
     say(f"   pushed to {repo_id}")

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import sys
 import weakref
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from utils.artifacts import STAGING_MARKER, fingerprint_of, fingerprint_of_files, read_json
+from utils.artifacts import (
+    STAGING_MARKER,
+    fingerprint_of,
+    fingerprint_of_files,
+    read_json,
+    to_json,
+    write_atomically,
+)
 from utils.console import UserError, say, say_read, shows_bars
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
@@ -31,6 +39,9 @@ DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")
 
 # `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
 FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
+
+# Keys of config.json and tokenizer_config.json that may hold a path of the machine that a model was made on.
+LOCAL_PATH_KEY = re.compile(r".*_(file|path|dir)")
 
 TOKENIZER_MARKER = "tokenizer_config.json"
 
@@ -236,9 +247,38 @@ def load_tokenizer(
     return tokenizer
 
 
-def copy_tokenizer(model: str, folder: Path) -> None:
-    """Save the model's tokenizer unchanged: without the settings of `load_tokenizer` or traces of its use."""
-    _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
+def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path, **keywords: object) -> None:
+    """Save a model with a tokenizer in a staging folder, in place of all that a killed run left there.
+
+    Args:
+        tokenizer: the model whose tokenizer is copied unchanged: without the settings of `load_tokenizer`.
+        keywords: of `save_pretrained`.
+    """
+    for left in folder.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != STAGING_MARKER:
+            left.unlink()
+    model.save_pretrained(folder, **keywords)
+    _from_hub_or_folder("AutoTokenizer", tokenizer, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
+    for file in folder.glob("*config.json"):
+        content = read_json(file)
+        if (cleaned := _without_local_paths(content)) != content:
+            write_atomically(file, to_json(cleaned))
+
+
+def _without_local_paths(value: Any) -> Any:  # noqa: ANN401
+    """The content of a JSON file without the places where a model or its parts once were: nobody else has them."""
+    if isinstance(value, list):
+        return [_without_local_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+
+    def is_place(key: str, item: object) -> bool:
+        is_path = isinstance(item, str) and Path(item).is_absolute() and LOCAL_PATH_KEY.fullmatch(key)
+        return key in ("_name_or_path", "name_or_path") or bool(is_path)
+
+    return {key: _without_local_paths(item) for key, item in value.items() if not is_place(key, item)}
 
 
 @first_process_only
@@ -292,12 +332,13 @@ def _hub_fingerprint(model: str, marker: str) -> str:
 
 
 def content_fingerprint(folder: Path) -> str:
-    """Fingerprint of everything in a model's folder that can change a number: weights, settings, tokenizer, code.
+    """Fingerprint of everything in a model's folder that can change a number: weights, settings, tokenizer, code."""
+    return fingerprint_of_files(model_files(folder))
 
-    What a file is for is not always known by its name, so all count but those of which it is known that they do not.
-    """
-    files = [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
-    return fingerprint_of_files(files)
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model. What one is for is not always known by its name, so all count but those of no effect."""
+    return [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
 
 
 def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
