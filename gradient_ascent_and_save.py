@@ -167,6 +167,7 @@ class SteppableModel:
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 RECORDS = ("manifest.json", "repair.json", "README.md")  # what lies beside the model in a checkpoint
+LONGEST_RATE = 1.23457e-05  # as in a name
 SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass through CPU memory a file at a time
 
 
@@ -279,9 +280,23 @@ def repair_task(
     return [repair.checkpoint(report["learning_rate"]) for report in reports]
 
 
+def checkpoint_names(settings: Settings) -> list[str]:
+    """The names of the checkpoints to come; a rate that is yet to be searched for stands there at its longest."""
+    rates = LONGEST_RATE if settings.LEARNING_RATE == "auto" else settings.LEARNING_RATE
+    model = paths.model_short_name(settings.MODEL_NAME)
+    repair = paths.repair_name(
+        settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, settings.PRESERVE_PERPLEXITY
+    )
+    return [
+        paths.repaired_model_dir(settings.OUTPUT_DIR, task, model, repair, rate).name
+        for task in tasks_of(settings.TASK_NAME)
+        for rate in (rates if isinstance(rates, list) else [rates])
+    ]
+
+
 def main(settings: Settings) -> None:
     """Repair for every task, and upload the checkpoints if asked to."""
-    access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
+    access = require_hub_access(settings, checkpoint_names(settings)) if settings.PUSH_TO_HUB else None
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
     repairs = [RepairRecord(artifacts, task) for task in tasks_of(settings.TASK_NAME)]
     model = SteppableModel(settings, max(repair.num_blocks for repair in repairs))

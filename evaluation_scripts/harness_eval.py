@@ -27,6 +27,7 @@ from steps import run_step
 from utils import paths
 from utils.artifacts import Artifact, read_json
 from utils.console import UserError, banner, say
+from utils.hub import hub_access
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only
@@ -150,7 +151,7 @@ def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManag
     try:
         evaluated = simple_evaluate(loaded, tasks=[task], limit=settings.LIMIT, task_manager=manager, bootstrap_iters=0)
     except (OSError, ValueError, RuntimeError) as error:  # no network, or a data set that has moved
-        raise UserError(f"HARNESS_TASKS: {task} cannot be evaluated ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"HARNESS_TASKS: {task} cannot be evaluated ({hub_access().reason(error)})") from error
     metrics = {}
     for name, numbers in evaluated["results"].items():  # a group has several
         documents = sorted(evaluated["samples"].get(name, []), key=lambda document: document["doc_id"])

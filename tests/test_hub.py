@@ -37,6 +37,10 @@ class FakeHub:
         self.tokens.append(token)
         return self
 
+    def whoami(self) -> dict[str, str]:
+        self._called("whoami", "")
+        return {"name": "somebody"}
+
     def create_repo(self, repo_id: str, exist_ok: bool) -> None:
         assert exist_ok, "a second push of the same model must not fail"
         self._called("create_repo", repo_id)
@@ -60,7 +64,7 @@ def fake_hub(monkeypatch, tmp_path) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setattr("huggingface_hub.HfApi", fake)
     monkeypatch.setattr(hub, "PROJECT_ROOT", tmp_path)
-    for name in ("HUB_TOKEN", "HUB_CACHE"):
+    for name in (*hub.TOKEN_VARIABLES, "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\n", encoding="utf-8")
     return fake
@@ -103,7 +107,8 @@ def test_nothing_is_pushed_unless_asked_for(ready, fake_hub):
 def test_every_repaired_model_is_pushed_whole(ready, fake_hub):
     ready.run(STEP_5, *PUSH)
     repositories = [f"somebody/{name}" for name in NAMES]
-    assert fake_hub.calls == [(call, name) for name in repositories for call in ("create_repo", "upload_folder")]
+    calls = [(call, name) for name in repositories for call in ("create_repo", "upload_folder")]
+    assert fake_hub.calls == [("whoami", ""), *calls]
     assert set(fake_hub.tokens) == {TOKEN}
     for repository in repositories:
         files = fake_hub.uploaded[repository]
@@ -159,18 +164,21 @@ def test_a_finished_repair_is_pushed_without_being_made_again(ready, fake_hub, m
 
 
 def test_what_is_saved_does_not_say_where_the_model_was(ready, tmp_path, tiny_models):
-    model = Path(shutil.copytree(tiny_models["pythia"], tmp_path / "secret" / "model"))
+    model = Path(shutil.copytree(tiny_models["pythia"], tmp_path / "hush-hush" / "model"))
     for file, more in {
-        "config.json": {"_name_or_path": "/home/somebody/secret"},
-        "generation_config.json": {"_name_or_path": "/home/somebody/secret"},
-        "tokenizer_config.json": {"name_or_path": "secret/model", "special_tokens_map_file": "/home/secret/map.json"},
+        "config.json": {"_name_or_path": "/home/somebody/hush-hush"},
+        "generation_config.json": {"_name_or_path": "/home/somebody/hush-hush"},
+        "tokenizer_config.json": {
+            "name_or_path": "hush-hush/model",
+            "special_tokens_map_file": "/hush-hush/map",
+        },
     }.items():
         content = read_json(model / file) | more
         (model / file).write_text(json.dumps(content), encoding="utf-8")
     loaded = load_model(str(model), torch.device("cpu"))
     (tmp_path / "saved").mkdir()
     save_model(loaded, str(model), tmp_path / "saved")
-    assert files_with("secret", tmp_path / "saved") == []
+    assert files_with("hush-hush", tmp_path / "saved") == []
     assert load_tokenizer(str(tmp_path / "saved")).eos_token == "<|endoftext|>"
 
 
@@ -182,6 +190,10 @@ def test_what_is_saved_does_not_say_where_the_model_was(ready, tmp_path, tiny_mo
     [
         (["--HUB_USERNAME", "None"], "error: HUB_USERNAME = None: PUSH_TO_HUB needs the name of the hub account"),
         (["--SAVE_TO_DISK", False], "error: SAVE_TO_DISK = False: PUSH_TO_HUB uploads the saved checkpoint"),
+        *(
+            (["--HUB_USERNAME", name], f"error: HUB_USERNAME = {name!r}: allowed is the name of a hub account alone")
+            for name in ("some body", "somebody/else", "-somebody", "a--b", "https://hf.co/somebody", "some\nbody")
+        ),
     ],
 )
 def test_missing_constants_are_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, arguments, told):
@@ -192,6 +204,29 @@ def test_a_missing_token_is_refused_before_any_work(ready, fake_hub, monkeypatch
     (tmp_path / ".env").unlink()
     told = "error: HUB_TOKEN is not set: PUSH_TO_HUB needs it in .env (see .env.example)"
     assert_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, [], told)
+
+
+@pytest.mark.parametrize("name", [f"a-{'long-' * 20}name", "a model", "a--model", "modèle"])
+@pytest.mark.parametrize("rate", [0.01, "auto"])
+def test_a_model_whose_checkpoints_the_hub_cannot_name_is_refused_before_any_work(
+    ready, fake_hub, monkeypatch, capsys, tmp_path, name, rate
+):
+    ready.model = Path(shutil.copytree(ready.model, tmp_path / name))
+    told = f"error: MODEL_NAME = '{ready.model}': the hub allows no repository somebody/bias_{name}_random_bottom5_lr"
+    assert_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, ["--LEARNING_RATE", rate], told)
+
+
+def test_a_token_that_the_hub_refuses_is_found_before_any_work(ready, fake_hub, monkeypatch, capsys):
+    fake_hub.failures["whoami"] = RuntimeError(f"401 Unauthorized\nBearer {TOKEN}")
+    refuse_to_load(monkeypatch)
+    with pytest.raises(SystemExit):
+        ready.run(STEP_5, *PUSH)
+    assert capsys.readouterr().err == (
+        "error: HUB_TOKEN: PUSH_TO_HUB cannot use it, since the hub refuses it or cannot be reached: "
+        "401 Unauthorized Bearer ***\n"
+    )
+    assert fake_hub.calls == [("whoami", "")]
+    assert not (ready.output / "gradient_ascent_models").exists()
 
 
 def assert_refused_before_any_work(workspace, fake_hub, monkeypatch, capsys, arguments, told):

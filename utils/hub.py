@@ -16,17 +16,22 @@ from utils.paths import PROJECT_ROOT
 from utils.processes import first_process_only
 from utils.settings import Settings
 
+TOKEN_VARIABLES = ("HUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the first is ours, the others the hub client's
+
 
 @dataclass(frozen=True)
 class HubAccess:
-    """HUB_CACHE and HUB_TOKEN from the environment or `.env`. The token is never shown."""
+    """HUB_CACHE and HUB_TOKEN from the environment or `.env`, and every token that must not be shown."""
 
     cache: str | None = None
     token: str | None = field(default=None, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def redact(self, text: str) -> str:
-        """The text with every occurrence of the token replaced by ***."""
-        return text.replace(self.token, "***") if self.token else text
+        """The text with every occurrence of a token replaced by ***. Redact before you shorten: a cut token stays."""
+        for secret in sorted({self.token, *self.secrets} - {None}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
 
     def reason(self, error: Exception) -> str:
         """An error's message as one redacted line of at most 300 characters."""
@@ -34,9 +39,11 @@ class HubAccess:
 
 
 def hub_access() -> HubAccess:
-    """Read HUB_CACHE and HUB_TOKEN; the environment takes precedence over the repository's `.env`."""
+    """Read HUB_CACHE and the tokens; the environment takes precedence over the repository's `.env`."""
     values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
-    return HubAccess(cache=values.get("HUB_CACHE") or None, token=values.get("HUB_TOKEN") or None)
+    # A token copied from a page or a file often has a newline at its end, which no header may have.
+    tokens = {name: token for name in TOKEN_VARIABLES if (token := (values.get(name) or "").strip())}
+    return HubAccess(values.get("HUB_CACHE") or None, tokens.get("HUB_TOKEN"), tuple(tokens.values()))
 
 
 _allows_remote_code = False
@@ -58,20 +65,60 @@ def allows_remote_code() -> bool:
     return _allows_remote_code
 
 
-def require_hub_access(settings: Settings) -> HubAccess:
+def require_hub_access(settings: Settings, folder_names: Sequence[str]) -> HubAccess:
     """Check, before any work, that everything an upload needs is there.
 
+    Args:
+        folder_names: of the checkpoints to come.
+
     Raises:
-        UserError: HUB_USERNAME, HUB_TOKEN or SAVE_TO_DISK is not set.
+        UserError: HUB_USERNAME, HUB_TOKEN or SAVE_TO_DISK is not set; the hub has no repositories of such names; or it
+            refuses the token, or cannot be reached.
     """
-    access = hub_access()
-    if not settings.HUB_USERNAME:
+    access, username = hub_access(), settings.HUB_USERNAME
+    if not username:
         raise UserError("HUB_USERNAME = None: PUSH_TO_HUB needs the name of the hub account that will own the model")
     if not access.token:
         raise UserError("HUB_TOKEN is not set: PUSH_TO_HUB needs it in .env (see .env.example) or in the environment")
     if not settings.SAVE_TO_DISK:
         raise UserError("SAVE_TO_DISK = False: PUSH_TO_HUB uploads the saved checkpoint; set it to True")
+    if _refusal_of_name(username) or "/" in username:
+        raise UserError(
+            f"HUB_USERNAME = {username!r}: allowed is the name of a hub account alone, as in huggingface.co/NAME"
+        )
+    for name in folder_names:
+        if reason := _refusal_of_name(f"{username}/{name}"):
+            raise UserError(
+                f"MODEL_NAME = {settings.MODEL_NAME!r}: the hub allows no repository {username}/{name} ({reason}); "
+                "rename the model's folder"
+            )
+    _require_valid_token(access)
     return access
+
+
+def _refusal_of_name(repo_id: str) -> str | None:
+    """Why the hub allows no repository of this name; None if it does."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return str(error).partition(":")[0]
+    return None
+
+
+@first_process_only
+def _require_valid_token(access: HubAccess) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=access.token).whoami()
+    except Exception as error:  # as in push_folder
+        raise UserError(
+            "HUB_TOKEN: PUSH_TO_HUB cannot use it, since the hub refuses it or cannot be reached: "
+            f"{access.reason(error)}"
+        ) from None
 
 
 @first_process_only
