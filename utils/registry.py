@@ -203,7 +203,10 @@ def sft_model(settings: Settings, **inputs: str) -> Artifact:
     Args:
         inputs: fingerprints of the base model, of its tokenizer if it comes without one, and of the training split.
     """
-    constants = settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    constants = settings.pick("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    constants |= {
+        name: value and paths.public_name(value) for name, value in settings.pick("BASE_MODEL", "TOKENIZER").items()
+    }
     path = paths.resolve_path(settings.SFT_MODEL_DIR)
     return Artifact(path, paths.STEP_0, constants, inputs, is_folder=True)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact, fingerprint_of, to_json, write_if_changed
 from utils.console import say, shown_path
+from utils.paths import public_name
 from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
@@ -79,7 +80,7 @@ class RepairRecord:
         for metric, result in before.items():
             measurements |= compare(metric, result.losses, after[metric].losses)
         return {
-            "model": settings.MODEL_NAME,
+            "model": public_name(settings.MODEL_NAME),
             "task": self.task,
             "scores_type": settings.SCORES_TYPE,
             "if_weight": settings.IF_WEIGHT if settings.SCORES_TYPE == "dpp" else None,
@@ -90,7 +91,7 @@ class RepairRecord:
             "seconds": self.gradient["seconds"] + (search["seconds"] if search else 0),
             "indices": self.gradient["indices"],
             "search": search,
-            "dataset": settings.HH_DATASET,
+            "dataset": public_name(settings.HH_DATASET),
             "settings": self.gradient["settings"],
             "split_rules": {
                 metric: result.numbers["split_rule"] for metric, result in before.items() if metric != "anthropic"
