@@ -35,7 +35,8 @@ class HubAccess:
 
     def reason(self, error: Exception) -> str:
         """An error's message as one redacted line of at most 300 characters."""
-        return " ".join(self.redact(str(error)).split())[:300] or type(error).__name__
+        text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)  # which says the key alone
+        return " ".join(self.redact(text).split())[:300] or type(error).__name__
 
 
 def hub_access() -> HubAccess:

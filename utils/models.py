@@ -20,6 +20,7 @@ from utils.artifacts import (
     fingerprint_of,
     fingerprint_of_files,
     read_json,
+    require_finite,
     to_json,
     write_atomically,
 )
@@ -42,6 +43,8 @@ FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
 
 # Keys of config.json and tokenizer_config.json that may hold a path of the machine that a model was made on.
 LOCAL_PATH_KEY = re.compile(r".*_(file|path|dir)")
+
+LARGEST_NUM_BLOCKS = 10_000
 
 TOKENIZER_MARKER = "tokenizer_config.json"
 
@@ -146,8 +149,12 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
         if "trust_remote_code=True" in str(error):
             raise _remote_code_refusal(model, located, marker) from None
-        no_folder = "" if located != model else "no such folder, and not to be had from the hub: "
-        raise UserError(f"{model}: cannot load the {what}: {no_folder}{access.reason(error)}") from error
+        raise _cannot_load(model, what, error) from error
+
+
+def _cannot_load(model: str, what: str, error: Exception) -> UserError:
+    where = "" if resolve_path(model).is_dir() else "no such folder, and not to be had from the hub: "
+    return UserError(f"{model}: cannot load the {what}: {where}{hub_access().reason(error)}")
 
 
 def _remote_code_refusal(model: str, located: str, marker: str) -> UserError:
@@ -162,8 +169,20 @@ def _remote_code_refusal(model: str, located: str, marker: str) -> UserError:
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
-    """The model's config.json."""
-    return _from_hub_or_folder("AutoConfig", model, "configuration")
+    """The model's config.json.
+
+    Raises:
+        UserError: it is not found or cannot be read, or asks for no transformer block, or for so many that building
+            them would take for ever.
+    """
+    config = _from_hub_or_folder("AutoConfig", model, "configuration")
+    count = getattr(config, "num_hidden_layers", 1)
+    if not (isinstance(count, int) and 1 <= count <= LARGEST_NUM_BLOCKS):
+        raise UserError(
+            f"{model}: config.json has num_hidden_layers = {count!r}; allowed is a whole number from 1 to "
+            f"{LARGEST_NUM_BLOCKS:,}"
+        )
+    return config
 
 
 def silence_transformers() -> None:
@@ -189,6 +208,7 @@ def load_model(
             `require_own_logits` refuses it, or it cannot be spread.
     """
     silence_transformers()
+    load_config(model)
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_spread:
         silence_accelerate()
@@ -220,8 +240,20 @@ def load_model(
         keep_hooks_on_trunk(loaded, blocks, first, device)
     else:
         loaded = loaded.to(device)
+    _require_finite_weights(loaded, model)
     require_own_logits(loaded.eval())
     return loaded
+
+
+def _require_finite_weights(loaded: transformers.PreTrainedModel, model: str) -> None:
+    """Check the weights for NaN and infinity, those on the meta device apart: their sums first, which cost least.
+
+    Raises:
+        UserError: names the model and the tensor.
+    """
+    for name, weight in loaded.named_parameters():
+        if not weight.is_meta and not weight.detach().sum().isfinite():
+            require_finite({name: weight}, f"{model}: the weights are broken; save the model again")
 
 
 def load_tokenizer(
@@ -234,9 +266,14 @@ def load_tokenizer(
             `model_max_length`, the number of its positions, and `num_embeddings`.
 
     Raises:
-        UserError: there is none, or it has no end-of-sequence token.
+        UserError: there is none, it has no end-of-sequence token, or it knows no text.
     """
     tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker=TOKENIZER_MARKER)
+    if not len(tokenizer) > len(tokenizer.all_special_tokens):
+        raise UserError(
+            f"{model}: its tokenizer has no tokens but special ones; tokenizer.json, or the file of its vocabulary, is "
+            "missing or empty"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
@@ -294,15 +331,15 @@ def model_fingerprint(model: str) -> str:
     located = locate(model)
     folder = Path(located)
     if not folder.is_dir():
-        return _hub_fingerprint(model, "config.json")
+        return _hub_fingerprint(model, "configuration", "config.json")
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
     content = content_fingerprint(folder)
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         manifest = read_json(manifest_path)
-        if manifest.get("made_by") == STEP_5 and manifest.get("content") == content:
-            return manifest["fingerprint"]
+        if isinstance(manifest, dict) and (manifest.get("made_by"), manifest.get("content")) == (STEP_5, content):
+            return manifest.get("fingerprint", content)
     return content
 
 
@@ -314,10 +351,12 @@ def tokenizer_fingerprint(tokenizer: str) -> str:
         UserError: it is not found.
     """
     folder = Path(locate(tokenizer, TOKENIZER_MARKER))
-    return content_fingerprint(folder) if folder.is_dir() else _hub_fingerprint(tokenizer, TOKENIZER_MARKER)
+    if folder.is_dir():
+        return content_fingerprint(folder)
+    return _hub_fingerprint(tokenizer, "tokenizer", TOKENIZER_MARKER)
 
 
-def _hub_fingerprint(model: str, marker: str) -> str:
+def _hub_fingerprint(model: str, what: str, marker: str) -> str:
     """Fingerprint of a hub id and its commit, which the cache has as a folder: snapshots/COMMIT/config.json."""
     from transformers.utils.hub import cached_file
 
@@ -325,9 +364,7 @@ def _hub_fingerprint(model: str, marker: str) -> str:
     try:
         file = cached_file(model, marker, cache_dir=access.cache, token=access.token)
     except Exception as error:  # as in _from_hub_or_folder
-        raise UserError(
-            f"{model}: no such folder, and not to be had from the hub: {marker}: {access.reason(error)}"
-        ) from error
+        raise _cannot_load(model, what, error) from error
     return fingerprint_of([model, Path(file).parent.name])
 
 
@@ -362,11 +399,14 @@ def _skeleton(model: str) -> transformers.PreTrainedModel:
             return transformers.AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), trust_remote_code=allows_remote_code()
             )
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the constructors check little: whatever a wrong value leads to is raised
+        if "trust_remote_code=True" in str(error):
+            raise _remote_code_refusal(model, locate(model), "config.json") from None
+        what = "is not a causal language model, or" if isinstance(error, ValueError) else "is known, but"
         raise UserError(
-            f"{model}: model type {config.model_type!r} is not a causal language model ({reason})"
-        ) from None
+            f"{model}: model type {config.model_type!r} {what} cannot be built as config.json says "
+            f"({type(error).__name__}: {hub_access().reason(error)})"
+        ) from error
 
 
 def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: int = 1) -> str:
