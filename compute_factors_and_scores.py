@@ -61,6 +61,7 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the factor subset and of the labels sampled for the Fisher
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)

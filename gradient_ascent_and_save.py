@@ -30,11 +30,12 @@ from steps import next_command, run_step
 from utils import paths
 from utils.artifacts import Artifact, require_finite
 from utils.console import UserError, banner, say
-from utils.evaluation import EvaluationModel, Evaluator
-from utils.files import fingerprint_of, read_json
+from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
+from utils.files import fingerprint_of
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
-from utils.models import copy_tokenizer, load_model, load_tokenizer, resolve_device, weights_fingerprint
+from utils.locks import locked
+from utils.models import content_fingerprint, load_model, load_tokenizer, resolve_device, save_model
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -72,6 +73,7 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # as in steps 1 and 4, whose folders carry it; of the validation dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
@@ -172,26 +174,37 @@ class SteppableModel:
 
 # -- the step ----------------------------------------------------------------------------------------------------------
 
+RECORDS = ("manifest.json", "repair.json", "README.md")  # what lies beside the model in a checkpoint
+LONGEST_RATE = 1.23457e-05  # as in a name
 SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass through CPU memory a file at a time
 
 
-def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel) -> None:
-    """Write the repaired checkpoint, unless it is finished."""
+def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel, is_measured: bool) -> None:
+    """Write the repaired checkpoint, unless it is finished.
+
+    Args:
+        is_measured: its loss is known to be finite; otherwise that of one dialogue is tried first.
+
+    Raises:
+        UserError: its weights or its loss are not finite; then nothing is written.
+    """
     checkpoint = repair.checkpoint(learning_rate)
     if checkpoint.is_finished(model.settings.OVERWRITE):
         return
-    repaired = model.at(repair, learning_rate).model
+    stepped = model.at(repair, learning_rate)
+    # What is spread to CPU memory or disk (here on the meta device) does not change.
+    weights = {name: weight for name, weight in stepped.model.named_parameters() if not weight.is_meta}
+    require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
+    if not is_measured:
+        require_finite_loss(checkpoint.path.name, "anthropic", stepped.measure("anthropic", repair.probe, quiet=True))
 
     @first_process_only
     def save() -> None:
         started = time.monotonic()
-        # What is spread to CPU memory or disk (here on the meta device) does not change.
-        weights = {name: weight for name, weight in repaired.named_parameters() if not weight.is_meta}
-        require_finite(weights, f"LEARNING_RATE = {learning_rate:g}")
         with checkpoint.staging_folder() as folder:
-            repaired.save_pretrained(folder, **SPREAD_SAVING if model.settings.DEVICE == SPREAD else {})
-            copy_tokenizer(model.settings.MODEL_NAME, folder)
-            checkpoint.publish_folder(started, repair.gradient["shapes"], weights=weights_fingerprint(folder))
+            keywords = SPREAD_SAVING if model.settings.DEVICE == SPREAD else {}
+            save_model(stepped.model, model.settings.MODEL_NAME, folder, **keywords)
+            checkpoint.publish_folder(started, repair.gradient["shapes"], content=content_fingerprint(folder))
 
     save()
 
@@ -207,7 +220,7 @@ def write_completions(repair: RepairRecord, learning_rate: float, model: Steppab
     fingerprint = fingerprint_of({task: of_task.fingerprint for task, of_task in pairs.items()})
     output = repair.artifacts.completions(checkpoint, evaluator.split, fingerprint)
     if output.is_finished(model.settings.OVERWRITE):
-        stored = Counter(row["task"] for row in read_json(output.path))
+        stored = Counter(row["task"] for row in output.load_json())
         if all(stored[task] >= len(of_task) for task, of_task in prompts.items()):
             return
     started = time.monotonic()
@@ -222,16 +235,19 @@ def write_completions(repair: RepairRecord, learning_rate: float, model: Steppab
 def measure(
     repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric]
 ) -> tuple[dict[Metric, Result], dict[Metric, Result]]:
-    """Results of the POST-SFT and of the repaired model by metric; stored results are read."""
-    checkpoint, before, after = repair.checkpoint(learning_rate), {}, {}
-    for metric in metrics:
-        before[metric] = evaluator.result(
-            metric, repair.artifacts.name, repair.artifacts.fingerprint, lambda: model.at(repair, 0.0)
-        )
-        after[metric] = evaluator.result(
-            metric, checkpoint.path.name, checkpoint.fingerprint, lambda: model.at(repair, learning_rate)
-        )
-    return before, after
+    """Results of the POST-SFT and of the repaired model by metric; stored results are read.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    artifacts, checkpoint = repair.artifacts, repair.checkpoint(learning_rate)
+
+    def results(name: str, fingerprint: str, rate: float) -> dict[Metric, Result]:
+        at_rate = partial(model.at, repair, rate)
+        return {metric: evaluator.result(metric, name, fingerprint, at_rate) for metric in metrics}
+
+    after = results(checkpoint.path.name, checkpoint.fingerprint, learning_rate)  # first: it may turn out broken
+    return results(artifacts.name, artifacts.fingerprint, 0.0), after
 
 
 def say_report(report: dict[str, Any]) -> None:
@@ -256,23 +272,39 @@ def repair_task(
     reports = []
     for rate in rates if isinstance(rates, list) else [rates]:
         banner("step 5: repair", f"{task}, {settings.SCORES_TYPE}, learning rate {rate:g}, {settings.MODEL_NAME}")
-        if settings.SAVE_TO_DISK:
-            save_checkpoint(repair, rate, model)
-        report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
-        repair.write(report)
+        checkpoint = repair.checkpoint(rate)
+        with locked(checkpoint.path, paths.report_file(settings.OUTPUT_DIR, checkpoint.path.name)):
+            report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
+            if settings.SAVE_TO_DISK:
+                save_checkpoint(repair, rate, model, is_measured=bool(metrics))
+            repair.write(report)
+            if settings.NUM_COMPLETIONS:
+                write_completions(repair, rate, model, evaluator)
         say_report(report)
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
-        if settings.NUM_COMPLETIONS:
-            write_completions(repair, rate, model, evaluator)
         reports.append(report)
     if isinstance(rates, list):
         write_sweep(*sweep, settings.OVERWRITE, reports, 100 * settings.PPL_BUDGET)
     return [repair.checkpoint(report["learning_rate"]) for report in reports]
 
 
+def checkpoint_names(settings: Settings) -> list[str]:
+    """The names of the checkpoints to come; a rate that is yet to be searched for stands there at its longest."""
+    rates = LONGEST_RATE if settings.LEARNING_RATE == "auto" else settings.LEARNING_RATE
+    model = paths.model_short_name(settings.MODEL_NAME)
+    repair = paths.repair_name(
+        settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, settings.PRESERVE_PERPLEXITY
+    )
+    return [
+        paths.repaired_model_dir(settings.OUTPUT_DIR, task, model, repair, rate).name
+        for task in tasks_of(settings.TASK_NAME)
+        for rate in (rates if isinstance(rates, list) else [rates])
+    ]
+
+
 def main(settings: Settings) -> None:
     """Repair for every task, and upload the checkpoints if asked to."""
-    access = require_hub_access(settings) if settings.PUSH_TO_HUB else None
+    access = require_hub_access(settings, checkpoint_names(settings)) if settings.PUSH_TO_HUB else None
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
     repairs = [RepairRecord(artifacts, task) for task in tasks_of(settings.TASK_NAME)]
     model = SteppableModel(settings, max(repair.num_blocks for repair in repairs))
@@ -285,12 +317,13 @@ def main(settings: Settings) -> None:
             checkpoints = repair_task(repair, model, evaluator, metrics, tracker)
             if access:
                 for checkpoint in checkpoints:
-                    push_folder(checkpoint.path, settings.HUB_USERNAME, access)
+                    files = [*checkpoint.require()["files"], *RECORDS]
+                    push_folder(checkpoint.path, files, settings.HUB_USERNAME, access)
 
 
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
-    names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE")
+    names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
     same = {name: [getattr(settings, name)] for name in ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY")}
     same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)

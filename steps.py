@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from utils import interruptions, processes
 from utils.console import UserError, remedy_for, say
-from utils.hub import hub_access
+from utils.hub import hub_access, remote_code
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.settings import Settings, load_settings
 
@@ -47,7 +47,8 @@ def run_step(
             settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
             if hasattr(settings, "OUTPUT_DIR"):
                 require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
-            main(settings)
+            with remote_code(getattr(settings, "TRUST_REMOTE_CODE", False)):
+                main(settings)
             if hint:
                 say(f"next: {hint(settings)}")
         if arguments is None:

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
-import shutil
 import time
 
 import torch
@@ -33,7 +32,6 @@ from transformers import (
     Qwen2Config,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from steps import next_command, run_step
 from utils.artifacts import Artifact
@@ -41,17 +39,19 @@ from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel
 from utils.files import fingerprint_of, write_atomically
 from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size
+from utils.locks import locked
 from utils.models import (
-    copy_tokenizer,
     load_model,
     load_tokenizer,
     model_fingerprint,
     require_supported,
     resolve_device,
+    save_model,
     silence_transformers,
+    tokenizer_fingerprint,
 )
 from utils.paths import STEP_1
-from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only, launched
 from utils.registry import sft_model
 from utils.reporting.cards import sft_card
@@ -74,6 +74,7 @@ SAVE_EVERY: PositiveInt = 500  # optimizer steps between the checkpoints that a 
 SEED: Seed = 42  # of the random weights and the order of the dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda"
 TRACKER: TrackerName | None = None  # also log the training curve to "trackio" or "wandb"
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # replace a model made with other settings
 # -----------------------------------------------------------------------------------------------------------
 
@@ -94,16 +95,11 @@ def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedMod
     """The base model, or a bare architecture with random weights, and its tokenizer.
 
     Raises:
-        UserError: a bare architecture without TOKENIZER, or a base that cannot be loaded.
+        UserError: the base or the tokenizer cannot be loaded.
     """
     if settings.BASE_MODEL not in ARCHITECTURES:
         model = load_model(settings.BASE_MODEL, device)
         return model, load_tokenizer(settings.BASE_MODEL, model)
-    if settings.TOKENIZER is None:
-        raise UserError(
-            f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "
-            "local folder"
-        )
     tokenizer = load_tokenizer(settings.TOKENIZER)
     config_class, sizes = ARCHITECTURES[settings.BASE_MODEL]
     config = config_class(
@@ -143,31 +139,35 @@ def sft_artifact(settings: Settings, dataset: str) -> Artifact:
         dataset: fingerprint of the training split.
 
     Raises:
-        UserError: the base is missing, or later steps could not repair it; or SFT_MODEL_DIR holds something else.
+        UserError: the base, or a bare architecture's tokenizer, is missing, or later steps could not repair the model.
     """
-    if settings.BASE_MODEL in ARCHITECTURES:
-        base = settings.BASE_MODEL
-    else:
+    if settings.BASE_MODEL not in ARCHITECTURES:
         require_supported(settings.BASE_MODEL, "auto")
-        base = model_fingerprint(settings.BASE_MODEL)
-    artifact = sft_model(settings, fingerprint_of(base), dataset)
-    if artifact.path.exists() and not artifact.manifest_path.exists() and not settings.OVERWRITE:
+        inputs = {"base": model_fingerprint(settings.BASE_MODEL)}
+    elif settings.TOKENIZER is None:
         raise UserError(
-            f"SFT_MODEL_DIR = {settings.SFT_MODEL_DIR!r}: already exists and has no manifest, so this script did not "
-            "make it; give a new folder, or set OVERWRITE = True to replace it"
+            f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "
+            "local folder"
         )
-    return artifact
+    else:
+        inputs = {"base": fingerprint_of(settings.BASE_MODEL), "tokenizer": tokenizer_fingerprint(settings.TOKENIZER)}
+    return sft_model(settings, **inputs, dataset=dataset)
 
 
 def main(settings: Settings) -> None:
     """Fine-tune the model, unless that is already done."""
     banner("POST-SFT model", settings.SFT_MODEL_DIR)
-    started = time.monotonic()
-    device = choose_device(settings)
+    choose_device(settings)  # a wrong one is found before anything is read
     train, test = (load_dialogues(settings.HH_DATASET, split) for split in ("train", "test"))
     output = sft_artifact(settings, train.fingerprint)
-    if output.is_finished(settings.OVERWRITE):
-        return
+    with locked(output.path):
+        if not output.is_finished(settings.OVERWRITE):
+            make_model(settings, output, train, test)
+
+
+def make_model(settings: Settings, output: Artifact, train: Dialogues, test: Dialogues) -> None:
+    """Fine-tune on the training split, measure on the test split, and save."""
+    started, device = time.monotonic(), choose_device(settings)
     micro_batch_size(settings, launched())  # refuses a wrong BATCH_SIZE before the model is loaded
     set_seed(settings.SEED)
     silence_transformers()
@@ -190,10 +190,7 @@ def main(settings: Settings) -> None:
 
         @first_process_only
         def save() -> None:
-            for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                shutil.rmtree(used)
-            model.save_pretrained(folder)
-            copy_tokenizer(settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
+            save_model(model, settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
             write_atomically(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
             output.publish_folder(started, {}, perplexity=perplexity)
 

@@ -30,6 +30,7 @@ MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # models to measure: hu
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces results that were made from other data or weights
 
 SPLIT: Literal["train", "test"] = "test"  # "train", "test"

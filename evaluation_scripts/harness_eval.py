@@ -33,7 +33,9 @@ from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
 from utils.files import read_json
+from utils.hub import hub_access
 from utils.intervals import ClusterSums, Estimate, estimate_mean
+from utils.locks import locked
 from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only
 from utils.registry import harness_result
@@ -65,6 +67,7 @@ LIMIT: PositiveInt | None = None  # documents of each task, the first ones; None
 BATCH_SIZE: PositiveInt = 8  # requests that the model runs at once
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces results that were made from other weights or settings
 # -----------------------------------------------------------------------------------------------------------
 
@@ -124,6 +127,13 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
     """The results of one model on every task, by task; stored results are read."""
     name, fingerprint = paths.model_short_name(model), model_fingerprint(model)
     outputs = {task: harness_result(settings, name, fingerprint, task) for task in settings.HARNESS_TASKS}
+    with locked(*(output.path for output in outputs.values())):
+        evaluate_unfinished(settings, model, manager, outputs)
+        return {task: output.load_json() for task, output in outputs.items()}
+
+
+def evaluate_unfinished(settings: Settings, model: str, manager: TaskManager, outputs: Mapping[str, Artifact]) -> None:
+    """Evaluate one model on the tasks whose results are not stored yet."""
     unfinished = [task for task, output in outputs.items() if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
         from lm_eval.models.huggingface import HFLM
@@ -131,10 +141,15 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
         device = resolve_device(settings.DEVICE)
         # With a model that is loaded, the harness does not look for other processes to divide its work among.
         pretrained = load_model(model, device, is_spread=settings.DEVICE == SPREAD)
-        loaded = HFLM(pretrained, tokenizer=locate(model), device=str(device), batch_size=settings.BATCH_SIZE)
+        loaded = HFLM(
+            pretrained,
+            tokenizer=locate(model),
+            trust_remote_code=settings.TRUST_REMOTE_CODE,
+            device=str(device),
+            batch_size=settings.BATCH_SIZE,
+        )
     for task in unfinished:
         evaluate_task(settings, loaded, task, manager, outputs[task])
-    return {task: read_json(output.path) for task, output in outputs.items()}
 
 
 def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManager, output: Artifact) -> None:  # noqa: ANN401
@@ -149,7 +164,7 @@ def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManag
     try:
         evaluated = simple_evaluate(loaded, tasks=[task], limit=settings.LIMIT, task_manager=manager, bootstrap_iters=0)
     except (OSError, ValueError, RuntimeError) as error:  # no network, or a data set that has moved
-        raise UserError(f"HARNESS_TASKS: {task} cannot be evaluated ({' '.join(str(error).split())[:300]})") from error
+        raise UserError(f"HARNESS_TASKS: {task} cannot be evaluated ({hub_access().reason(error)})") from error
     metrics = {}
     for name, numbers in evaluated["results"].items():  # a group has several
         documents = sorted(evaluated["samples"].get(name, []), key=lambda document: document["doc_id"])

@@ -60,6 +60,7 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; seeds but the first get a folder seed-N in it
 SEEDS: Choices[Seed] = [42, 0]  # of the steps; tables show mean and standard deviation
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: Choices[OneTask] = ["bias", "ethics", "truth", "combined"]  # that models are repaired for, of these four
@@ -86,7 +87,7 @@ USE_HALF_PRECISION: bool = False  # as in step 1
 # -----------------------------------------------------------------------------------------------------------
 
 STEP_CONSTANTS = ("MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "DEVICE", "OVERWRITE", "PPL_BUDGET", "NUM_COMPLETIONS")
-STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION")
+STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION", "TRUST_REMOTE_CODE")
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------

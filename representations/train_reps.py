@@ -51,6 +51,7 @@ HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jso
 DATA_DIR: str = "data/demo"  # for ANSWERS_OF: folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 ANSWERS_OF: TraceTask | None = None  # also the untrustworthy training answers of: "bias", "ethics", "truth", "all"

@@ -420,10 +420,38 @@ def test_paths_are_the_documented_ones(path, expected):
         ("/models/mine/", "mine"),
         ("data/demo/pythia-demo-sft", "pythia-demo-sft"),
         (Path("a/b"), "b"),
+        ("models/mine/sub/..", "mine"),
+        ("/models/mine/.", "mine"),
+        ("/models/mine//", "mine"),
+        ("..", paths.PROJECT_ROOT.parent.name),
+        (".", paths.PROJECT_ROOT.name),
     ],
 )
 def test_short_name_of_a_model(model, expected):
     assert paths.model_short_name(model) == expected
+
+
+def test_a_link_to_a_model_keeps_its_own_name(tmp_path):
+    (tmp_path / "a1b2c3").mkdir()
+    (tmp_path / "my-model").symlink_to(tmp_path / "a1b2c3")
+    assert paths.model_short_name(tmp_path / "my-model") == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("lomahony/pythia-70m-helpful-sft", "lomahony/pythia-70m-helpful-sft"),
+        ("pythia-demo", "pythia-demo"),
+        ("data/demo/hh", "data/demo/hh"),
+        ("data/demo/../demo/hh/", "data/demo/hh"),
+        (str(paths.PROJECT_ROOT / "data" / "demo" / "hh"), "data/demo/hh"),
+        ("/home/somebody/models/mine", "mine"),
+        ("~/models/mine", "mine"),
+        ("../elsewhere/mine", "mine"),
+    ],
+)
+def test_names_for_others_do_not_say_where_somebodys_folders_are(name, public):
+    assert paths.public_name(name) == public
 
 
 def test_relative_paths_start_at_the_repository(monkeypatch, tmp_path):

@@ -483,12 +483,19 @@ def test_broken_indices(ready, refusal, text):
     assert all_in(refusal(ready, STEP_4, "--BOTTOM_K", 5, *DPP), ready.output / INDICES, f"run {STEP_3} again")
 
 
-def test_learning_rate_that_overflows(ready, refusal):
+@pytest.mark.parametrize("rate", [1e10, 1e30])  # the weights are finite, and the loss is not; the weights are not
+@pytest.mark.parametrize("measured", [("True", "True"), ("False", "True"), ("False", "False")])
+def test_learning_rate_that_breaks_the_model(ready, refusal, rate, measured):
+    """Whether it is measured or not, nothing is written for it."""
     gradient = ready.output / GRADIENT
     save_file({name: tensor.sign() * 1e9 for name, tensor in load_file(gradient).items()}, gradient)
     record(gradient)
-    line = refusal(ready, STEP_5, "--BOTTOM_K", 5, *DPP, "--LEARNING_RATE", 1e30)
-    assert all_in(line, "LEARNING_RATE = 1e+30", "NaN or infinite")
+    what = ["--COMPUTE_ANTHROPIC_EVAL", measured[0], "--COMPUTE_TASK_EVAL", measured[1]]
+    line = refusal(ready, STEP_5, "--BOTTOM_K", 5, *DPP, "--LEARNING_RATE", rate, *what)
+    if "NaN or infinite" in line:
+        assert all_in(line, f"LEARNING_RATE = {rate:g}")
+    else:
+        assert all_in(line, f"_lr{rate:g}: the ", " loss is nan", "LEARNING_RATE far too large")
 
 
 def test_scores_of_another_length(ready, refusal):
@@ -553,6 +560,45 @@ def test_model_retrained_under_the_same_name(ready, refusal, script, arguments, 
     line = refusal(ready, script, *arguments)
     assert all_in(line, ready.output / artifact, f"model = {fingerprints['inputs']['model']!r}")
     assert line.count("'") >= 4, "both fingerprints are shown"
+
+
+def swap_ids(file: Path) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[500:502]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("file", "spoil"),
+    [
+        ("tokenizer.json", swap_ids),
+        ("tokenizer_config.json", lambda file: change_json(eos_token="a")(file)),
+        ("special_tokens_map.json", lambda file: file.write_text('{"eos_token": "a"}', encoding="utf-8")),
+        ("generation_config.json", lambda file: file.write_text('{"repetition_penalty": 2.0}', encoding="utf-8")),
+        ("chat_template.jinja", lambda file: file.write_text("{{ messages }}", encoding="utf-8")),
+        ("of_a_kind.to_come", lambda file: file.write_text("x", encoding="utf-8")),
+    ],
+)
+@pytest.mark.parametrize(("script", "artifact"), [(STEP_1, SCORES), (STEP_2, REPRESENTATIONS)])
+def test_every_file_of_a_model_that_may_matter_is_part_of_it(ready, refusal, tmp_path, script, artifact, file, spoil):
+    fingerprint = json.loads((ready.output / FACTORS / "manifest.json").read_text(encoding="utf-8"))["inputs"]["model"]
+    ready.model = model_copy(ready.model, tmp_path / "other")
+    spoil(ready.model / file)
+    line = refusal(ready, script)
+    assert all_in(line, ready.output / artifact, fingerprint)
+    assert line.count("'") >= 4, "both fingerprints are shown"
+
+
+def test_files_of_a_model_for_readers_are_not_part_of_it(ready, tmp_path, capsys):
+    ready.model = model_copy(ready.model, tmp_path / "other")
+    for name in ("README.md", "LICENSE", "LICENSE.txt", ".gitattributes", ".tmpAbC", "plot.png", "training_args.bin"):
+        (ready.model / name).write_text("edited", encoding="utf-8")
+    (ready.model / "runs").mkdir()
+    (ready.model / "runs" / "vocab.json").write_text("{}", encoding="utf-8")
+    ready.run(STEP_2)
+    assert "finished before" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from conftest import Workspace
+from huggingface_hub.utils import filter_repo_objects
 
 from utils import hub
+from utils.artifacts import read_json
 from utils.console import UserError
+from utils.models import load_model, load_tokenizer, model_fingerprint, save_model, tokenizer_fingerprint
 
 STEP_5 = "gradient_ascent_and_save.py"
 TOKEN = "hf_not_a_real_token"
@@ -32,14 +37,19 @@ class FakeHub:
         self.tokens.append(token)
         return self
 
+    def whoami(self) -> dict[str, str]:
+        self._called("whoami", "")
+        return {"name": "somebody"}
+
     def create_repo(self, repo_id: str, exist_ok: bool) -> None:
         assert exist_ok, "a second push of the same model must not fail"
         self._called("create_repo", repo_id)
 
-    def upload_folder(self, folder_path: str, repo_id: str, commit_message: str) -> None:
+    def upload_folder(self, folder_path: str, repo_id: str, commit_message: str, allow_patterns: list[str]) -> None:
         assert commit_message
         self._called("upload_folder", repo_id)
-        self.uploaded[repo_id] = {file.name for file in Path(folder_path).iterdir()}
+        names = [file.relative_to(folder_path).as_posix() for file in Path(folder_path).rglob("*")]
+        self.uploaded[repo_id] = set(filter_repo_objects(names, allow_patterns=allow_patterns))
         assert Path(folder_path).name == repo_id.partition("/")[2]
 
     def _called(self, name: str, repo_id: str) -> None:
@@ -54,7 +64,7 @@ def fake_hub(monkeypatch, tmp_path) -> FakeHub:
     fake = FakeHub()
     monkeypatch.setattr("huggingface_hub.HfApi", fake)
     monkeypatch.setattr(hub, "PROJECT_ROOT", tmp_path)
-    for name in ("HUB_TOKEN", "HUB_CACHE"):
+    for name in (*hub.TOKEN_VARIABLES, "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / ".env").write_text(f"HUB_TOKEN={TOKEN}\n", encoding="utf-8")
     return fake
@@ -97,12 +107,48 @@ def test_nothing_is_pushed_unless_asked_for(ready, fake_hub):
 def test_every_repaired_model_is_pushed_whole(ready, fake_hub):
     ready.run(STEP_5, *PUSH)
     repositories = [f"somebody/{name}" for name in NAMES]
-    assert fake_hub.calls == [(call, name) for name in repositories for call in ("create_repo", "upload_folder")]
+    calls = [(call, name) for name in repositories for call in ("create_repo", "upload_folder")]
+    assert fake_hub.calls == [("whoami", ""), *calls]
     assert set(fake_hub.tokens) == {TOKEN}
     for repository in repositories:
         files = fake_hub.uploaded[repository]
         assert {"config.json", "model.safetensors", "tokenizer.json", "README.md", "repair.json"} <= files
-        assert not [name for name in files if "partial" in name]
+
+
+STRAYS = [".tmpAbCdEf", "model.safetensors.partial", "settings.json", ".env", "notes.txt", "runs/config.json"]
+
+
+def test_only_what_belongs_to_a_checkpoint_is_pushed(ready, fake_hub):
+    ready.run(STEP_5, *RECIPE)
+    for name in NAMES:
+        for stray in STRAYS:
+            file = ready.output / "gradient_ascent_models" / name / stray
+            file.parent.mkdir(exist_ok=True)
+            file.write_text("mine", encoding="utf-8")
+    ready.run(STEP_5, *PUSH)
+    for files in fake_hub.uploaded.values():
+        assert {"config.json", "model.safetensors", "manifest.json", "README.md"} <= files
+        assert not files & set(STRAYS)
+
+
+def test_a_checkpoint_holds_nothing_that_a_killed_run_left(ready, monkeypatch):
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def be_killed(model, folder: Path, **keywords) -> None:
+        save(model, folder, **keywords)
+        for stray in (".tmpAbCdEf", "model-00002-of-00002.safetensors"):
+            (folder / stray).write_text("unfinished", encoding="utf-8")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", be_killed)
+        with pytest.raises(SystemExit):
+            ready.run(STEP_5, *RECIPE, "--TASK_NAME", "bias")
+    ready.run(STEP_5, *RECIPE, "--TASK_NAME", "bias")
+    folder = ready.output / "gradient_ascent_models" / NAMES[0]
+    names = {file.name for file in folder.iterdir()}
+    assert not [name for name in names if name.startswith((".", "model-"))]
+    assert names - {"manifest.json", "repair.json", "README.md"} == set(read_json(folder / "manifest.json")["files"])
 
 
 def test_each_learning_rate_has_its_own_repository(ready, fake_hub):
@@ -117,6 +163,25 @@ def test_a_finished_repair_is_pushed_without_being_made_again(ready, fake_hub, m
     assert list(fake_hub.uploaded) == [f"somebody/{name}" for name in NAMES]
 
 
+def test_what_is_saved_does_not_say_where_the_model_was(ready, tmp_path, tiny_models):
+    model = Path(shutil.copytree(tiny_models["pythia"], tmp_path / "hush-hush" / "model"))
+    for file, more in {
+        "config.json": {"_name_or_path": "/home/somebody/hush-hush"},
+        "generation_config.json": {"_name_or_path": "/home/somebody/hush-hush"},
+        "tokenizer_config.json": {
+            "name_or_path": "hush-hush/model",
+            "special_tokens_map_file": "/hush-hush/map",
+        },
+    }.items():
+        content = read_json(model / file) | more
+        (model / file).write_text(json.dumps(content), encoding="utf-8")
+    loaded = load_model(str(model), torch.device("cpu"))
+    (tmp_path / "saved").mkdir()
+    save_model(loaded, str(model), tmp_path / "saved")
+    assert files_with("hush-hush", tmp_path / "saved") == []
+    assert load_tokenizer(str(tmp_path / "saved")).eos_token == "<|endoftext|>"
+
+
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
@@ -125,6 +190,10 @@ def test_a_finished_repair_is_pushed_without_being_made_again(ready, fake_hub, m
     [
         (["--HUB_USERNAME", "None"], "error: HUB_USERNAME = None: PUSH_TO_HUB needs the name of the hub account"),
         (["--SAVE_TO_DISK", False], "error: SAVE_TO_DISK = False: PUSH_TO_HUB uploads the saved checkpoint"),
+        *(
+            (["--HUB_USERNAME", name], f"error: HUB_USERNAME = {name!r}: allowed is the name of a hub account alone")
+            for name in ("some body", "somebody/else", "-somebody", "a--b", "https://hf.co/somebody", "some\nbody")
+        ),
     ],
 )
 def test_missing_constants_are_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, arguments, told):
@@ -135,6 +204,29 @@ def test_a_missing_token_is_refused_before_any_work(ready, fake_hub, monkeypatch
     (tmp_path / ".env").unlink()
     told = "error: HUB_TOKEN is not set: PUSH_TO_HUB needs it in .env (see .env.example)"
     assert_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, [], told)
+
+
+@pytest.mark.parametrize("name", [f"a-{'long-' * 20}name", "a model", "a--model", "modèle"])
+@pytest.mark.parametrize("rate", [0.01, "auto"])
+def test_a_model_whose_checkpoints_the_hub_cannot_name_is_refused_before_any_work(
+    ready, fake_hub, monkeypatch, capsys, tmp_path, name, rate
+):
+    ready.model = Path(shutil.copytree(ready.model, tmp_path / name))
+    told = f"error: MODEL_NAME = '{ready.model}': the hub allows no repository somebody/bias_{name}_random_bottom5_lr"
+    assert_refused_before_any_work(ready, fake_hub, monkeypatch, capsys, ["--LEARNING_RATE", rate], told)
+
+
+def test_a_token_that_the_hub_refuses_is_found_before_any_work(ready, fake_hub, monkeypatch, capsys):
+    fake_hub.failures["whoami"] = RuntimeError(f"401 Unauthorized\nBearer {TOKEN}")
+    refuse_to_load(monkeypatch)
+    with pytest.raises(SystemExit):
+        ready.run(STEP_5, *PUSH)
+    assert capsys.readouterr().err == (
+        "error: HUB_TOKEN: PUSH_TO_HUB cannot use it, since the hub refuses it or cannot be reached: "
+        "401 Unauthorized Bearer ***\n"
+    )
+    assert fake_hub.calls == [("whoami", "")]
+    assert not (ready.output / "gradient_ascent_models").exists()
 
 
 def assert_refused_before_any_work(workspace, fake_hub, monkeypatch, capsys, arguments, told):
@@ -173,7 +265,7 @@ def test_a_failed_push_is_one_line_without_the_token_and_loses_nothing(ready, fa
 def test_a_failed_push_does_not_pass_the_token_on(fake_hub, tmp_path):
     fake_hub.failures["upload_folder"] = OSError(f"bad token {TOKEN}")
     with pytest.raises(UserError) as failure:
-        hub.push_folder(tmp_path, "somebody", hub.hub_access())
+        hub.push_folder(tmp_path, [], "somebody", hub.hub_access())
     assert str(failure.value) == f"pushing to somebody/{tmp_path.name} failed: bad token ***"
     assert failure.value.__cause__ is None
 
@@ -207,7 +299,12 @@ def test_models_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub, m
     ready.model = "somebody/gated"
     with pytest.raises(SystemExit):
         ready.run(STEP_5, *RECIPE)
-    assert asked == {"name": "somebody/gated", "cache_dir": "/some/cache", "token": TOKEN}
+    assert asked == {
+        "name": "somebody/gated",
+        "cache_dir": "/some/cache",
+        "token": TOKEN,
+        "trust_remote_code": False,
+    }
     expected = (
         "error: somebody/gated: cannot load the configuration: no such folder, and not to be had from the hub: "
         "403 for somebody/gated with *** more lines\n"
@@ -233,3 +330,16 @@ def test_data_sets_of_the_hub_are_asked_for_with_token_and_cache(ready, fake_hub
         "somebody/gated with *** more lines)" in shown
     )
     assert TOKEN not in shown
+
+
+def test_another_commit_of_a_hub_model_is_another_model(tiny_models, fake_hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--somebody--a-model"
+    (repository / "refs").mkdir(parents=True)
+    fingerprints = set()
+    for digit in "abb":
+        commit = 40 * digit
+        shutil.copytree(tiny_models["pythia"], repository / "snapshots" / commit, dirs_exist_ok=True)
+        (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+        fingerprints.add((model_fingerprint("somebody/a-model"), tokenizer_fingerprint("somebody/a-model")))
+    assert len(fingerprints) == 2

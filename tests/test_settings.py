@@ -28,7 +28,7 @@ PIPELINE = [*STEPS.values(), *EVALUATIONS]
 SCRIPTS = ["data/make_sft_model.py", *PIPELINE]
 
 FACTORS = {"NUM_BLOCKS", "FACTOR_STRATEGY", "NUM_FACTOR_EXAMPLES", "DAMPING_FACTOR", "USE_HALF_PRECISION"}
-COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "OVERWRITE"}
+COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "TRUST_REMOTE_CODE", "OVERWRITE"}
 PROMISED = {
     1: {
         *{"MODEL_NAMES", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", *FACTORS, "FISHER_POSITIONS"},
@@ -62,7 +62,7 @@ def settings_of(script: str, *arguments: str) -> settings_module.Settings:
 def env_file(tmp_path, monkeypatch):
     """A repository whose `.env` the test writes, and an environment without the hub's variables."""
     monkeypatch.setattr(hub, "PROJECT_ROOT", tmp_path)
-    for name in ("HUB_TOKEN", "HUB_CACHE"):
+    for name in (*hub.TOKEN_VARIABLES, "HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / ".env"
 
@@ -281,7 +281,9 @@ def test_a_step_has_the_constants_it_promises(step):
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_an_evaluation_has_the_constants_it_promises(script):
     data = "HH_DATASET" if script == EVALUATIONS[0] else "DATA_DIR"
-    assert {"MODEL_NAMES", data, "OUTPUT_DIR", "DEVICE", "OVERWRITE", "SPLIT"} == set(schema_of(script))
+    assert {"MODEL_NAMES", data, "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE", "OVERWRITE", "SPLIT"} == set(
+        schema_of(script)
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,6 +338,22 @@ def test_the_reason_of_an_error_is_one_short_line_without_the_token():
     assert access.reason(OSError(f"\n403 for\n{FAKE_TOKEN}\n")) == "403 for ***"
     assert access.reason(OSError()) == "OSError"
     assert len(access.reason(OSError("long " * 1_000))) <= 300
+
+
+@pytest.mark.parametrize("name", ["HUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_every_token_in_the_environment_is_redacted_however_it_is_padded(env_file, monkeypatch, name):
+    monkeypatch.setenv(name, f"  {FAKE_TOKEN}\n")
+    access = hub_access()
+    assert access.token == (FAKE_TOKEN if name == "HUB_TOKEN" else None)
+    assert access.redact(f"Bearer {FAKE_TOKEN}.") == "Bearer ***."
+    assert FAKE_TOKEN[:5] not in access.reason(OSError("x" * (300 - 5) + FAKE_TOKEN)), "redacted before it is cut"
+    assert FAKE_TOKEN not in repr(access)
+
+
+def test_a_token_that_begins_with_another_is_redacted_whole(env_file, monkeypatch):
+    monkeypatch.setenv("HUB_TOKEN", FAKE_TOKEN)
+    monkeypatch.setenv("HF_TOKEN", f"{FAKE_TOKEN}-longer")
+    assert hub_access().redact(f"{FAKE_TOKEN}-longer") == "***"
 
 
 def test_the_token_is_redacted_in_error_lines(env_file, capsys):

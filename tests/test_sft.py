@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 
 import accelerate.tracking
@@ -80,6 +82,21 @@ def test_a_killed_training_resumes_and_ends_as_well(small_data, tmp_path, monkey
         file.name for file in (tmp_path / "killed").iterdir()
     }
     assert not list((tmp_path / "killed").glob("checkpoint-*"))
+
+
+def test_another_tokenizer_under_the_same_name_makes_another_model(sixty_four, tmp_path, capsys):
+    tokenizer = shutil.copytree(DEMO / "tokenizer", tmp_path / "tokenizer")
+    arguments = [*common_arguments(sixty_four, tmp_path / "model"), "--TOKENIZER", tokenizer]
+    run_script(SCRIPT, *arguments)
+    (tokenizer / "README.md").write_text("edited", encoding="utf-8")
+    run_script(SCRIPT, *arguments)
+    assert "finished before" in capsys.readouterr().out
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "a"}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run_script(SCRIPT, *arguments)
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "was made with other settings: tokenizer = '" in line
 
 
 # ------------------------------------------------------------------------------- how the batch is divided
@@ -228,7 +245,7 @@ def test_somebody_elses_folder_is_not_replaced(small_data, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(SCRIPT, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", tmp_path / "precious")
     assert stop.value.code == 1
-    assert "has no manifest, so this script did not make it; give a new folder" in capsys.readouterr().err
+    assert "has no manifest.json, so this project did not make it; move it away" in capsys.readouterr().err
     assert (tmp_path / "precious" / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 

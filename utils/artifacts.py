@@ -39,6 +39,7 @@ from utils.files import (
     write_text,
     written_whole,
 )
+from utils.hub import allows_remote_code
 from utils.locks import locked
 from utils.paths import PROJECT_ROOT
 from utils.processes import first_process_only, launched
@@ -360,7 +361,7 @@ class Artifact:
         files = sorted(
             file
             for file in self.partial_path.iterdir()
-            if file.is_file() and file.name not in (STAGING_MARKER, MANIFEST_NAME)
+            if file.is_file() and file.name not in (STAGING_MARKER, MANIFEST_NAME, "README.md")  # which may be edited
         )
         manifest = self._manifest(started, shapes, files, details)
         write_text(self.partial_path / MANIFEST_NAME, to_json(manifest))
@@ -385,6 +386,7 @@ class Artifact:
             "seconds": round(time.monotonic() - started, 3),
             "versions": software_versions(),
             "processes": launched(),
+            "trust_remote_code": allows_remote_code(),
             **details,
         }
         return {**manifest, "checksum": checksum_of(manifest)}

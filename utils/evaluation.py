@@ -69,6 +69,20 @@ def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: Tokenized
     return losses
 
 
+def require_finite_loss(model_name: str, metric: Metric, losses: Losses) -> None:
+    """Check that a model can be measured at all.
+
+    Raises:
+        UserError: its mean loss is not finite, or its perplexity would not be.
+    """
+    loss = estimate_mean(quantities(losses)["loss"]).value
+    if not math.isfinite(loss) or loss >= LARGEST_LOSS:
+        raise UserError(
+            f"{model_name}: the {metric} loss is {loss}; the model's weights may be broken, or a LEARNING_RATE far "
+            "too large"
+        )
+
+
 class EvaluationInput(NamedTuple):
     """A tokenized data set: its batches, its answer pairs if any, and the cache of its hidden states if any."""
 
@@ -198,12 +212,7 @@ class Evaluator:
         """Measure, and store the losses and the result."""
         started = time.monotonic()
         losses = model.measure(metric, self.data(metric))
-        loss = estimate_mean(quantities(losses)["loss"]).value
-        if not math.isfinite(loss) or loss >= LARGEST_LOSS:
-            raise UserError(
-                f"{model_name}: the {metric} loss is {loss}; the model's weights may be broken, or a LEARNING_RATE far "
-                "too large"
-            )
+        require_finite_loss(model_name, metric, losses)
         numbers = {"model": model_name, **artifact.settings, **summarise(losses)}
         stored_losses.save_tensors(losses, started)
         artifact.save_json(numbers, started)

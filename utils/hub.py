@@ -1,8 +1,11 @@
-"""The Hugging Face hub: access from `.env`, and uploading a repaired checkpoint."""
+"""The Hugging Face hub: access from `.env`, whose code may run, and uploading a repaired checkpoint."""
 
 from __future__ import annotations
 
+import glob
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,48 +16,118 @@ from utils.paths import PROJECT_ROOT
 from utils.processes import first_process_only
 from utils.settings import Settings
 
+TOKEN_VARIABLES = ("HUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the first is ours, the others the hub client's
+
 
 @dataclass(frozen=True)
 class HubAccess:
-    """HUB_CACHE and HUB_TOKEN from the environment or `.env`. The token is never shown."""
+    """HUB_CACHE and HUB_TOKEN from the environment or `.env`, and every token that must not be shown."""
 
     cache: str | None = None
     token: str | None = field(default=None, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
 
     def redact(self, text: str) -> str:
-        """The text with every occurrence of the token replaced by ***."""
-        return text.replace(self.token, "***") if self.token else text
+        """The text with every occurrence of a token replaced by ***. Redact before you shorten: a cut token stays."""
+        for secret in sorted({self.token, *self.secrets} - {None}, key=len, reverse=True):
+            text = text.replace(secret, "***")
+        return text
 
     def reason(self, error: Exception) -> str:
         """An error's message as one redacted line of at most 300 characters."""
-        return " ".join(self.redact(str(error)).split())[:300] or type(error).__name__
+        text = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)  # which says the key alone
+        return " ".join(self.redact(text).split())[:300] or type(error).__name__
 
 
 def hub_access() -> HubAccess:
-    """Read HUB_CACHE and HUB_TOKEN; the environment takes precedence over the repository's `.env`."""
+    """Read HUB_CACHE and the tokens; the environment takes precedence over the repository's `.env`."""
     values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
-    return HubAccess(cache=values.get("HUB_CACHE") or None, token=values.get("HUB_TOKEN") or None)
+    # A token copied from a page or a file often has a newline at its end, which no header may have.
+    tokens = {name: token for name in TOKEN_VARIABLES if (token := (values.get(name) or "").strip())}
+    return HubAccess(values.get("HUB_CACHE") or None, tokens.get("HUB_TOKEN"), tuple(tokens.values()))
 
 
-def require_hub_access(settings: Settings) -> HubAccess:
+_allows_remote_code = False
+
+
+@contextmanager
+def remote_code(allowed: bool) -> Iterator[None]:
+    """Whether a model may run code that comes with it (TRUST_REMOTE_CODE) while a step runs; otherwise it may not."""
+    global _allows_remote_code
+    before, _allows_remote_code = _allows_remote_code, allowed
+    try:
+        yield
+    finally:
+        _allows_remote_code = before
+
+
+def allows_remote_code() -> bool:
+    """Whether a model may run code that comes with it."""
+    return _allows_remote_code
+
+
+def require_hub_access(settings: Settings, folder_names: Sequence[str]) -> HubAccess:
     """Check, before any work, that everything an upload needs is there.
 
+    Args:
+        folder_names: of the checkpoints to come.
+
     Raises:
-        UserError: HUB_USERNAME, HUB_TOKEN or SAVE_TO_DISK is not set.
+        UserError: HUB_USERNAME, HUB_TOKEN or SAVE_TO_DISK is not set; the hub has no repositories of such names; or it
+            refuses the token, or cannot be reached.
     """
-    access = hub_access()
-    if not settings.HUB_USERNAME:
+    access, username = hub_access(), settings.HUB_USERNAME
+    if not username:
         raise UserError("HUB_USERNAME = None: PUSH_TO_HUB needs the name of the hub account that will own the model")
     if not access.token:
         raise UserError("HUB_TOKEN is not set: PUSH_TO_HUB needs it in .env (see .env.example) or in the environment")
     if not settings.SAVE_TO_DISK:
         raise UserError("SAVE_TO_DISK = False: PUSH_TO_HUB uploads the saved checkpoint; set it to True")
+    if _refusal_of_name(username) or "/" in username:
+        raise UserError(
+            f"HUB_USERNAME = {username!r}: allowed is the name of a hub account alone, as in huggingface.co/NAME"
+        )
+    for name in folder_names:
+        if reason := _refusal_of_name(f"{username}/{name}"):
+            raise UserError(
+                f"MODEL_NAME = {settings.MODEL_NAME!r}: the hub allows no repository {username}/{name} ({reason}); "
+                "rename the model's folder"
+            )
+    _require_valid_token(access)
     return access
 
 
+def _refusal_of_name(repo_id: str) -> str | None:
+    """Why the hub allows no repository of this name; None if it does."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        return str(error).partition(":")[0]
+    return None
+
+
 @first_process_only
-def push_folder(folder: Path, username: str, access: HubAccess) -> None:
+def _require_valid_token(access: HubAccess) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=access.token).whoami()
+    except Exception as error:  # as in push_folder
+        raise UserError(
+            "HUB_TOKEN: PUSH_TO_HUB cannot use it, since the hub refuses it or cannot be reached: "
+            f"{access.reason(error)}"
+        ) from None
+
+
+@first_process_only
+def push_folder(folder: Path, files: Sequence[str], username: str, access: HubAccess) -> None:
     """Upload a checkpoint to `username/folder-name`, which is created if it does not exist.
+
+    Args:
+        files: those that belong to it; whatever else lies in the folder stays where it is.
 
     Raises:
         UserError: the hub refused or could not be reached; the message does not contain the token.
@@ -65,7 +138,12 @@ def push_folder(folder: Path, username: str, access: HubAccess) -> None:
     try:
         api = HfApi(token=access.token)
         api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(folder_path=str(folder), repo_id=repo_id, commit_message="Upload repaired model")
+        api.upload_folder(
+            folder_path=str(folder),
+            repo_id=repo_id,
+            commit_message="Upload repaired model",
+            allow_patterns=[glob.escape(file) for file in files],
+        )
     except Exception as error:  # the hub's client raises many types; all become one redacted line
         raise UserError(f"pushing to {repo_id} failed: {access.reason(error)}") from None
     say(f"   pushed to {repo_id}")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import sys
 import weakref
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from utils.console import UserError, say_read, shows_bars
-from utils.files import fingerprint_of, fingerprint_of_files, read_json
+from utils.artifacts import STAGING_MARKER, require_finite
+from utils.console import UserError, say, say_read, shows_bars
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_atomically
 from utils.forward import position_limit, require_own_logits
-from utils.hub import hub_access
+from utils.hub import allows_remote_code, hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
 from utils.processes import first_process_only, is_first, launched, local_rank
 from utils.spreading import SPREAD, keep_hooks_on_trunk, place_modules, silence_accelerate
@@ -31,6 +33,22 @@ DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")
 
 # `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
 FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
+
+# Keys of config.json and tokenizer_config.json that may hold a path of the machine that a model was made on.
+LOCAL_PATH_KEY = re.compile(r".*_(file|path|dir)")
+
+LARGEST_NUM_BLOCKS = 10_000
+
+TOKENIZER_MARKER = "tokenizer_config.json"
+
+# Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, what this
+# project writes beside a model, and what the Trainer needs to go on.
+WITHOUT_EFFECT = re.compile(
+    r"\..*|.*\.(partial|tmp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|csv)|(README|LICEN[CS]E|NOTICE|USE_POLICY)(\..*)?"
+    rf"|manifest\.json|repair\.json|{re.escape(STAGING_MARKER)}"
+    r"|training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth|.*_results\.json",
+    re.IGNORECASE,
+)
 
 # Tensors that a checkpoint may hold and a model may not: buffers that transformers computes itself.
 HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|self_attn)\.(masked_)?bias)$")
@@ -118,18 +136,46 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
     import transformers  # takes seconds, which --help and refusals need not wait for
 
     located, access = locate(model, marker), hub_access()
+    access_keywords = {"cache_dir": access.cache, "token": access.token, "trust_remote_code": allows_remote_code()}
     try:
-        return getattr(transformers, loader).from_pretrained(
-            located, cache_dir=access.cache, token=access.token, **keywords
-        )
+        return getattr(transformers, loader).from_pretrained(located, **access_keywords, **keywords)
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
-        no_folder = "" if located != model else "no such folder, and not to be had from the hub: "
-        raise UserError(f"{model}: cannot load the {what}: {no_folder}{access.reason(error)}") from error
+        if "trust_remote_code=True" in str(error):
+            raise _remote_code_refusal(model, located, marker) from None
+        raise _cannot_load(model, what, error) from error
+
+
+def _cannot_load(model: str, what: str, error: Exception) -> UserError:
+    where = "" if resolve_path(model).is_dir() else "no such folder, and not to be had from the hub: "
+    return UserError(f"{model}: cannot load the {what}: {where}{hub_access().reason(error)}")
+
+
+def _remote_code_refusal(model: str, located: str, marker: str) -> UserError:
+    """Says which code a model wants to run."""
+    code = f"code from the hub (https://hf.co/{model})"
+    if Path(located).is_dir():
+        code = f"code of its own (auto_map in {marker}: {read_json(Path(located) / marker).get('auto_map')!r:.200})"
+    return UserError(
+        f"{model}: needs {code}, which can do anything and is not run; read it, and if you trust it set "
+        "TRUST_REMOTE_CODE = True"
+    )
 
 
 def load_config(model: str) -> transformers.PretrainedConfig:
-    """The model's config.json."""
-    return _from_hub_or_folder("AutoConfig", model, "configuration")
+    """The model's config.json.
+
+    Raises:
+        UserError: it is not found or cannot be read, or asks for no transformer block, or for so many that building
+            them would take for ever.
+    """
+    config = _from_hub_or_folder("AutoConfig", model, "configuration")
+    count = getattr(config, "num_hidden_layers", 1)
+    if not (isinstance(count, int) and 1 <= count <= LARGEST_NUM_BLOCKS):
+        raise UserError(
+            f"{model}: config.json has num_hidden_layers = {count!r}; allowed is a whole number from 1 to "
+            f"{LARGEST_NUM_BLOCKS:,}"
+        )
+    return config
 
 
 def silence_transformers() -> None:
@@ -155,6 +201,7 @@ def load_model(
             `require_own_logits` refuses it, or it cannot be spread.
     """
     silence_transformers()
+    load_config(model)
     keywords = {DTYPE_KEYWORD: torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     if is_spread:
         silence_accelerate()
@@ -179,13 +226,27 @@ def load_model(
             "correct config.json (its number of blocks, say), or save the model again with save_pretrained"
         )
     say_read(model, f"{loaded.num_parameters():,} parameters")
+    if getattr(loaded.config, "auto_map", None) and not allows_remote_code():
+        say(f"   {model} has code of its own, which is not run: TRUST_REMOTE_CODE = False")
     if is_spread:
         weakref.finalize(loaded, folder.cleanup)
         keep_hooks_on_trunk(loaded, blocks, first, device)
     else:
         loaded = loaded.to(device)
+    _require_finite_weights(loaded, model)
     require_own_logits(loaded.eval())
     return loaded
+
+
+def _require_finite_weights(loaded: transformers.PreTrainedModel, model: str) -> None:
+    """Check the weights for NaN and infinity, those on the meta device apart: their sums first, which cost least.
+
+    Raises:
+        UserError: names the model and the tensor.
+    """
+    for name, weight in loaded.named_parameters():
+        if not weight.is_meta and not weight.detach().sum().isfinite():
+            require_finite({name: weight}, f"{model}: the weights are broken; save the model again")
 
 
 def load_tokenizer(
@@ -198,9 +259,14 @@ def load_tokenizer(
             `model_max_length`, the number of its positions, and `num_embeddings`.
 
     Raises:
-        UserError: there is none, or it has no end-of-sequence token.
+        UserError: there is none, it has no end-of-sequence token, or it knows no text.
     """
-    tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json")
+    tokenizer = _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker=TOKENIZER_MARKER)
+    if not len(tokenizer) > len(tokenizer.all_special_tokens):
+        raise UserError(
+            f"{model}: its tokenizer has no tokens but special ones; tokenizer.json, or the file of its vocabulary, is "
+            "missing or empty"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"{model}: its tokenizer has no end-of-sequence token, which ends every training dialogue")
     tokenizer.pad_token = tokenizer.eos_token
@@ -211,17 +277,46 @@ def load_tokenizer(
     return tokenizer
 
 
-def copy_tokenizer(model: str, folder: Path) -> None:
-    """Save the model's tokenizer unchanged: without the settings of `load_tokenizer` or traces of its use."""
-    _from_hub_or_folder("AutoTokenizer", model, "tokenizer", marker="tokenizer_config.json").save_pretrained(folder)
+def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path, **keywords: object) -> None:
+    """Save a model with a tokenizer in a staging folder, in place of all that a killed run left there.
+
+    Args:
+        tokenizer: the model whose tokenizer is copied unchanged: without the settings of `load_tokenizer`.
+        keywords: of `save_pretrained`.
+    """
+    for left in folder.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+        elif left.name != STAGING_MARKER:
+            left.unlink()
+    model.save_pretrained(folder, **keywords)
+    _from_hub_or_folder("AutoTokenizer", tokenizer, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
+    for file in folder.glob("*config.json"):
+        content = read_json(file)
+        if (cleaned := _without_local_paths(content)) != content:
+            write_atomically(file, to_json(cleaned))
+
+
+def _without_local_paths(value: Any) -> Any:  # noqa: ANN401
+    """The content of a JSON file without the places where a model or its parts once were: nobody else has them."""
+    if isinstance(value, list):
+        return [_without_local_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+
+    def is_place(key: str, item: object) -> bool:
+        is_path = isinstance(item, str) and Path(item).is_absolute() and LOCAL_PATH_KEY.fullmatch(key)
+        return key in ("_name_or_path", "name_or_path") or bool(is_path)
+
+    return {key: _without_local_paths(item) for key, item in value.items() if not is_place(key, item)}
 
 
 @first_process_only
 def model_fingerprint(model: str) -> str:
-    """Fingerprint of a model's weights: of the files of a folder, or of the hub commit.
+    """Fingerprint of a model, its tokenizer and its settings: of the files of a folder, or of the hub commit.
 
-    A repaired checkpoint whose weights are those that were saved has the fingerprint of its manifest, so that it is the
-    same model before and after it is saved.
+    A repaired checkpoint that is as it was saved has the fingerprint of its manifest, so that it is the same model
+    before and after it is saved.
 
     Raises:
         UserError: the model is not found or has no weights.
@@ -229,26 +324,51 @@ def model_fingerprint(model: str) -> str:
     located = locate(model)
     folder = Path(located)
     if not folder.is_dir():
-        return fingerprint_of([model, getattr(load_config(model), "_commit_hash", None)])
-    content = weights_fingerprint(folder)
+        return _hub_fingerprint(model, "configuration", "config.json")
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
+    content = content_fingerprint(folder)
     manifest_path = folder / "manifest.json"
     if manifest_path.is_file():
         manifest = read_json(manifest_path)
-        if manifest.get("made_by") == STEP_5 and manifest.get("weights") == content:
-            return manifest["fingerprint"]
+        if isinstance(manifest, dict) and (manifest.get("made_by"), manifest.get("content")) == (STEP_5, content):
+            return manifest.get("fingerprint", content)
     return content
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Fingerprint of the weights and the configuration in a folder.
+@first_process_only
+def tokenizer_fingerprint(tokenizer: str) -> str:
+    """Fingerprint of a tokenizer that comes without a model: of the files of its folder, or of the hub commit.
 
     Raises:
-        UserError: the folder has no weights.
+        UserError: it is not found.
     """
-    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
-    if not weights:
-        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
-    return fingerprint_of_files([*weights, folder / "config.json"])
+    folder = Path(locate(tokenizer, TOKENIZER_MARKER))
+    if folder.is_dir():
+        return content_fingerprint(folder)
+    return _hub_fingerprint(tokenizer, "tokenizer", TOKENIZER_MARKER)
+
+
+def _hub_fingerprint(model: str, what: str, marker: str) -> str:
+    """Fingerprint of a hub id and its commit, which the cache has as a folder: snapshots/COMMIT/config.json."""
+    from transformers.utils.hub import cached_file
+
+    access = hub_access()
+    try:
+        file = cached_file(model, marker, cache_dir=access.cache, token=access.token)
+    except Exception as error:  # as in _from_hub_or_folder
+        raise _cannot_load(model, what, error) from error
+    return fingerprint_of([model, Path(file).parent.name])
+
+
+def content_fingerprint(folder: Path) -> str:
+    """Fingerprint of everything in a model's folder that can change a number: weights, settings, tokenizer, code."""
+    return fingerprint_of_files(model_files(folder))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model. What one is for is not always known by its name, so all count but those of no effect."""
+    return [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
 
 
 def require_supported(model: str, family: str, num_blocks: int = 1) -> None:
@@ -269,12 +389,17 @@ def _skeleton(model: str) -> transformers.PreTrainedModel:
     config = load_config(model)
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+            return transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=allows_remote_code()
+            )
+    except Exception as error:  # the constructors check little: whatever a wrong value leads to is raised
+        if "trust_remote_code=True" in str(error):
+            raise _remote_code_refusal(model, locate(model), "config.json") from None
+        what = "is not a causal language model, or" if isinstance(error, ValueError) else "is known, but"
         raise UserError(
-            f"{model}: model type {config.model_type!r} is not a causal language model ({reason})"
-        ) from None
+            f"{model}: model type {config.model_type!r} {what} cannot be built as config.json says "
+            f"({type(error).__name__}: {hub_access().reason(error)})"
+        ) from error
 
 
 def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: int = 1) -> str:

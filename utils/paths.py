@@ -6,6 +6,7 @@ with `:g`, so that 10.0 is `10`.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -44,9 +45,23 @@ def may_be_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (PROJECT_ROOT / name).parent.is_dir()
 
 
+def public_name(name: str) -> str:
+    """A model or data set as others may read it: a hub id, a path in the repository, or the last part of another path.
+
+    Where a user keeps folders is nobody's business.
+    """
+    if may_be_hub_id(name):
+        return name
+    path = Path(os.path.normpath(PROJECT_ROOT / Path(name).expanduser()))
+    return path.relative_to(PROJECT_ROOT).as_posix() if path.is_relative_to(PROJECT_ROOT) else path.name
+
+
 def model_short_name(model: str | Path) -> str:
-    """Last part of a hub id or folder: `lomahony/pythia-70m-helpful-sft` -> `pythia-70m-helpful-sft`."""
-    return Path(model).name
+    """Last part of a hub id or folder: `lomahony/pythia-70m-helpful-sft` -> `pythia-70m-helpful-sft`.
+
+    A symbolic link keeps its own name; `.` and `..` stand for the folders that they mean.
+    """
+    return Path(os.path.normpath(PROJECT_ROOT / Path(model).expanduser())).name
 
 
 def _influence_dir(output_dir: str | Path, seed: int) -> Path:

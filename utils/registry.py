@@ -197,16 +197,18 @@ def losses_artifact(
     return replace(result, path=paths.losses_file(output_dir, model_name, metric, split), quiet=True)
 
 
-def sft_model(settings: Settings, base: str, dataset: str) -> Artifact:
+def sft_model(settings: Settings, **inputs: str) -> Artifact:
     """Before step 1: the POST-SFT model that data/make_sft_model.py makes.
 
     Args:
-        base: fingerprint of the base model.
-        dataset: fingerprint of the training split.
+        inputs: fingerprints of the base model, of its tokenizer if it comes without one, and of the training split.
     """
-    constants = settings.pick("BASE_MODEL", "TOKENIZER", "NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    constants = settings.pick("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    constants |= {
+        name: value and paths.public_name(value) for name, value in settings.pick("BASE_MODEL", "TOKENIZER").items()
+    }
     path = paths.resolve_path(settings.SFT_MODEL_DIR)
-    return Artifact(path, paths.STEP_0, constants, {"base": base, "dataset": dataset}, is_folder=True)
+    return Artifact(path, paths.STEP_0, constants, inputs, is_folder=True)
 
 
 def harness_result(settings: Settings, model_name: str, fingerprint: str, task: str) -> Artifact:

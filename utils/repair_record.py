@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from utils.artifacts import Artifact
 from utils.console import say, shown_path
 from utils.files import fingerprint_of, to_json, write_if_changed
+from utils.paths import public_name
+from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card
@@ -50,6 +52,13 @@ class RepairRecord:
         """Fingerprints of the model and the gradient."""
         return {"model": self.artifacts.fingerprint, "gradient": self.gradient["fingerprint"]}
 
+    @property
+    def probe(self) -> Dialogues:
+        """One training dialogue, with the shortest prompt of those that have an answer."""
+        dialogues = self.artifacts.dialogues
+        answered = [row for row in range(len(dialogues)) if dialogues.completions[row].strip()]
+        return dialogues.at([min(answered, key=lambda row: len(dialogues.prompts[row]))])
+
     def checkpoint(self, learning_rate: float) -> Artifact:
         """The artifact that holds the repaired model."""
         return self.artifacts.checkpoint(self.task, learning_rate, self.gradient["fingerprint"])
@@ -72,7 +81,7 @@ class RepairRecord:
         for metric, result in before.items():
             measurements |= compare(metric, result.losses, after[metric].losses)
         return {
-            "model": settings.MODEL_NAME,
+            "model": public_name(settings.MODEL_NAME),
             "task": self.task,
             "scores_type": settings.SCORES_TYPE,
             "if_weight": settings.IF_WEIGHT if settings.SCORES_TYPE == "dpp" else None,
@@ -83,7 +92,7 @@ class RepairRecord:
             "seconds": self.gradient["seconds"] + (search["seconds"] if search else 0),
             "indices": self.gradient["indices"],
             "search": search,
-            "dataset": settings.HH_DATASET,
+            "dataset": public_name(settings.HH_DATASET),
             "settings": self.gradient["settings"],
             "split_rules": {
                 metric: result.numbers["split_rule"] for metric, result in before.items() if metric != "anthropic"

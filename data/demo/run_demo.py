@@ -29,13 +29,14 @@ MODEL_NAME: str = "data/demo/pythia-demo-sft"  # trained on first use
 OUTPUT_DIR: str = "."  # folder for all output; a relative path is relative to the repository
 SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp", "random"]  # also: "identity", "representation", "direct"
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
+TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 # -----------------------------------------------------------------------------------------------------------
 
 
 def main(settings: Settings) -> None:
     """Make the model, repair it, and say where the results are."""
     started = time.monotonic()
-    run_script(paths.STEP_0, {"SFT_MODEL_DIR": settings.MODEL_NAME})
+    run_script(paths.STEP_0, {"SFT_MODEL_DIR": settings.MODEL_NAME, **settings.pick("TRUST_REMOTE_CODE")})
     grid = {
         "MODEL_NAMES": [settings.MODEL_NAME],
         "OUTPUT_DIR": settings.OUTPUT_DIR,
@@ -43,6 +44,7 @@ def main(settings: Settings) -> None:
         "SEEDS": [42],
         "BOTTOM_K": [settings.BOTTOM_K],
         "IF_WEIGHT": [10.0],
+        **settings.pick("TRUST_REMOTE_CODE"),
     }
     run_script(paths.PAPER_TABLES, grid)
     say("known harm: how many of the unlearned dialogues are harmful ones that were planted in the demo's data.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from utils.paths import may_be_hub_id
+from utils.paths import may_be_hub_id, public_name
+from utils.reporting.escaping import markdown_text
 from utils.reporting.tables import format_number, markdown_table, with_interval
 
 TAGS = ["tracing-llm-trust"]
@@ -26,7 +27,7 @@ def _front_matter(base_model: str, dataset: str, tags: list[str]) -> str:
 
 
 def _settings_list(settings: Mapping[str, Any]) -> str:
-    return "\n".join(f"- `{name}`: {value}" for name, value in settings.items() if value is not None)
+    return "\n".join(f"- `{name}`: {markdown_text(value)}" for name, value in settings.items() if value is not None)
 
 
 def _joined(paragraphs: Iterable[str | None]) -> str:
@@ -88,12 +89,13 @@ def repair_card(report: dict[str, Any]) -> str:
     Args:
         report: as in repair.json.
     """
+    model, dataset = markdown_text(report["model"]), markdown_text(report["dataset"])
     return _joined(
         [
             _front_matter(report["model"], report["dataset"], [*TAGS, "influence-functions", "model-repair"]),
-            f"# {report['model']}, repaired for {report['task']}",
+            f"# {model}, repaired for {report['task']}",
             f"{_step_in_words(report)} Only the Linear layers of the last {_blocks_in_words(report)} differ "
-            f"from the base model. The dialogues are those of {report['dataset']}.",
+            f"from the base model. The dialogues are those of {dataset}.",
             report["search"] and f"The learning rate was found by a search: {report['search']['stopped']}.",
             *_before_and_after(report),
             "## How it was made",
@@ -117,11 +119,12 @@ def sft_card(settings: Mapping[str, Any], num_dialogues: int, perplexity: dict[s
         perplexity: `before` and `after` fine-tuning on the test dialogues, with `after_low` and `after_high`.
     """
     names = ("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "SEED")
+    base, dataset = public_name(settings["BASE_MODEL"]), public_name(settings["HH_DATASET"])
     return _joined(
         [
-            _front_matter(settings["BASE_MODEL"], settings["HH_DATASET"], [*TAGS, "sft"]),
-            f"# {settings['BASE_MODEL']}, fine-tuned on dialogues",
-            f"Completion-only fine-tuning on {num_dialogues:,} dialogues of {settings['HH_DATASET']}, including the "
+            _front_matter(base, dataset, [*TAGS, "sft"]),
+            f"# {markdown_text(base)}, fine-tuned on dialogues",
+            f"Completion-only fine-tuning on {num_dialogues:,} dialogues of {markdown_text(dataset)}, including the "
             f"end-of-text token of each answer. Perplexity on the test dialogues: {perplexity['before']:.3f} before, "
             f"{with_interval(perplexity, 'after').shown('.3f')} after (95 % interval over the dialogues).",
             "AdamW, linear warm-up over the first 5 % of the steps, then linear decay, gradient clipping at 1:",
