@@ -109,6 +109,20 @@ def test_a_sweep_from_other_inputs_is_refused_unless_it_is_to_be_replaced(tmp_pa
     assert earlier_rates(*where, new, overwrite=True) == {}
 
 
+@pytest.mark.parametrize("left", [0, 7, 2_000, -1])
+def test_a_picture_that_is_cut_short_is_drawn_again_and_never_shown(tmp_path, left):
+    sweep = (str(tmp_path), "m", "bias", "random_bottom5", {"model": "a"}, {}, [sweep_report(0.1)], 1.0)
+    write_sweep(*sweep)
+    figure = tmp_path / "results" / "bias_m_sweep.png"
+    whole = figure.read_bytes()
+    figure.write_bytes(whole[:left])
+    settings = Settings(OUTPUT_DIR=str(tmp_path), MODEL_NAMES=["o/m"], TASKS=["bias"], PPL_BUDGET=0.01)
+    assert grid_report._pictures(settings) == []
+    write_sweep(*sweep)
+    assert len(figure.read_bytes()) == len(whole)
+    assert [picture.png for picture in grid_report._pictures(settings)] == [figure]
+
+
 def test_a_run_killed_while_drawing_leaves_no_truncated_figure(tmp_path, monkeypatch):
     def stop_half_way(self, path, **_):
         Path(path).write_bytes(b"\x89PNG")

@@ -13,6 +13,7 @@ from utils.artifacts import read_json, software_versions
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import SCORES_TENSOR
+from utils.reporting.figures import is_whole_picture
 from utils.reporting.html import Completion, Example, Picture, Report, Subset
 from utils.reporting.tables import Row, Table
 from utils.settings import Settings
@@ -76,7 +77,7 @@ def _facts(settings: Settings) -> dict[str, str]:
 
 
 def _pictures(settings: Settings) -> list[Picture]:
-    """The figures that have been drawn: the overview, each task's sweeps, the ablations."""
+    """The figures that have been drawn, and are whole: the overview, each task's sweeps, the ablations."""
     budget = f"shaded: at most {settings.PPL_BUDGET:.1%} more perplexity"
     captions = {paths.overview_figure(settings.OUTPUT_DIR): f"Improvement of the repaired task; {budget}"}
     for model in map(paths.model_short_name, settings.MODEL_NAMES):
@@ -86,7 +87,7 @@ def _pictures(settings: Settings) -> list[Picture]:
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
     captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
-    return [Picture(caption, file) for file, caption in captions.items() if file.exists()]
+    return [Picture(caption, file) for file, caption in captions.items() if is_whole_picture(file)]
 
 
 def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from utils.artifacts import differing_values, read_json, to_json, write_atomical
 from utils.console import UserError, say, shown_path
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
-from utils.reporting.figures import RepairPoint, repairs_figure
+from utils.reporting.figures import RepairPoint, is_whole_picture, repairs_figure
 from utils.reporting.tables import Row, csv_text, with_interval
 
 
@@ -80,7 +80,7 @@ def write_sweep(
     if not file.exists() or file.read_text(encoding="utf-8") != text:
         figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
         write_atomically(file, text)
-    if not figure.exists():
+    if not is_whole_picture(figure):
         panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
         if points := _points(output_dir, task, model_name, panels, inputs):
             repairs_figure(points, budget_percent, figure)
