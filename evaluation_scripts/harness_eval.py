@@ -25,7 +25,7 @@ import torch
 
 from steps import run_step
 from utils import paths
-from utils.artifacts import Artifact, read_json
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.models import load_model, locate, model_fingerprint, resolve_device
@@ -98,14 +98,15 @@ def repaired_models(settings: Settings) -> list[str]:
     """REPAIRED_MODEL_NAMES, or every checkpoint below OUTPUT_DIR that step 5 made from MODEL_NAME.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the manifest of one is broken.
     """
     if settings.REPAIRED_MODEL_NAMES:
         return settings.REPAIRED_MODEL_NAMES
     folder = paths.resolve_path(settings.OUTPUT_DIR) / "gradient_ascent_models"
     fingerprint = model_fingerprint(settings.MODEL_NAME)
-    manifests = sorted(folder.glob("*/manifest.json"))
-    found = [str(path.parent) for path in manifests if read_json(path)["inputs"].get("model") == fingerprint]
+    checkpoints = [Artifact(path.parent, paths.STEP_5, is_folder=True) for path in folder.glob("*/manifest.json")]
+    ours = [checkpoint.path for checkpoint in checkpoints if checkpoint.require()["inputs"].get("model") == fingerprint]
+    found = sorted(map(str, ours))
     if not found:
         raise UserError(
             f"REPAIRED_MODEL_NAMES = None: {folder} has no repaired checkpoint of {settings.MODEL_NAME}; run "
@@ -128,7 +129,7 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
         loaded = HFLM(pretrained, tokenizer=locate(model), device=str(device), batch_size=settings.BATCH_SIZE)
     for task in unfinished:
         evaluate_task(settings, loaded, task, manager, outputs[task])
-    return {task: read_json(output.path) for task, output in outputs.items()}
+    return {task: output.load_json() for task, output in outputs.items()}
 
 
 def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManager, output: Artifact) -> None:  # noqa: ANN401

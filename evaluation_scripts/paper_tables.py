@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from steps import run_script, run_step
 from utils import paths
-from utils.artifacts import Artifact, read_json
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.files import parse_json, read_text, shown_value
@@ -208,7 +208,8 @@ def repair_row(
         of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
-        learning_rate = read_json(paths.search_file(output_dir, repair.task, model, repair.name))["learning_rate"]
+        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.name), STEP_5)
+        learning_rate = search.load_json()["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
     report = Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5).load_json()
     row = sweep_row(report)
@@ -277,7 +278,8 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
                 short, results = paths.model_short_name(name), {}
                 for metric, script in STEP_6.items():
                     run_script(script, common_constants(settings, name, settings.SEEDS[0]))
-                    results[metric] = read_json(paths.result_file(settings.OUTPUT_DIR, short, metric, "test"))
+                    result = paths.result_file(settings.OUTPUT_DIR, short, metric, "test")
+                    results[metric] = Artifact(result, script).load_json()
                 baselines.append((f"{short} ({stage})", results))
     return baselines
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import read_json
 from utils.batching import BatchLoader, token_budget
 from utils.console import UserError
 from utils.intervals import estimate_mean
@@ -188,7 +187,7 @@ class Evaluator:
         artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
         overwrite = self.settings.OVERWRITE
         if artifact.is_finished(overwrite) and stored_losses.is_finished(overwrite):
-            return Result(read_json(artifact.path), stored_losses.load_tensors())
+            return Result(artifact.load_json(), stored_losses.load_tensors())
         model = load()
         started = time.monotonic()
         losses = model.measure(metric, data)
