@@ -127,6 +127,22 @@ class RBFKernel:
         return torch.exp(-self.gamma * squared_distances.clamp_(min=0).double())
 
 
+def require_memory(num_examples: int, hidden: int, num_features: int) -> None:
+    """Check that the random features and their frequencies, float32, fit into the memory that is free.
+
+    Raises:
+        UserError: they do not.
+    """
+    import psutil
+
+    needed, free = 4 * num_features * (num_examples + hidden), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"NUM_FEATURES = {num_features}: those of {num_examples:,} dialogues take {needed / 1e9:,.1f} GB, and "
+            f'{free / 1e9:,.1f} GB are free; give fewer, or set KERNEL = "rbf", which needs none'
+        )
+
+
 class FourierKernel:
     """The RBF kernel approximated by random Fourier features (Rahimi and Recht 2007).
 
@@ -135,9 +151,13 @@ class FourierKernel:
     Args:
         representations: (N, hidden).
         num_features: D.
+
+    Raises:
+        UserError: the features do not fit into memory, or gamma is too large for them.
     """
 
     def __init__(self, representations: torch.Tensor, gamma: float, num_features: int, seed: int) -> None:
+        require_memory(*representations.shape, num_features)
         generator = torch.Generator().manual_seed(seed)
         hidden = representations.shape[1]
         frequencies = torch.randn(hidden, num_features, generator=generator) * math.sqrt(2 * gamma)
@@ -151,6 +171,11 @@ class FourierKernel:
         ):
             torch.addmm(phases, some, frequencies, out=cosines).cos_()
             torch.linalg.vector_norm(cosines, dim=1, out=norms)
+        if not all_norms.isfinite().all():
+            raise UserError(
+                f"GAMMA = {gamma:g}: the kernel is too narrow for random Fourier features, whose frequencies overflow; "
+                'give a smaller one, or set KERNEL = "rbf"'
+            )
         self.diagonal = self.scale * all_norms.double().square()
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -236,11 +261,25 @@ def greedy_dpp(kernel: Kernel, quality: torch.Tensor, bottom_k: int, if_weight: 
     return subset
 
 
+def require_finite_objective(bottom_k: int, if_weight: float) -> None:
+    """Check that the largest possible objective is a float.
+
+    Raises:
+        UserError: IF_WEIGHT is too large.
+    """
+    largest = bottom_k * math.log(2) + if_weight * math.log1p(bottom_k)  # no q_i is above 1, and no K_ii
+    if not math.isfinite(2 * largest):  # twice, for rounding
+        raise UserError(
+            f"IF_WEIGHT = {if_weight:g}: the objective overflows; give a smaller one (1e6 leaves diversity no say)"
+        )
+
+
 @first_process_only
 def main(settings: Settings) -> None:
     """Pick a subset for every task."""
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
     require_enough(settings.BOTTOM_K, len(artifacts.dialogues))
+    require_finite_objective(settings.BOTTOM_K, settings.IF_WEIGHT)
     kernel: Kernel | None = None
     for task in tasks_of(settings.TASK_NAME):
         banner("step 3: diverse subset", f"{task}, {settings.MODEL_NAME}")

@@ -32,7 +32,6 @@ from steps import run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
-from utils.files import read_json
 from utils.hub import hub_access
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.locks import locked
@@ -107,14 +106,15 @@ def repaired_models(settings: Settings) -> list[str]:
     """REPAIRED_MODEL_NAMES, or every checkpoint below OUTPUT_DIR that step 5 made from MODEL_NAME.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the manifest of one is broken.
     """
     if settings.REPAIRED_MODEL_NAMES:
         return settings.REPAIRED_MODEL_NAMES
     folder = paths.resolve_path(settings.OUTPUT_DIR) / "gradient_ascent_models"
     fingerprint = model_fingerprint(settings.MODEL_NAME)
-    manifests = sorted(folder.glob("*/manifest.json"))
-    found = [str(path.parent) for path in manifests if read_json(path)["inputs"].get("model") == fingerprint]
+    checkpoints = [Artifact(path.parent, paths.STEP_5, is_folder=True) for path in folder.glob("*/manifest.json")]
+    ours = [checkpoint.path for checkpoint in checkpoints if checkpoint.require()["inputs"].get("model") == fingerprint]
+    found = sorted(map(str, ours))
     if not found:
         raise UserError(
             f"REPAIRED_MODEL_NAMES = None: {folder} has no repaired checkpoint of {settings.MODEL_NAME}; run "

@@ -29,13 +29,15 @@ from steps import run_script, run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
-from utils.files import read_json
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.performance_functions.files import parse_json, read_text, shown_value
+from utils.performance_functions.hh import load_dialogues
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
 from utils.reporting.html import write_report
 from utils.reporting.sweeps import draw_overview, sweep_row
 from utils.reporting.tables import Table, ablation_table, main_table, with_interval
+from utils.selection import require_enough
 from utils.settings import (
     TASK_NAMES,
     Choices,
@@ -215,7 +217,8 @@ def repair_row(
         of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
-        learning_rate = read_json(paths.search_file(output_dir, repair.task, model, repair.name))["learning_rate"]
+        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.name), STEP_5)
+        learning_rate = search.load_json()["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
     report = Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5).load_json()
     row = sweep_row(report)
@@ -284,34 +287,50 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
                 short, results = paths.model_short_name(name), {}
                 for metric, script in STEP_6.items():
                     run_script(script, common_constants(settings, name, settings.SEEDS[0]))
-                    results[metric] = read_json(paths.result_file(settings.OUTPUT_DIR, short, metric, "test"))
+                    result = paths.result_file(settings.OUTPUT_DIR, short, metric, "test")
+                    results[metric] = Artifact(result, script).load_json()
                 baselines.append((f"{short} ({stage})", results))
     return baselines
 
 
-def read_known_harm(hh_dataset: str) -> dict[str, list[int]] | None:
+def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]] | None:
     """Rows of the training split that are known to be harmful, by task, from planted.json beside the dialogues.
 
     Returns:
         None if there is no such file.
 
     Raises:
-        UserError: the file is not JSON, or does not map tasks to lists.
+        UserError: the file is not JSON, or does not map tasks to lists of different rows of the `num_dialogues`.
     """
     file = paths.resolve_path(hh_dataset) / "planted.json"
-    if not file.is_file():
+    if not file.exists():
         return None
-    rows = read_json(file, "fix it, or remove it if no harm is known")
+    remedy = "fix it, or remove it if no harm is known"
+    rows = parse_json(read_text(file, remedy), shown_path(file))
     if not isinstance(rows, dict) or not all(isinstance(of_task, list) for of_task in rows.values()):
-        raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split")
+        raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split; {remedy}")
+    for task, of_task in rows.items():
+        if task not in TASK_NAMES:
+            raise UserError(f"{shown_path(file)}: {shown_value(task)} is no task; allowed: {', '.join(TASK_NAMES)}")
+        known: set[int] = set()
+        for row in of_task:
+            if type(row) is not int or not 0 <= row < num_dialogues or row in known:  # True is an int, too
+                raise UserError(
+                    f"{shown_path(file)}: {task} has {shown_value(row)}; "
+                    f"allowed are rows from 0 to {num_dialogues - 1}, each once: {remedy}"
+                )
+            known.add(row)
     return rows
 
 
 def main(settings: Settings) -> None:
     """Run the grid, then write tables, figures and the report."""
     banner("tables", ", ".join(settings.MODEL_NAMES))
-    known_harm = read_known_harm(settings.HH_DATASET)
-    baselines, grid = measure_baselines(settings), plan_grid(settings)
+    num_dialogues = len(load_dialogues(settings.HH_DATASET, "train"))
+    known_harm, grid = read_known_harm(settings.HH_DATASET, num_dialogues), plan_grid(settings)
+    chosen = [repair for part in grid.values() for repair in part if repair.scores_type != "direct"]
+    require_enough(max((repair.bottom_k for repair in chosen), default=0), num_dialogues)
+    baselines = measure_baselines(settings)
     rows = run_everything(settings, grid)
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     tables: list[Table] = []

@@ -280,7 +280,7 @@ GOOD_LINE = b'{"prompt": "\\n\\nHuman: Hi\\n\\nAssistant:", "chosen": " Hello."}
     [
         (b"", ["HH_DATASET", "split train", "is empty", "at least one"]),
         (GOOD_LINE + b'{"prompt": "x", "cho\n', ["hh/train.jsonl, line 2", "not valid JSON"]),
-        (GOOD_LINE + b'["prompt", "chosen"]\n', ["hh/train.jsonl, line 2", "prompt and chosen"]),
+        (GOOD_LINE + b'["prompt", "chosen"]\n', ["hh/train.jsonl, line 2 is not a JSON object"]),
         (GOOD_LINE + b'{"prompt": "x", "rejected": "y"}\n', ["row 1", "no 'chosen'", "prompt, rejected"]),
         (GOOD_LINE + b'{"chosen": "x"}\n', ["row 1", "no 'prompt'"]),
         (GOOD_LINE + b'{"prompt": "x", "chosen": null}\n', ["row 1", "'chosen' is None", "text"]),

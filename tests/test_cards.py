@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import Workspace, run_script
 
-from utils.artifacts import read_json
+from utils.files import read_json
 from utils.reporting.cards import repair_card, sft_card
 from utils.reporting.escaping import markdown_text
 
@@ -26,7 +26,7 @@ def unescaped(markdown: str) -> str:
 def test_text_is_escaped_and_reads_as_before():
     escaped = markdown_text(HOSTILE)
     assert "\n" not in escaped
-    assert not re.search(r"(?<!\\)[`*|#\[\]~<>]", escaped.replace("\\\\", ""))
+    assert not re.search(r"(?<!\\)([`*|~$<>]|\]\()", escaped.replace("\\\\", ""))
     assert unescaped(escaped) == " ".join(
         HOSTILE.replace("\u2028", " ").replace("\u202e", " ").replace("\0", " ").split()
     )
@@ -63,7 +63,7 @@ REPORT = {
 
 def test_a_hostile_name_is_text_in_the_card_of_a_repair():
     card = repair_card({**REPORT, "model": HOSTILE, "dataset": HOSTILE, "settings": {"NAME": HOSTILE}})
-    assert_only_our_own_markup(card, ["# x \\# Heading", "## How it was made", "## Intended use and limits"])
+    assert_only_our_own_markup(card, ["# x # Heading", "## How it was made", "## Intended use and limits"])
 
 
 def test_a_hostile_name_is_text_in_the_card_of_a_fine_tuned_model():

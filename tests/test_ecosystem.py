@@ -214,6 +214,20 @@ def test_what_the_harness_cannot_do_is_one_line(repaired, tmp_path, capsys, argu
     assert told in error[0]
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{", "{}", '{"inputs": []}'])
+def test_the_manifest_of_another_folder_is_refused_in_one_line(tiny_models, tmp_path, text):
+    folder = tmp_path / "gradient_ascent_models" / "other"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    settings = SimpleNamespace(
+        REPAIRED_MODEL_NAMES=None, OUTPUT_DIR=str(tmp_path), MODEL_NAME=str(tiny_models["pythia"])
+    )
+    with pytest.raises(
+        UserError, match=r"other/manifest.json is not .*; delete it and run gradient_ascent_and_save.py"
+    ):
+        load_script(HARNESS).repaired_models(settings)
+
+
 def test_the_harness_is_optional(repaired, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     load_script(HARNESS).task_manager.cache_clear()

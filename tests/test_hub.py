@@ -13,8 +13,8 @@ from conftest import Workspace
 from huggingface_hub.utils import filter_repo_objects
 
 from utils import hub
-from utils.artifacts import read_json
 from utils.console import UserError
+from utils.files import read_json
 from utils.models import load_model, load_tokenizer, model_fingerprint, save_model, tokenizer_fingerprint
 
 STEP_5 = "gradient_ascent_and_save.py"

@@ -23,7 +23,12 @@ from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
 from utils.influence import factors as factors_module
 from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
-from utils.influence.scores import mean_measurement_gradient, precondition, score_training_examples
+from utils.influence.scores import (
+    mean_measurement_gradient,
+    precondition,
+    require_invertible,
+    score_training_examples,
+)
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -299,6 +304,50 @@ def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
         torch.testing.assert_close(
             tokens.tokens[:, begin:end].sum(1), plain.examples[:, position], rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])
+@pytest.mark.parametrize(("num_examples", "damping"), [(1, 1e-6), (1, None), (60, 1e-6), (60, None), (60, 1.0)])
+def test_small_dampings_give_scores(tiny_models, small_data, tmp_path, strategy, num_examples, damping):
+    subject = make_subject(tiny_models["pythia"], small_data)
+    curvature = Curvature(strategy, damping)
+    loader = subject.loader(subject.train[:num_examples])
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], loader, tmp_path)
+    assert float(subject.scores(curvature, tmp_path).abs().max()) < 1e9
+
+
+@pytest.mark.parametrize(
+    ("family", "strategy", "num_examples", "damping"),
+    [
+        ("pythia", "ekfac", 1, 0.0),
+        ("qwen", "ekfac", 1, 0.0),
+        ("pythia", "kfac", 1, 0.0),
+        ("qwen", "ekfac", 1, 1e-20),
+        ("pythia", "ekfac", 60, 0.0),  # a LayerNorm takes directions out, however many examples there are
+    ],
+)
+def test_a_damping_that_leaves_rounding_noise_is_refused(
+    tiny_models, small_data, tmp_path, family, strategy, num_examples, damping
+):
+    """Without damping, one example gave gradients of 4e20."""
+    subject = make_subject(tiny_models[family], small_data)
+    curvature = Curvature(strategy, damping)
+    loader = subject.loader(subject.train[:num_examples])
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], loader, tmp_path)
+    with pytest.raises(UserError, match=rf"DAMPING_FACTOR = {damping}: .* rounding noise.*; give None"):
+        subject.scores(curvature, tmp_path)
+
+
+def test_no_damping_where_every_direction_has_curvature(tiny_models, small_data, tmp_path):
+    subject = make_subject(tiny_models["qwen"], small_data)
+    curvature = Curvature("ekfac", 0.0)
+    fit_factors(subject.traced(curvature), subject.tasks["bias"], subject.loader(subject.train), tmp_path)
+    assert float(subject.scores(curvature, tmp_path).abs().max()) < 1e4
+
+
+def test_no_curvature_at_all_is_refused():
+    with pytest.raises(UserError, match="DAMPING_FACTOR = None: .*; give a larger one, such as 1e-08"):
+        require_invertible(torch.zeros(2, 3), Curvature(), "mlp")
 
 
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal", "identity"])

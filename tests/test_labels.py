@@ -363,7 +363,7 @@ def test_lone_surrogates_name_file_and_line(workspace, capsys):
     )
     questions = workspace.data / "truthfulness" / "TruthfulQA.csv"
     questions.write_bytes(questions.read_bytes().replace(b"?", b"\xed\xa0\xbd?", 1))
-    assert "TruthfulQA.csv cannot be read as CSV" in refused(capsys, workspace, "evaluation_scripts/truth_loss.py")
+    assert "TruthfulQA.csv is not UTF-8" in refused(capsys, workspace, "evaluation_scripts/truth_loss.py")
 
 
 def test_a_byte_order_mark_in_front_of_json_lines(small_data, tmp_path):

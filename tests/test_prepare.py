@@ -23,8 +23,8 @@ from data.official.parts import FILES
 from utils import artifacts
 from utils.performance_functions.bias import BIAS
 from utils.performance_functions.ethics import ETHICS, read_prompt
+from utils.performance_functions.files import read_csv
 from utils.performance_functions.hh import load_dialogues
-from utils.performance_functions.pairs import read_csv
 from utils.performance_functions.truth import TRUTH
 
 PREPARE = "data/prepare.py"
@@ -533,7 +533,7 @@ def test_a_python_file_is_not_run(refusal, run, data, tmp_path):
         ("a.py", b"x = (\n", ["truncated or malformed"]),
         ("a.py", b"x = '\xff'\n", ["truncated or malformed", "utf-8"]),
         ("a.py", b"x = " + b"[" * 100_000, ["truncated or malformed"]),
-        ("a.json", b'{"prompt": ', ["truncated or malformed"]),
+        ("a.json", b'{"prompt": ', ["a.json is not valid JSON"]),
         ("a.json", b"[]", ["templates.json", "needs prompt, target_groups (a list), and topics"]),
         ("a.json", json.dumps({"prompt": "x", "target_groups": ["a"]}).encode(), ["lacks 'topics'"]),
         (
@@ -602,7 +602,7 @@ TRUTH_HEADER = ",".join(formats.TRUTH_COLUMNS).encode() + b"\n"
     ("part", "content", "fragments"),
     [
         ("hh", b"", ["gives no rows for hh/train.jsonl", "at least one"]),
-        ("hh", GOOD_DIALOGUE + GOOD_DIALOGUE[:-9], ["train.jsonl, line 2 is not a JSON object"]),
+        ("hh", GOOD_DIALOGUE + GOOD_DIALOGUE[:-9], ["train.jsonl, line 2 is not valid JSON"]),
         ("hh", GOOD_DIALOGUE + b"\xff\n", ["train.jsonl, line 2", "utf-8"]),
         ("hh", GOOD_DIALOGUE + b'{"prompt": "x", "chosen": "y"}\n', ["row 2", "no column response, rejected"]),
         ("hh", GOOD_DIALOGUE.replace(b'" No, 0."', b"null"), ["row 1", "'chosen' is None", "must be a text"]),
@@ -610,7 +610,7 @@ TRUTH_HEADER = ",".join(formats.TRUTH_COLUMNS).encode() + b"\n"
         ("truth", TRUTH_HEADER, ["has no rows", "at least one"]),
         ("truth", TRUTH_HEADER + b"a,b,c,d,e,f,g\na,b,c\n", ["row 3", "'Best Answer' is empty"]),
         ("truth", TRUTH_HEADER + b'a,b,c,d,e,f,"g\n', ["cannot be read as CSV", "EOF inside string"]),
-        ("truth", TRUTH_HEADER + b"a,b,c,d\xff,e,f,g\n", ["cannot be read as CSV", "utf-8"]),
+        ("truth", TRUTH_HEADER + b"a,b,c,d\xff,e,f,g\n", ["is not UTF-8", "utf-8"]),
         ("truth", b"Question,Answer\nq,a\n", ["no column Type, ", "it has Question, Answer"]),
         ("truth", TRUTH_HEADER + b"a,b,c,d,e,f,g\n", ["cannot be used", "has 1 questions", "none for the train split"]),
         ("ethics", ETHICS_HEADER + b"0,I helped.\n", ["row 1", "'is_short' is ''", "allowed: True"]),

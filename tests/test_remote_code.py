@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Workspace, run_script
 
-from utils.artifacts import read_json
 from utils.console import UserError
+from utils.files import read_json
 from utils.models import load_tokenizer
 
 STEP_0, STEP_1, STEP_4 = "data/make_sft_model.py", "compute_factors_and_scores.py", "make_gradients.py"
@@ -104,9 +104,9 @@ def test_code_that_is_allowed_runs_and_its_model_is_repaired(bring):
     (folder,) = (brought.output / "gradient_ascent_models").iterdir()
     assert read_json(folder / "manifest.json")["trust_remote_code"] is True
     assert str(brought.model) not in (folder / "config.json").read_text(encoding="utf-8")
-    before = {file: file.stat().st_mtime_ns for file in (brought.output / "results").iterdir()}
+    before = {file: file.stat().st_mtime_ns for file in (brought.output / "results").glob("*.*")}
     Brought(folder, brought.data, brought.output).run(BIAS, *TRUST)  # loads it as a model
-    assert before == {file: file.stat().st_mtime_ns for file in (brought.output / "results").iterdir()}
+    assert before == {file: file.stat().st_mtime_ns for file in (brought.output / "results").glob("*.*")}
 
 
 def test_permission_ends_with_the_run(bring, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from utils.selection import (
     min_max_normalise,
     most_harmful,
     random_subset,
+    ranking_scores,
     require_enough,
 )
+from utils.settings import TASK_NAMES
 
 
 def full_kernel(kernel: Kernel) -> torch.Tensor:
@@ -144,3 +147,47 @@ def test_more_than_there_are_is_refused():
     require_enough(5, 5)
     with pytest.raises(UserError, match="BOTTOM_K = 6.*1 to 5"):
         require_enough(6, 5)
+
+
+@pytest.mark.parametrize("if_weight", [0.0, 5e-324, 1e-300, 1e300, 1e307])
+@pytest.mark.parametrize("gamma", [5e-324, 1e-300, 1e-8, 1.0, 1e30, 1e300, 1.7e308])
+@pytest.mark.parametrize("name", ["rbf", "rff"])
+def test_extreme_constants_give_a_result_or_one_line(name, gamma, if_weight, recwarn):
+    representations = center(torch.randn(30, 8, generator=torch.Generator().manual_seed(0)))
+    representations[3] = representations[4]
+    greedy_script.require_finite_objective(7, if_weight)
+    try:
+        kernel = RBFKernel(representations, gamma) if name == "rbf" else FourierKernel(representations, gamma, 16, 0)
+    except UserError as error:
+        kernel, told = None, str(error)
+    if kernel is None:
+        assert (name, gamma > 1e70) == ("rff", True)
+        assert "GAMMA = " in told
+        return
+    subset = greedy_dpp(kernel, min_max_normalise(torch.arange(30.0)), 7, if_weight)
+    assert len(set(subset.indices)) == 7
+    assert all(map(math.isfinite, [*subset.diversity_gains, *subset.influence_gains, subset.objective]))
+    assert not list(recwarn)
+
+
+def test_a_weight_that_overflows_is_refused():
+    with pytest.raises(UserError, match=r"IF_WEIGHT = 1e\+308: the objective overflows"):
+        greedy_script.require_finite_objective(20, 1e308)
+
+
+@pytest.mark.parametrize("num_features", [10**12, 2**40])
+def test_features_that_do_not_fit_into_memory_are_refused_before_they_are_made(num_features):
+    with pytest.raises(UserError, match=rf'NUM_FEATURES = {num_features}: .* GB are free; .*KERNEL = "rbf"'):
+        FourierKernel(torch.zeros(30, 8), 1.0, num_features, 0)
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e308])
+def test_the_scale_of_the_task_weights_does_not_matter(scale):
+    scores = {name: torch.randn(9, generator=torch.Generator().manual_seed(n)) for n, name in enumerate(TASK_NAMES)}
+
+    def ranked(weights: list[float]) -> torch.Tensor:
+        artifacts = SimpleNamespace(settings=SimpleNamespace(TASK_WEIGHTS=weights))
+        return ranking_scores(artifacts, "combined", lambda name: (scores[name], {}))[0]
+
+    assert ranked([scale] * 3).tolist() == ranked([1.0, 1.0, 1.0]).tolist()
+    assert ranked([scale, 0.0, 0.0]).tolist() == min_max_normalise(scores["bias"]).tolist()

@@ -13,16 +13,17 @@ import pytest
 import torch
 from conftest import Workspace, contents, load_script, run_script, write_rows
 from matplotlib.figure import Figure
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from evaluation_scripts import paper_tables
 from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names, mean_improvement
-from utils import paths
+from utils import artifacts, paths
+from utils.artifacts import Artifact
 from utils.console import UserError
-from utils.files import read_json, write_atomically
+from utils.files import read_json
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
-from utils.reporting.sweeps import earlier_rates, write_sweep
+from utils.reporting.sweeps import draw_overview, earlier_rates, write_sweep
 from utils.reporting.tables import Table, ablation_table, main_table, mean_std
 from utils.results import improvement_percent
 from utils.settings import ScoresType, Settings
@@ -107,6 +108,50 @@ def test_a_sweep_from_other_inputs_is_refused_unless_it_is_to_be_replaced(tmp_pa
     assert "model = " not in message
     assert "\n" not in message
     assert earlier_rates(*where, new, overwrite=True) == {}
+
+
+@pytest.mark.parametrize("left", [0, 7, 2_000, -1])
+def test_a_picture_that_is_cut_short_is_drawn_again_and_never_shown(tmp_path, left):
+    sweep = (str(tmp_path), "m", "bias", "random_bottom5", {"model": "a"}, {}, [sweep_report(0.1)], 1.0)
+    write_sweep(*sweep)
+    figure = tmp_path / "results" / "bias_m_sweep.png"
+    whole = figure.read_bytes()
+    figure.write_bytes(whole[:left])
+    settings = Settings(OUTPUT_DIR=str(tmp_path), MODEL_NAMES=["o/m"], TASKS=["bias"], PPL_BUDGET=0.01)
+    assert grid_report._pictures(settings) == []
+    write_sweep(*sweep)
+    assert len(figure.read_bytes()) == len(whole)
+    assert [picture.png for picture in grid_report._pictures(settings)] == [figure]
+
+
+GOOD_SWEEP = {"model": "m", "task": "bias", "repair": "random_bottom5", "inputs": {"model": "a"}, "rates": []}
+GOOD_ROW = {"learning_rate": 0.1, "perplexity_change_percent": 1.0, "bias_improvement": 0.1, "bias_split": "disjoint"}
+BROKEN_SWEEPS = [
+    *(None, [], {}, "text", 7, {**GOOD_SWEEP, "repair": "best"}, {**GOOD_SWEEP, "inputs": None}),
+    *({**GOOD_SWEEP, name: value} for name in GOOD_SWEEP for value in (None, 3, [None], {"a": {}}) if name != "inputs"),
+    *({**GOOD_SWEEP, "rates": [row]} for row in (None, [], {}, {"learning_rate": None}, {"learning_rate": True})),
+    *({**GOOD_SWEEP, "rates": [{**GOOD_ROW, name: value}]} for name in GOOD_ROW for value in (None, [], {}, math.nan)),
+    {**GOOD_SWEEP, "rates": [{**GOOD_ROW, "bias_improvement_low": "low"}]},
+]
+
+
+@pytest.mark.parametrize("content", BROKEN_SWEEPS, ids=json.dumps)
+def test_a_sweep_of_another_shape_is_refused_in_one_line(tmp_path, content):
+    file = paths.sweep_file(tmp_path, "bias", "m", "random_bottom5")
+    file.parent.mkdir()
+    file.write_text(json.dumps(content), encoding="utf-8")
+    told = (
+        "random_bottom5_sweep.json is not what this project wrote; delete it and run gradient_ascent_and_save.py again"
+    )
+    where, other = (str(tmp_path), "m", "bias", "random_bottom5"), "dpp_ifweight10_bottom5"
+    for read in (
+        lambda: earlier_rates(*where, {"model": "a"}, overwrite=True),
+        lambda: write_sweep(*where[:3], other, {"model": "a"}, {}, [sweep_report(0.1)], 1.0),
+        lambda: draw_overview(str(tmp_path), ["m"], 1.0),
+    ):
+        with pytest.raises(UserError, match=re.escape(told)):
+            read()
+        paths.sweep_file(tmp_path, "bias", "m", other).unlink(missing_ok=True)
 
 
 def test_a_run_killed_while_drawing_leaves_no_truncated_figure(tmp_path, monkeypatch):
@@ -224,12 +269,11 @@ def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_pa
     scores = torch.arange(5.0)[None] / 8
     for task in ("bias", "truth"):
         file = paths.scores_file(tmp_path, task, "m", "ekfac", False, 42)
-        file.parent.mkdir(parents=True)
-        save_file({"all_modules": scores}, file)
+        Artifact(file, STEP_1).save_tensors({"all_modules": scores}, 0.0)
     picks = {"diversity_gains": [3.0, 2.0, 1.0], "influence_gains": [0.5, 0.25, 0.125]}
-    write_atomically(paths.dpp_file(tmp_path, "bias", "m", 3, 10.0), json.dumps(picks))
+    Artifact(paths.dpp_file(tmp_path, "bias", "m", 3, 10.0), "dpp/greedy_dpp.py").save_json(picks, 0.0)
     read = []
-    monkeypatch.setattr(grid_report, "load_file", lambda file: read.append(file) or load_file(file))
+    monkeypatch.setattr(artifacts, "load_file", lambda file: read.append(file) or load_file(file))
     rows = [
         make_row(42, task, method, repair="r", scores_type=method, preserve_perplexity=preserve, bottom_k=3)
         for task, method in (("bias", "dpp"), ("truth", "random"))
@@ -359,14 +403,31 @@ def test_wrong_constants_are_refused_before_any_work(tmp_path, capsys, arguments
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("{", "planted.json is not valid JSON"), ("[1, 2]", "planted.json must map tasks to lists of rows")],
+    [
+        ("{", "planted.json is not valid JSON"),
+        ("[1, 2]", "planted.json must map tasks to lists of rows"),
+        ('{"bias": 3}', "planted.json must map tasks to lists of rows"),
+        ('{"harm": [3]}', "planted.json: 'harm' is no task; allowed: bias, ethics, truth"),
+        *(
+            (f'{{"bias": [0], "truth": [59, {row}]}}', "truth has ROW; allowed are rows from 0 to 59, each once")
+            for row in ("60", "-1", "1.0", "59", "true", "null", '"3"', "[1]", "1e400", "100000000000000000000")
+        ),
+    ],
 )
 def test_broken_known_harm_is_refused_before_any_work(workspace, capsys, text, told):
     (workspace.data / "hh" / "planted.json").write_text(text, encoding="utf-8")
     with pytest.raises(SystemExit) as stop:
         workspace.run(TABLES)
     assert stop.value.code == 1
-    assert told in capsys.readouterr().err
+    assert told in re.sub("truth has [^;]*;", "truth has ROW;", capsys.readouterr().err)
+    assert not workspace.output.exists()
+
+
+def test_more_dialogues_than_there_are_is_found_before_any_work(workspace, capsys):
+    with pytest.raises(SystemExit) as stop:
+        workspace.run(TABLES, "--BOTTOM_K", 5, 61)
+    assert stop.value.code == 1
+    assert "BOTTOM_K = 61: there are 60 training examples; allowed: 1 to 60" in capsys.readouterr().err
     assert not workspace.output.exists()
 
 

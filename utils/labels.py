@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-TEXTS_AT_ONCE = 1_000  # bounds the memory of their encodings
+TEXTS_AT_ONCE, CHARACTERS_AT_ONCE = 1_000, 4_000_000  # bound the memory of their encodings
 SPACE_IN_BYTE_LEVEL = "Ġ"  # how byte-level tokenizers spell a space
 SHOWN_CHARACTERS = 80  # of a prompt in a message
 
@@ -49,8 +49,8 @@ def label_texts(
     max_tokens, num_cut = min(max_tokens, tokenizer.model_max_length), 0
     labelled = _labels_by_offsets if tokenizer.is_fast else _labels_by_counting
     sequences = []
-    for start in range(0, len(prompts), TEXTS_AT_ONCE):
-        chunk = slice(start, start + TEXTS_AT_ONCE)
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    for chunk in _chunks(lengths):
         for ids, first, end in labelled(prompts[chunk], completions[chunk], tokenizer, special_tokens):
             cut = np.asarray([*ids, *suffix][:max_tokens], dtype=np.int32)
             sequences.append(LabelledSequence(cut, first, min(end, max_tokens)))
@@ -59,6 +59,16 @@ def label_texts(
     if num_cut and max_tokens == tokenizer.model_max_length:
         say(f"   {num_cut:,} of {len(prompts):,} texts are cut: the model's max_position_embeddings is {max_tokens:,}")
     return sequences
+
+
+def _chunks(lengths: Sequence[int]) -> Iterator[slice]:
+    """Texts that are tokenized together, by the numbers of their characters."""
+    start = characters = 0
+    for end, length in enumerate(lengths, start=1):
+        characters += length
+        if end - start == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE or end == len(lengths):
+            yield slice(start, end)
+            start, characters = end, 0
 
 
 def require_embeddings(sequences: Iterable[LabelledSequence], tokenizer: PreTrainedTokenizerBase) -> None:

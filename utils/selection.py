@@ -57,8 +57,8 @@ def ranking_scores(
         scores_of: gives one task's scores; by default its influence scores.
 
     Returns:
-        (N,) float64 in [0, 1]: the task's scores, min-max normalised, or for "combined" the sum weighted by
-        TASK_WEIGHTS; and the fingerprints of the artifacts that they come from.
+        (N,) float64: the task's scores, min-max normalised, or for "combined" the sum weighted by TASK_WEIGHTS, the
+        largest of them taken as 1; and the fingerprints of the artifacts that they come from.
 
     Raises:
         UserError: scores are missing, broken, made from something else, or of another length.
@@ -69,7 +69,8 @@ def ranking_scores(
         of_task, sources = scores_of(name) if scores_of else influence_scores(artifacts, name)
         scores.append(of_task)
         fingerprints.update(sources)
-    return combined_scores(scores, list(weights.values())), fingerprints
+    largest = max(weights.values())  # the scale of the weights does not matter, and would overflow where it is huge
+    return combined_scores(scores, [weight / largest for weight in weights.values()]), fingerprints
 
 
 def influence_scores(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.official.sources import Source, hub_rows
-from utils.console import UserError, progress_bar, say, shown_path
+from utils.console import UserError, progress_bar, say
 from utils.performance_functions.ethics import ACCEPTABLE, WRONG
-from utils.performance_functions.pairs import read_csv
+from utils.performance_functions.files import read_csv, read_json_lines, shown_names, shown_value
 
 # Columns in the order of the official files, with the values that each allows; None allows any text.
 HH_COLUMNS = dict.fromkeys(("prompt", "response", "chosen", "rejected"))
@@ -85,12 +85,12 @@ def texts_of(rows: Sequence[Row], columns: Mapping[str, Sequence[str] | None], o
         for number, row in enumerate(rows, start=1):
             missing = ", ".join(column for column in columns if column not in row)
             if missing:
-                columns_there = f"it has {', '.join(map(str, row))}, and needs {', '.join(columns)}"
+                columns_there = f"it has {shown_names(list(row))}, and needs {', '.join(columns)}"
                 raise UserError(f"{origin}, row {number}: no column {missing}; {columns_there}")
             for column, allowed in columns.items():
                 if not isinstance(row[column], str) or (allowed and row[column] not in allowed):
                     requirement = f"allowed: {', '.join(allowed)}" if allowed else "it must be a text"
-                    raise UserError(f"{origin}, row {number}: {column!r} is {row[column]!r}; {requirement}")
+                    raise UserError(f"{origin}, row {number}: {column!r} is {shown_value(row[column])}; {requirement}")
             texts.append([row[column] for column in columns])
             bar.update()
     return texts
@@ -100,15 +100,12 @@ def json_rows(source: Source, file: Path) -> list[Row]:
     """Rows of a JSON-lines file.
 
     Raises:
-        UserError: the file is truncated or not UTF-8, or a line is not a JSON object.
+        UserError: as `read_json_lines`.
     """
-    rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):  # splitlines() also breaks at U+2028
-        try:
-            rows += [dict(json.loads(line).items())] if line.strip() else []
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{source}: {shown_path(file)}, line {number} is not a JSON object ({error})") from None
-    return rows
+    try:
+        return [row for _, row in read_json_lines(file, source.local_form)]
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def csv_text(rows: Iterable[Sequence[str]], columns: Iterable[str]) -> str:

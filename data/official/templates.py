@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from data.official.sources import Source
 from utils.console import UserError, shown_path
 from utils.files import to_json
 from utils.performance_functions.bias import DEFAULT_SPLIT, PLACEHOLDER
+from utils.performance_functions.files import parse_json, read_text, shown_value
 
 SIDES = ("stereotype", "antistereotype")
 
@@ -39,12 +39,14 @@ def bias_content(source: Source, _: str, candidates: Sequence[str], split_rule: 
                 }
             )
         else:
-            text = file.read_bytes().decode("utf-8-sig")
-        templates = json.loads(text)
+            text = read_text(file)
+        templates = parse_json(text, shown_path(file))
     with contextlib.suppress(KeyError, TypeError, AttributeError):  # the loader reports a wrong structure
         for statement in [text for topic in templates["topics"].values() for side in SIDES for text in topic[side]]:
             if PLACEHOLDER not in statement:
-                raise UserError(f"{source}: every statement must contain {PLACEHOLDER}; one does not: {statement!r}")
+                raise UserError(
+                    f"{source}: every statement must contain {PLACEHOLDER}; one does not: {shown_value(statement)}"
+                )
         if templates.get("split", DEFAULT_SPLIT) != split_rule:
             text = to_json({**templates, "split": split_rule})
     return Content(text, None, {})
@@ -75,6 +77,8 @@ def readable_errors(source: Source, file: Path) -> Iterator[None]:
     """Turn what a broken file raises into one line."""
     try:
         yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise UserError(f"{source}: {shown_path(file)} is truncated or malformed ({error})") from None
 

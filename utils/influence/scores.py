@@ -64,7 +64,7 @@ def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gr
         Tensors of the same shapes.
 
     Raises:
-        UserError: the factors are broken, or do not belong to these modules.
+        UserError: the factors are broken, or do not belong to these modules; or the damping is too small for them.
     """
     if curvature.strategy == "identity":
         return gradients
@@ -82,6 +82,7 @@ def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gr
             sides = (factor[name].double() for name in (GRADIENT_EIGENVALUES_NAME, ACTIVATION_EIGENVALUES_NAME))
             eigenvalues = torch.outer(*sides)  # (out, in)
         damping = HEURISTIC_DAMPING_SCALE * eigenvalues.mean() if curvature.damping is None else curvature.damping
+        require_invertible(eigenvalues + damping, curvature, module)
         inverse = (eigenvalues + damping).reciprocal().to(v.dtype)
         if curvature.has_eigenbasis:
             q_a, q_g = (factor[name].to(v.dtype) for name in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME))
@@ -89,6 +90,29 @@ def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gr
         else:
             preconditioned[module] = v * inverse
     return preconditioned
+
+
+def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) -> None:
+    """Refuse a damped curvature whose smallest eigenvalue is rounding noise: its inverse would swamp all the others.
+
+    Eigenvalues are second moments, so that rounding gradients to a relative eps leaves up to eps^2 of the largest one
+    in directions that have none: those that no example reaches, and those that a LayerNorm takes out. Rounding also
+    turns some of KFAC's negative.
+
+    Args:
+        damped: (out, in) eigenvalues + damping.
+
+    Raises:
+        UserError: an eigenvalue is at most eps^2 of the largest, eps that of the gradients' precision.
+    """
+    smallest, largest, eps = float(damped.min()), float(damped.max()), torch.finfo(curvature.dtype).eps
+    if smallest <= eps**2 * largest:
+        raise UserError(
+            f"DAMPING_FACTOR = {curvature.damping}: the damped eigenvalues of {module} reach from {smallest:.0e} to "
+            f"{largest:.0e}, and the smallest are rounding noise, which the inverse would blow up; give "
+            f"{'None (0.1 x their mean) or ' if largest > 0 else ''}a larger one, such as {eps * largest or 1e-8:.0e}, "
+            "or more NUM_FACTOR_EXAMPLES"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.console import UserError, require_encodable, shown_path
-from utils.files import read_json
-from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement
+from utils.performance_functions.files import parse_json, read_text, require_length, shown_value
+from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, require_size
 
 PLACEHOLDER = "[target_group]"
 TEST_SHARE = 0.2
@@ -31,20 +31,16 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
       `random.Random(42)` shuffles each group's records, and the first 20 % are test.
 
     Raises:
-        UserError: the file is missing, lacks a part, or leaves no pair for the split.
+        UserError: the file is missing, lacks a part, is too large, or leaves no pair for the split.
     """
     path = data_dir / "bias" / "templates.json"
-    if not path.is_file():
-        raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
-    templates = read_json(path, "fix it, or give another DATA_DIR")
+    templates = parse_json(read_text(path), shown_path(path))
     try:
         groups, (prompt,) = _texts(templates["target_groups"]), _texts([templates["prompt"]])
-        statements = [
-            (topic, counter, stereotype)
+        topics = {
+            topic: (_texts(texts["stereotype"]), _texts(texts["antistereotype"]))
             for topic, texts in templates["topics"].items()
-            for stereotype in _texts(texts["stereotype"])
-            for counter in _texts(texts["antistereotype"])
-        ]
+        }
         split_rule = templates.get("split", DEFAULT_SPLIT)
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
@@ -52,13 +48,22 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
             f"{shown_path(path)} {reason}; it needs prompt, target_groups (a list), and topics, each with stereotype "
             "and antistereotype (lists)"
         ) from None
+    for text in (prompt, *groups, *topics, *chain.from_iterable(chain.from_iterable(topics.values()))):
+        where = f"{shown_path(path)}: {shown_value(text)}"
+        require_encodable(text, where)
+        require_length(text, where)
+    require_size(path, *_size(prompt, groups, topics.values()))
+    statements = [
+        (topic, counter, stereotype)
+        for topic, (stereotypes, counters) in topics.items()
+        for stereotype in stereotypes
+        for counter in counters
+    ]
     if not groups or not statements:
         raise UserError(f"{shown_path(path)} has no groups or no topics; it needs at least one of each")
     if split_rule not in SPLIT_RULES:
         allowed = ", ".join(map(repr, SPLIT_RULES))
-        raise UserError(f"{shown_path(path)}: split = {split_rule!r}; allowed is {allowed}")
-    for text in (prompt, *groups, *chain.from_iterable(statements)):
-        require_encodable(text, f"{shown_path(path)}: {text!r}")
+        raise UserError(f"{shown_path(path)}: split = {shown_value(split_rule)}; allowed is {allowed}")
     pairs: list[AnswerPair] = []
     clusters: list[str] = []
     shuffler = random.Random(SPLIT_SEED)
@@ -77,6 +82,21 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
             f"{split_rule!r}"
         )
     return AnswerPairs(pairs, clusters, split_rule if split_rule == DEFAULT_SPLIT else f"{split_rule}, not held out")
+
+
+def _size(prompt: str, groups: list[str], topics: Iterable[tuple[list[str], list[str]]]) -> tuple[int, int]:
+    """How many pairs these texts make, and how many characters those have with their groups' names put in."""
+    growth = sum(len(group) - len(PLACEHOLDER) for group in groups)  # of all pairs, for each placeholder of a text
+
+    def size(texts: list[str]) -> int:
+        return sum(len(groups) * len(text) + growth * text.count(PLACEHOLDER) for text in texts)
+
+    num_pairs = num_characters = 0
+    for stereotypes, counters in topics:
+        num_pairs += len(groups) * len(stereotypes) * len(counters)
+        num_characters += 2 * len(stereotypes) * len(counters) * size([prompt])
+        num_characters += len(counters) * size(stereotypes) + len(stereotypes) * size(counters)
+    return num_pairs, num_characters
 
 
 def _released_split(statements: Sequence[Statement]) -> tuple[list[Statement], list[Statement]]:
@@ -105,7 +125,7 @@ def _disjoint_split(
 
 def _texts(value: Any) -> list[str]:  # noqa: ANN401
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise TypeError(f"expected a list of strings, got {value!r}")
+        raise TypeError(f"expected a list of strings, got {shown_value(value)}")
     return value
 
 

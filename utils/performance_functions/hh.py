@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,16 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from utils.batching import LabelledSequence
-from utils.console import UserError, require_encodable, say_read, shown_path
+from utils.console import UserError, require_encodable, say_read
 from utils.files import fingerprint_of
 from utils.hub import hub_access
 from utils.labels import label_texts
 from utils.paths import may_be_hub_id, resolve_path
+from utils.performance_functions.files import read_json_lines, require_length, shown_names, shown_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_DIALOGUE_TOKENS = 1_024
+FOLDER_NEEDS = "a folder that needs train.jsonl and test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -66,44 +67,36 @@ def read_dialogues(hh_dataset: str, split: Literal["train", "test"]) -> Dialogue
     """Read the `prompt` and `chosen` columns of a hub data set, or of a folder with train.jsonl and test.jsonl.
 
     Raises:
-        UserError: the data set is missing or empty, or a row lacks a text.
+        UserError: the data set is missing or empty, or a row lacks a text or has one that is far too long.
     """
     folder = resolve_path(hh_dataset)
     source = f"HH_DATASET = {hh_dataset!r}, split {split}"
-    rows = (
-        _read_json_lines(folder / f"{split}.jsonl", source) if folder.is_dir() else _download(hh_dataset, split, source)
-    )
+    if folder.is_file():
+        raise UserError(f"{source}: it is a file; {FOLDER_NEEDS}")
+    rows = _read_folder(folder, split, source) if folder.is_dir() else _download(hh_dataset, split, source)
     if not rows:
         raise UserError(f"{source} is empty; it needs at least one dialogue")
     for position, row in enumerate(rows):
         for column in ("prompt", "chosen"):
             if column not in row:
-                raise UserError(
-                    f"{source}, row {position}: no {column!r}; it has {', '.join(row)}, and needs prompt and chosen"
-                )
+                columns = f"it has {shown_names(list(row))}, and needs prompt and chosen"
+                raise UserError(f"{source}, row {position}: no {column!r}; {columns}")
+            where = f"{source}, row {position}: {column!r}"
             if not isinstance(row[column], str):
-                raise UserError(f"{source}, row {position}: {column!r} is {row[column]!r}; it must be a text")
+                raise UserError(f"{where} is {shown_value(row[column])}; it must be a text")
+            require_length(row[column], where)
     return Dialogues([row["prompt"] for row in rows], [row["chosen"] for row in rows], source)
 
 
-def _read_json_lines(file: Path, source: str) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise UserError(f"{source}: {shown_path(file)} is missing; the folder needs train.jsonl and test.jsonl")
+def _read_folder(folder: Path, split: str, source: str) -> list[dict[str, Any]]:
     rows = []
-    with file.open("rb") as lines:  # not splitlines(), which also breaks at U+2028 inside a text
-        for number, line in enumerate(lines, start=1):
-            where = f"{shown_path(file)}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not valid JSON ({error})") from None
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where} is not UTF-8 ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{where} is not a JSON object with prompt and chosen")
+    try:
+        for where, row in read_json_lines(folder / f"{split}.jsonl", FOLDER_NEEDS):
             for column in ("prompt", "chosen"):
                 require_encodable(row.get(column), f"{where}: {column!r}")
             rows.append(row)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +16,11 @@ from utils.files import fingerprint_of
 from utils.labels import label_texts
 
 if TYPE_CHECKING:
-    import pandas as pd
     from transformers import PreTrainedTokenizerBase
 
+# Far above the official data, which have at most 10,000 pairs with 2 million characters.
+MAX_PAIRS = 200_000  # of one file
+MAX_PAIR_CHARACTERS = 200_000_000  # of prompt + answer, over all answers of a file
 SPLIT_SEED = 42  # of the data sets' own splits; SEED does not affect them
 
 
@@ -152,23 +154,20 @@ def tokenize_pairs(pairs: AnswerPairs, tokenizer: PreTrainedTokenizerBase, max_t
     return TokenizedPairs(sequences, chosen, rejected, pairs.cluster_numbers, questions)
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV file, with or without a byte-order mark, as text.
+def require_size(path: Path, num_pairs: int, num_characters: int) -> None:
+    """Refuse a file whose texts multiply beyond any real measurement, before they are put together.
+
+    Args:
+        path: the file that they are made of.
+        num_pairs: pairs, or answers where a question has more than two.
+        num_characters: of the prompts with each of their answers, in all.
 
     Raises:
-        UserError: the file is missing, empty, not UTF-8, or lacks a column.
+        UserError: more than MAX_PAIRS or MAX_PAIR_CHARACTERS.
     """
-    import pandas as pd  # only the steps that read pairs pay for importing it
-
-    if not path.is_file():
-        raise UserError(f"{shown_path(path)} is missing; DATA_DIR must hold it (data/demo is the embedded default)")
-    try:
-        table = pd.read_csv(path, encoding="utf-8-sig", dtype=str, keep_default_na=False)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError(f"{shown_path(path)} cannot be read as CSV ({error})") from None
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        raise UserError(f"{shown_path(path)} has no column {', '.join(missing)}; it has {', '.join(table.columns)}")
-    if table.empty:
-        raise UserError(f"{shown_path(path)} has no rows; it needs at least one")
-    return table
+    sizes = [(num_pairs, MAX_PAIRS, "pairs"), (num_characters, MAX_PAIR_CHARACTERS, "characters of pairs")]
+    for number, limit, unit in sizes:
+        if number > limit:
+            raise UserError(
+                f"{shown_path(path)} makes {number:,} {unit}; allowed are {limit:,}: give fewer or shorter texts"
+            )

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, Question, read_csv
+from utils.performance_functions.files import read_csv, require_length
+from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, Question, require_size
 
 QUESTION, BEST, CORRECT, INCORRECT = "Question", "Best Answer", "Correct Answers", "Incorrect Answers"
 TRAIN_SHARE = 0.8
+MAX_ANSWERS = 1_000  # of a question, correct or incorrect; TruthfulQA has at most 20 of both
 
 
 def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
@@ -20,7 +22,8 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
     of `truthfulness/TruthfulQA.csv`. Where a file lists the correct answers, the questions come with all of theirs.
 
     Raises:
-        UserError: the file is missing, lacks a column, a question lacks an answer, or one split file is there alone.
+        UserError: the file is missing, lacks a column, is too large, a question lacks an answer or has too many, or one
+            split file is there alone.
     """
     folder = data_dir / "truthfulness"
     split_paths = {name: folder / "splits" / f"TruthfulQA_{name}.csv" for name in ("train", "test")}
@@ -50,13 +53,25 @@ def _read_questions(path: Path) -> list[Question]:
     """
     table = read_csv(path, [QUESTION, BEST, INCORRECT])
     questions = []
+    num_answers = num_characters = 0
     for line, row in enumerate(table.to_dict("records"), start=2):
+        for column in (QUESTION, BEST, INCORRECT, *[CORRECT] * (CORRECT in row)):
+            require_length(row[column], f"{shown_path(path)}, row {line:,}: {column!r}")
         best, incorrect = _distinct([row[BEST]]), _distinct(row[INCORRECT].split(";"))
         for name, is_there in ((QUESTION, row[QUESTION].strip()), (BEST, best), (INCORRECT, incorrect)):
             if not is_there:
                 raise UserError(f"{shown_path(path)}, row {line}: {name!r} is empty; every question needs both answers")
         correct = _distinct([row[BEST], *row[CORRECT].split(";")]) if CORRECT in row else best
+        for column, answers in ((CORRECT, correct), (INCORRECT, incorrect)):
+            if len(answers) > MAX_ANSWERS:
+                raise UserError(
+                    f"{shown_path(path)}, row {line:,}: {column!r} has {len(answers):,} answers; allowed are "
+                    f"{MAX_ANSWERS:,}: remove some"
+                )
         questions.append(Question(f"{row[QUESTION].strip()}\n\nAnswer:", correct, incorrect))
+        num_answers += len(correct) + len(incorrect)
+        num_characters += sum(len(questions[-1].prompt) + len(answer) for answer in (*correct, *incorrect))
+    require_size(path, num_answers, num_characters)
     return questions
 
 

@@ -25,6 +25,15 @@ FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
 }
 
 
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def is_whole_picture(path: Path) -> bool:
+    """Whether a PNG file is there and complete; a run that was killed, or a full disk, may have left a part of one."""
+    png = path.read_bytes() if path.is_file() else b""
+    return png.startswith(PNG_START) and png.endswith(PNG_END)
+
+
 @dataclass(frozen=True)
 class RepairPoint:
     """One repair in a figure of improvement against perplexity change.

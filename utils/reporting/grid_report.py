@@ -6,14 +6,13 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from safetensors.torch import load_file
 
 from utils import paths
-from utils.artifacts import software_versions
-from utils.files import read_json
+from utils.artifacts import Artifact, software_versions
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import SCORES_TENSOR
+from utils.reporting.figures import is_whole_picture
 from utils.reporting.html import Completion, Example, Picture, Report, Subset
 from utils.reporting.tables import Row, Table
 from utils.settings import Settings
@@ -77,7 +76,7 @@ def _facts(settings: Settings) -> dict[str, str]:
 
 
 def _pictures(settings: Settings) -> list[Picture]:
-    """The figures that have been drawn: the overview, each task's sweeps, the ablations."""
+    """The figures that have been drawn, and are whole: the overview, each task's sweeps, the ablations."""
     budget = f"shaded: at most {settings.PPL_BUDGET:.1%} more perplexity"
     captions = {paths.overview_figure(settings.OUTPUT_DIR): f"Improvement of the repaired task; {budget}"}
     for model in map(paths.model_short_name, settings.MODEL_NAMES):
@@ -87,14 +86,15 @@ def _pictures(settings: Settings) -> list[Picture]:
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
     captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
-    return [Picture(caption, file) for file, caption in captions.items() if file.exists()]
+    return [Picture(caption, file) for file, caption in captions.items() if is_whole_picture(file)]
 
 
 def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:
     """Scores (N,) of every task, for a model that was traced with SEEDS[0]."""
     where = (model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
     files = {task: paths.scores_file(settings.OUTPUT_DIR, task, *where) for task in MEASUREMENTS}
-    return {task: load_file(file)[SCORES_TENSOR].squeeze(0) for task, file in files.items() if file.exists()}
+    artifacts = {task: Artifact(file, paths.STEP_1, quiet=True) for task, file in files.items() if file.exists()}
+    return {task: artifact.load_tensors()[SCORES_TENSOR].squeeze(0) for task, artifact in artifacts.items()}
 
 
 def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> list[Subset]:
@@ -106,7 +106,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
         gains: dict[str, list[float]] = {}
         if row["scores_type"] == "dpp":
             location = (row["task"], row["model"], row["bottom_k"], row["if_weight"])
-            picks = read_json(paths.dpp_file(settings.OUTPUT_DIR, *location))
+            picks = Artifact(paths.dpp_file(settings.OUTPUT_DIR, *location), paths.STEP_3).load_json()
             gains = {name: picks[f"{name}_gains"] for name in ("diversity", "influence")}
         examples = [
             Example(
@@ -131,6 +131,6 @@ def _completions(settings: Settings, row: Row) -> list[Completion]:
     location = (row["task"], row["model"], row["repair"], row["learning_rate"])
     folder = paths.repaired_model_dir(settings.OUTPUT_DIR, *location)
     file = paths.result_file(settings.OUTPUT_DIR, folder.name, "completions", "test")
-    kept = read_json(file) if file.exists() else []
+    kept = Artifact(file, paths.STEP_5).load_json() if file.exists() else []
     name = f"{row['model']}, {row['task']}: {row['method']}"
     return [Completion(text["task"], name, text["prompt"], text["before"], text["after"]) for text in kept]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from utils import paths
 from utils.artifacts import differing_values
 from utils.console import UserError, say, shown_path
-from utils.files import read_json, to_json, write_atomically, write_if_changed
+from utils.files import partial_of, read_json, remove, to_json, write_atomically, write_if_changed
 from utils.locks import locked
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
-from utils.reporting.figures import RepairPoint, repairs_figure
+from utils.reporting.figures import FIGURE_STYLES, RepairPoint, is_whole_picture, repairs_figure
 from utils.reporting.tables import Row, csv_text, with_interval
 
 
@@ -30,6 +32,39 @@ def sweep_row(report: dict[str, Any]) -> Row:
     return row | {f"{task}_split": rule for task, rule in report["split_rules"].items()}
 
 
+def read_sweep(file: Path) -> dict[str, Any]:
+    """Read a sweep; it has no manifest, so that its content is checked here.
+
+    Raises:
+        UserError: it is not JSON, or not as `write_sweep` writes it.
+    """
+    remedy = f"delete it and run {paths.STEP_5} again"
+    sweep = read_json(file, remedy)
+    names = {"model": str, "task": str, "repair": str, "inputs": dict, "rates": list}
+    is_ours = isinstance(sweep, dict) and all(isinstance(sweep.get(name), kind) for name, kind in names.items())
+    if not is_ours or not sweep["repair"].startswith(tuple(FIGURE_STYLES)) or not all(map(_is_row, sweep["rates"])):
+        raise UserError(f"{shown_path(file)} is not what this project wrote; {remedy}")
+    return sweep
+
+
+def _is_row(row: object) -> bool:
+    """Whether a value is a `sweep_row`: a learning rate, numbers, and the splits of the measured tasks."""
+    if not isinstance(row, dict) or not _is_number(row.get("learning_rate")):
+        return False
+    measured = {f"{task}_improvement": f"{task}_split" for task in MEASUREMENTS}
+    known = [name for name in ("perplexity_change_percent", *measured) if name in row]
+    numbers = {name: value for name, value in row.items() if not name.endswith("_split")}
+    return (
+        all(value is None or _is_number(value) for value in numbers.values())
+        and all(row[name] is not None for name in known)
+        and all(isinstance(row.get(measured[name]), str) for name in known if name in measured)
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def earlier_rates(
     output_dir: str, model_name: str, task: str, repair: str, inputs: dict[str, str], overwrite: bool
 ) -> dict[float, Row]:
@@ -40,12 +75,12 @@ def earlier_rates(
         overwrite: whether to replace a sweep that was made from other inputs.
 
     Raises:
-        UserError: the sweep was made from other inputs, and `overwrite` is false.
+        UserError: the sweep was made from other inputs, and `overwrite` is false; or it is broken.
     """
     file = paths.sweep_file(output_dir, task, model_name, repair)
     if not file.exists():
         return {}
-    earlier = read_json(file)
+    earlier = read_sweep(file)
     differences = differing_values(earlier["inputs"], inputs)
     if differences and not overwrite:
         raise UserError(
@@ -84,7 +119,9 @@ def write_sweep(
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
             write_atomically(file, text)
-        if not figure.exists():
+        if is_whole_picture(figure):
+            remove(partial_of(figure))  # a run may have been killed at its last rename
+        else:
             panels = {m: m if task in (m, "combined") else f"{m} (not repaired)" for m in MEASUREMENTS}
             if points := _points(output_dir, task, model_name, panels, inputs):
                 repairs_figure(points, budget_percent, figure)
@@ -103,7 +140,7 @@ def _points(
     pattern = paths.sweep_file(output_dir, task, model_name, "*")
     points = []
     for file in sorted(pattern.parent.glob(pattern.name)):
-        sweep = read_json(file)
+        sweep = read_sweep(file)
         if sweep["model"] != model_name:  # the pattern also fits models whose name begins with this one
             continue
         if {**sweep["inputs"], "gradient": None} != {**inputs, "gradient": None}:
@@ -135,7 +172,7 @@ def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: f
             newest = max(files.parent.glob(files.name), key=lambda file: file.stat().st_mtime, default=None)
             if newest:
                 title = f"{prefix}repaired for {task}"
-                points += _points(output_dir, task, name, {task: title}, read_json(newest)["inputs"])
+                points += _points(output_dir, task, name, {task: title}, read_sweep(newest)["inputs"])
     figure = paths.overview_figure(output_dir)
     if points:
         repairs_figure(points, budget_percent, figure)

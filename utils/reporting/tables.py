@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 from utils.files import write_if_changed
 from utils.intervals import interval_names
 from utils.performance_functions import MEASUREMENTS
+from utils.reporting.escaping import csv_cell, latex_text, markdown_text
 
 Row = dict[str, Any]  # what one repair did with one seed
-LATEX_ESCAPES = str.maketrans(
-    {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "‡": r"$\ddagger$"}
-)
 NO_PERCENTAGE = "‡"
 MISSING_CELLS = frozenset({"", "-", "–", "—", "n/a", "nan"})
 LEADING_NUMBER = re.compile(r"\s*([+\-−]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?)", re.IGNORECASE)
@@ -42,19 +40,19 @@ class Table:
 
     def markdown(self) -> str:
         """The caption, then the table."""
-        return f"{self.caption}\n\n{markdown_table(self.header, self.rows)}\n"
+        return f"{markdown_text(self.caption)}\n\n{markdown_table(self.header, self.rows)}\n"
 
     def latex(self) -> str:
         """A booktabs table; columns of numbers are right-aligned, columns of words left-aligned."""
 
         def line(cells: Sequence[str]) -> str:
-            return " & ".join(cell.translate(LATEX_ESCAPES) for cell in cells) + r" \\"
+            return " & ".join(map(latex_text, cells)) + r" \\"
 
         alignment = "".join("r" if is_number else "l" for is_number in self.number_columns)
         lines = [
             r"\begin{table}",
             r"\centering",
-            rf"\caption{{{self.caption.translate(LATEX_ESCAPES)}}}",
+            rf"\caption{{{latex_text(self.caption)}}}",
             rf"\begin{{tabular}}{{{alignment}}}",
             r"\toprule",
             line(self.header),
@@ -78,11 +76,13 @@ def csv_text(rows: Sequence[Row]) -> str:
     """Rows as CSV; the columns are all the keys that occur."""
     import pandas as pd  # slow to import, and most steps never write a CSV
 
-    return pd.DataFrame(rows).to_csv(index=False)
+    escaped = [{csv_cell(name): csv_cell(value) for name, value in row.items()} for row in rows]
+    return pd.DataFrame(escaped).to_csv(index=False)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that also lines up in a terminal; all columns but the first are right-aligned."""
+    header, *rows = [[*map(markdown_text, cells)] for cells in (header, *rows)]
     widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
     alignments = [str.ljust, *[str.rjust] * (len(header) - 1)]
 
