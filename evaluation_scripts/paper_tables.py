@@ -294,29 +294,29 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
 
 
 def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]] | None:
-    """Rows of the training split that are known to be harmful, by task, from planted.json beside the dialogues.
+    """Rows of the training split that are known to be harmful, by kind of harm, from planted.json beside the dialogues.
+
+    A kind may be a task, whose repairs' recall is then known, or any other.
 
     Returns:
         None if there is no such file.
 
     Raises:
-        UserError: the file is not JSON, or does not map tasks to lists of different rows of the `num_dialogues`.
+        UserError: the file is not JSON, or does not map kinds to lists of different rows of the `num_dialogues`.
     """
     file = paths.resolve_path(hh_dataset) / "planted.json"
     if not file.exists():
         return None
     remedy = "fix it, or remove it if no harm is known"
     rows = parse_json(read_text(file, remedy), shown_path(file))
-    if not isinstance(rows, dict) or not all(isinstance(of_task, list) for of_task in rows.values()):
-        raise UserError(f"{shown_path(file)} must map tasks to lists of rows of the training split; {remedy}")
-    for task, of_task in rows.items():
-        if task not in TASK_NAMES:
-            raise UserError(f"{shown_path(file)}: {shown_value(task)} is no task; allowed: {', '.join(TASK_NAMES)}")
+    if not isinstance(rows, dict) or not all(isinstance(of_kind, list) for of_kind in rows.values()):
+        raise UserError(f"{shown_path(file)} must map kinds of harm to lists of rows of the training split; {remedy}")
+    for kind, of_kind in rows.items():
         known: set[int] = set()
-        for row in of_task:
+        for row in of_kind:
             if type(row) is not int or not 0 <= row < num_dialogues or row in known:  # True is an int, too
                 raise UserError(
-                    f"{shown_path(file)}: {task} has {shown_value(row)}; "
+                    f"{shown_path(file)}: {shown_value(kind)} has {shown_value(row)}; "
                     f"allowed are rows from 0 to {num_dialogues - 1}, each once: {remedy}"
                 )
             known.add(row)
