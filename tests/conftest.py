@@ -196,7 +196,8 @@ def record(file: Path) -> None:
     in_folder = file.with_name("manifest.json")
     manifest = in_folder if in_folder.exists() else file.with_name(f"{file.stem}.manifest.json")
     content = json.loads(manifest.read_text(encoding="utf-8"))
-    content["files"][file.name] = file.stat().st_size
+    if file.name in content["files"]:
+        content["files"][file.name] = file.stat().st_size
     if "content" in content:
         content["content"] = fingerprint_of_content(file)
     write_manifest(manifest, content)

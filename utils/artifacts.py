@@ -150,6 +150,10 @@ class Artifact:
         return self.path.with_name(f"{self.path.name}.replaced")
 
     @property
+    def _is_json(self) -> bool:
+        return not self.is_folder and self.path.suffix == ".json"
+
+    @property
     def fingerprint(self) -> str:
         """Fingerprint of the settings and inputs."""
         return fingerprint_of({"settings": self.settings, "inputs": self.inputs})
@@ -230,11 +234,13 @@ class Artifact:
         return read_manifest(self.manifest_path, self.remedy)
 
     def _require_undamaged(self, manifest: Mapping[str, Any]) -> None:
-        """Check that all files are there, and as long as they were.
+        """Check that all files are there and as long as they were, and that a JSON file says what it said.
 
         Raises:
             UserError: names the first file that is not.
         """
+        if self._is_json:  # its length depends on the seconds
+            self._require_content(manifest)
         folder = self.path if self.is_folder else self.path.parent
         for name, size in manifest["files"].items():
             file = folder / name
@@ -264,7 +270,7 @@ class Artifact:
         """
         self.require()  # first, since a lock makes folders
         with locked(self.path):
-            self._require_content()
+            self._require_content(self.require())
             try:
                 tensors = load_file(self.path)
             except (SafetensorError, OSError) as error:
@@ -282,11 +288,11 @@ class Artifact:
         """
         self.require()
         with locked(self.path):
-            self._require_content()
+            self.require()
             return read_json(self.path, self.remedy)
 
-    def _require_content(self) -> None:
-        if self.require().get("content") != fingerprint_of_content(self.path):
+    def _require_content(self, manifest: Mapping[str, Any]) -> None:
+        if manifest.get("content") != fingerprint_of_content(self.path):
             raise UserError(f"{shown_path(self.path)} has been changed since it was written; {self.remedy}")
 
     # -- writing -------------------------------------------------------------------------------------------------------
@@ -328,7 +334,7 @@ class Artifact:
                 yield partial
                 details = {"content": fingerprint_of_content(partial), **details}
                 self.manifest_path.unlink(missing_ok=True)
-            manifest = self._manifest(started, shapes, [self.path], details)
+            manifest = self._manifest(started, shapes, [] if self._is_json else [self.path], details)
             write_text(self.manifest_path, to_json(manifest))
             self._say_written(started, shapes)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact
 from utils.console import say, shown_path
-from utils.files import fingerprint_of, to_json, write_if_changed
+from utils.files import fingerprint_of_text, to_json, write_if_changed
 from utils.paths import public_name
 from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
@@ -105,7 +105,7 @@ class RepairRecord:
         """Write the report to results/, and with the model card into the checkpoint if that was saved."""
         started = time.monotonic()
         checkpoint = self.checkpoint(report["learning_rate"])
-        output = self.artifacts.report(checkpoint, fingerprint_of(report))
+        output = self.artifacts.report(checkpoint, fingerprint_of_text(to_json(report)))
         if not output.is_finished(overwrite=True):
             output.save_json(report, started)
         if self.artifacts.settings.SAVE_TO_DISK:
