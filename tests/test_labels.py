@@ -24,6 +24,7 @@ from transformers import (
 
 from utils.batching import LabelledSequence
 from utils.console import UserError
+from utils.evaluation import EvaluationModel
 from utils.fine_tuning import completion_loss
 from utils.forward import position_limit
 from utils.models import load_model, load_tokenizer
@@ -432,3 +433,49 @@ def test_one_token_completions_are_scored(tmp_path):
     arguments = ("--HH_DATASET", case / "hh", "--TASK_NAME", "truth")
     workspace.run(STEP_1, *arguments)
     workspace.run(STEP_4, *arguments, "--BOTTOM_K", 4)
+
+
+HOSTILE = [
+    "",
+    " ",
+    "\0",
+    "\n\t",
+    "\x01\x1b[31m",
+    "\u200b\u202e",
+    "\ufeff",
+    "\U0010ffff",
+    "<|endoftext|>",
+    "\x7f\x85\u2028",
+    "  x",
+]
+
+
+def test_hostile_texts_go_through_all_steps(workspace):
+    """Empty, blank, of control characters, or of special tokens: they count what they have, often nothing."""
+    ordinary = read_rows(workspace.data / "hh" / "train.jsonl")[:10]
+    rows = [*ordinary, *({"prompt": prompt, "chosen": chosen} for prompt in HOSTILE for chosen in HOSTILE)]
+    for split in ("train", "test"):
+        write_rows(workspace.data / "hh" / f"{split}.jsonl", rows)
+    templates = json.loads((workspace.data / "bias" / "templates.json").read_text(encoding="utf-8"))
+    topics = {
+        str(number): {"stereotype": [text], "antistereotype": [f"x{number}"]} for number, text in enumerate(HOSTILE)
+    }
+    content = {**templates, "prompt": "\0 ", "topics": topics}
+    (workspace.data / "bias" / "templates.json").write_text(json.dumps(content), encoding="utf-8")
+    subset = ("--BOTTOM_K", len(rows) - 4, "--SCORES_TYPE", "dpp", "--TASK_NAME", "bias")
+    workspace.run(STEP_1)
+    workspace.run(STEP_2)
+    workspace.run("dpp/greedy_dpp.py", "--BOTTOM_K", len(rows) - 4, "--TASK_NAME", "bias")
+    workspace.run(STEP_4, *subset)
+    workspace.run("gradient_ascent_and_save.py", *subset, "--NUM_COMPLETIONS", 1, "--SAVE_TO_DISK", "False")
+
+
+def test_no_prompt_at_all(workspace, capsys):
+    model = load_model(str(workspace.model), torch.device("cpu"))
+    evaluated = EvaluationModel(model, load_tokenizer(str(workspace.model)))
+    assert evaluated.greedy_completions(["", "<|endoftext|>"])[0] == evaluated.greedy_completions(["<|endoftext|>"])[0]
+    templates = workspace.data / "bias" / "templates.json"
+    content = json.loads(templates.read_text(encoding="utf-8"))
+    content["topics"] |= {"blank": {"stereotype": [""], "antistereotype": ["y"]}}
+    templates.write_text(json.dumps({**content, "prompt": ""}), encoding="utf-8")
+    assert "the prompt is empty, and the answer a single token; prompt: ''" in refused(capsys, workspace, STEP_1)

@@ -147,7 +147,8 @@ class EvaluationModel:
         """The greedy completion of each prompt, at most MAX_NEW_TOKENS tokens."""
 
         def complete(prompt: str) -> str:
-            inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+            start = prompt or self.tokenizer.eos_token  # a model cannot go on from no token at all
+            inputs = self.tokenizer(start, return_tensors="pt").to(self.model.device)
             output = self.model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],

@@ -14,6 +14,7 @@ from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
 from utils.files import fingerprint_of
 from utils.labels import label_texts
+from utils.performance_functions.files import shown_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,9 +149,12 @@ def tokenize_pairs(pairs: AnswerPairs, tokenizer: PreTrainedTokenizerBase, max_t
     sequences = label_texts(prompts, answers, tokenizer, max_tokens, special_tokens=True)
     for prompt, answer, sequence in zip(prompts, answers, sequences, strict=True):
         if sequence.num_labels == 0:
-            limit = min(max_tokens, tokenizer.model_max_length)
-            reason = f"is left after the cut at {limit} tokens" if answer else "is there: the answer is empty"
-            raise UserError(f"no token of an answer {reason}; prompt: {prompt!r}")
+            reason = f"is left after the cut at {min(max_tokens, tokenizer.model_max_length)} tokens"
+            if not answer:
+                reason = "is there: the answer is empty"
+            elif sequence.label_start < len(sequence.input_ids):
+                reason = "counts: the prompt is empty, and the answer a single token"
+            raise UserError(f"no token of an answer {reason}; prompt: {shown_value(prompt)}")
     return TokenizedPairs(sequences, chosen, rejected, pairs.cluster_numbers, questions)
 
 
