@@ -273,7 +273,8 @@ def repair_task(
     for rate in rates if isinstance(rates, list) else [rates]:
         banner("step 5: repair", f"{task}, {settings.SCORES_TYPE}, learning rate {rate:g}, {settings.MODEL_NAME}")
         checkpoint = repair.checkpoint(rate)
-        with locked(checkpoint.path, paths.report_file(settings.OUTPUT_DIR, checkpoint.path.name)):
+        report_file = paths.report_file(settings.OUTPUT_DIR, checkpoint.path.name)
+        with locked(report_file, *[checkpoint.path] * settings.SAVE_TO_DISK):
             report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
             if settings.SAVE_TO_DISK:
                 save_checkpoint(repair, rate, model, is_measured=bool(metrics))

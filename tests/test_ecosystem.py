@@ -223,7 +223,7 @@ def test_the_manifest_of_another_folder_is_refused_in_one_line(tiny_models, tmp_
         REPAIRED_MODEL_NAMES=None, OUTPUT_DIR=str(tmp_path), MODEL_NAME=str(tiny_models["pythia"])
     )
     with pytest.raises(
-        UserError, match=r"other/manifest.json is not .*; delete it and run gradient_ascent_and_save.py"
+        UserError, match=r"other/manifest.json is not .*; delete the folder and run gradient_ascent_and_save.py"
     ):
         load_script(HARNESS).repaired_models(settings)
 
