@@ -152,6 +152,7 @@ READ_BY = {  # what each step reads
 WORDS = {
     **ARGUMENTS,
     STEP_4: [*DPP, "--TASK_NAME", "truth", "--OVERWRITE", True],
+    STEP_5: [*ARGUMENTS[STEP_5], "--TASK_NAME", "truth"],
     PAPER_TABLES: ["--TASKS", "truth", "--SCORES_TYPES", "dpp", "--PRESERVE_PERPLEXITY", "False", "--BOTTOM_K", 5]
     + ["--SEEDS", 42, "--IF_WEIGHT", 10, "--NUM_COMPLETIONS", 0, "--LEARNING_RATE", 0.02, "--SWEPT_RATES", 0.01, 0.02],
 }
