@@ -32,6 +32,7 @@ from transformers import (
     Qwen2Config,
     set_seed,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from steps import next_command, run_step
 from utils.artifacts import Artifact
@@ -192,6 +193,8 @@ def make_model(settings: Settings, output: Artifact, train: Dialogues, test: Dia
         def save() -> None:
             save_model(model, settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
             write_atomically(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
+            for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                used.rename(folder / f".{used.name}")  # at once, so that a half removed one is not resumed from
             output.publish_folder(started, {}, perplexity=perplexity)
 
         save()

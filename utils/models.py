@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import shutil
 import sys
 import weakref
 from importlib import metadata
@@ -17,7 +16,7 @@ from torch import nn
 
 from utils.artifacts import STAGING_MARKER, require_finite
 from utils.console import UserError, say, say_read, shows_bars
-from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_atomically
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_atomically
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
@@ -278,17 +277,17 @@ def load_tokenizer(
 
 
 def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path, **keywords: object) -> None:
-    """Save a model with a tokenizer in a staging folder, in place of all that a killed run left there.
+    """Save a model with a tokenizer in a staging folder, in place of all but the Trainer's checkpoints there.
 
     Args:
         tokenizer: the model whose tokenizer is copied unchanged: without the settings of `load_tokenizer`.
         keywords: of `save_pretrained`.
     """
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
     for left in folder.iterdir():
-        if left.is_dir():
-            shutil.rmtree(left)
-        elif left.name != STAGING_MARKER:
-            left.unlink()
+        if left.name != STAGING_MARKER and not left.name.startswith(PREFIX_CHECKPOINT_DIR):
+            remove(left)
     model.save_pretrained(folder, **keywords)
     _from_hub_or_folder("AutoTokenizer", tokenizer, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
     for file in folder.glob("*config.json"):
