@@ -39,7 +39,7 @@ from utils.models import load_model, locate, model_fingerprint, resolve_device
 from utils.processes import first_process_only
 from utils.registry import harness_result
 from utils.reporting.tables import Row, Table, with_interval
-from utils.settings import Choices, ModelNames, PositiveInt, Settings
+from utils.settings import Choices, ModelNames, PositiveInt, Settings, require_distinct_models
 from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def comparison(before: Mapping[str, Any], after: Mapping[str, Mapping[str, Any]]
 def main(settings: Settings) -> None:
     """Evaluate the model and its repairs, and compare."""
     repaired, manager = repaired_models(settings), find_tasks(settings)
+    require_distinct_models([settings.MODEL_NAME, *repaired], "MODEL_NAME and REPAIRED_MODEL_NAMES")
     results = {}
     for model in (settings.MODEL_NAME, *repaired):
         banner("lm-evaluation-harness", model)

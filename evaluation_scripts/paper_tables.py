@@ -51,6 +51,7 @@ from utils.settings import (
     ScoresType,
     Seed,
     Settings,
+    require_distinct_models,
 )
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -280,6 +281,8 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
             f"PRE_SFT_MODEL_NAMES has {len(before)} names for {len(settings.MODEL_NAMES)} in MODEL_NAMES; "
             "allowed is one for each, in the same order, or None"
         )
+    named = {*filter(None, before), *settings.MODEL_NAMES}  # several may have the same base
+    require_distinct_models(sorted(named), "PRE_SFT_MODEL_NAMES and MODEL_NAMES")
     baselines = []
     for names in zip(before, settings.MODEL_NAMES, strict=True):
         for name, stage in zip(names, ("pre-SFT", "POST-SFT"), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import runpy
 import shlex
@@ -109,6 +110,10 @@ def test_lines_and_bars_where_somebody_reads_them(monkeypatch, capsys, in_ci, is
 @pytest.mark.parametrize(
     ("error", "told"),
     [
+        (OSError(errno.EISDIR, "Is a directory", "results/x"), "results/x is a folder where a file is needed"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "long"), "long has a longer name than the disk takes"),
+        (OSError(errno.ELOOP, "Too many levels", "loop"), "loop is a link that leads back to itself"),
+        (RuntimeError("Os { code: 13, kind: PermissionDenied }"), "a file may not be read or written"),  # safetensors
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller TOKENS_PER_BATCH"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -118,6 +123,6 @@ def test_lines_and_bars_where_somebody_reads_them(monkeypatch, capsys, in_ci, is
         (ValueError("shapes differ"), None),
     ],
 )
-def test_what_to_do_when_the_machine_runs_out(error, told):
+def test_what_to_do_about_errors_of_the_machine(error, told):
     remedy = remedy_for(error)
     assert remedy is None if told is None else told in remedy

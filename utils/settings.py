@@ -77,6 +77,16 @@ class DistinctModels(Distinct):
         return "that differ in the last part, by which artifacts are named"
 
 
+def require_distinct_models(models: Sequence[str], constants: str) -> None:
+    """Check models of several constants, whose results have one folder.
+
+    Raises:
+        UserError: two of them have one name there.
+    """
+    if not DistinctModels().allows(models):
+        raise UserError(f"{constants} = {', '.join(models)}: allowed are models {DistinctModels()}")
+
+
 PositiveInt = Annotated[int, Between(1, LARGEST_INT)]
 NonNegativeInt = Annotated[int, Between(0, LARGEST_INT)]
 Seed = Annotated[int, Between(0, LARGEST_SEED)]
