@@ -318,6 +318,33 @@ def test_what_is_being_replaced_stays_whole_until_then(reference, tmp_path, monk
     assert_same(workspace.output, fresh.output)
 
 
+@pytest.mark.parametrize("content", [b"", b"half", None])
+def test_a_stray_or_truncated_file_in_an_unfinished_folder_is_made_again(reference, tmp_path, monkeypatch, content):
+    """None stands for a link to a file of somebody's."""
+    workspace = reference.before(STEP_1, tmp_path / "output")
+    with monkeypatch.context() as patch:
+        patch.setattr(factors, "fit_lambdas", stop_here)
+        with pytest.raises(SystemExit):
+            workspace.run(STEP_1)
+    partial = workspace.output / f"{FACTORS}.partial"
+    precious = tmp_path / "precious"
+    precious.write_text("kept", encoding="utf-8")
+    for name in ("activation_covariance.safetensors", "lambda_matrix.safetensors", ".tmp123", "stray"):
+        (partial / name).unlink(missing_ok=True)
+        if content is None:
+            (partial / name).symlink_to(precious)
+        else:
+            (partial / name).write_bytes(content)
+    (partial / "lambda_matrix.safetensors.partial").mkdir()
+    workspace.run(STEP_1)
+    assert_same(workspace.output, reference.after(STEP_1))
+    assert precious.read_text(encoding="utf-8") == "kept"
+
+
+def stop_here(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_killed_for_good_in_step_1(reference, tmp_path, monkeypatch):
     """A real process and a real SIGKILL, sent when the covariances are there."""
     workspace = reference.before(STEP_1, tmp_path / "output")

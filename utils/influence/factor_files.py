@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from kronfluence.utils.constants import FACTOR_TYPE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.artifacts import require_finite
+from utils.artifacts import STAGING_MARKER, require_finite
 from utils.console import UserError, shown_path
-from utils.files import written_whole
+from utils.files import remove, written_whole
 from utils.processes import first_process_only
 
 
@@ -19,9 +20,27 @@ def _factor_file(folder: Path, name: str) -> Path:
 
 
 @first_process_only
-def are_saved(folder: Path, names: list[str]) -> bool:
-    """Whether all of these factors are in a folder."""
-    return all(_factor_file(folder, name).exists() for name in names)
+def are_saved(folder: Path, names: list[str], modules: Collection[str]) -> bool:
+    """Whether all of these factors are in a folder, in files that are whole and have a tensor for each module."""
+    return all(_modules_in(_factor_file(folder, name)) == set(modules) for name in names)
+
+
+def _modules_in(file: Path) -> set[str]:
+    """The modules that a file of factors has tensors for; none if it is missing or not whole."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return set(stored.keys())
+    except (SafetensorError, OSError):
+        return set()
+
+
+@first_process_only
+def remove_strays(folder: Path, names: Sequence[str]) -> None:
+    """Remove from a staging folder whatever is no file of these factors."""
+    known = {STAGING_MARKER, *(_factor_file(folder, name).name for name in names)}
+    for path in folder.iterdir():
+        if path.name not in known:
+            remove(path)
 
 
 @first_process_only
