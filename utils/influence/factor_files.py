@@ -37,6 +37,7 @@ def _modules_in(file: Path) -> set[str]:
 @first_process_only
 def remove_strays(folder: Path, names: Sequence[str]) -> None:
     """Remove from a staging folder whatever is no file of these factors."""
+    folder.mkdir(parents=True, exist_ok=True)
     known = {STAGING_MARKER, *(_factor_file(folder, name).name for name in names)}
     for path in folder.iterdir():
         if path.name not in known:
