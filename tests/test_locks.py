@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -82,6 +84,33 @@ def test_a_link_where_a_lock_goes_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic link"), locked(tmp_path / "x.json"):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_disk_without_file_locks(tmp_path, monkeypatch, capsys, recwarn, number):
+    """A marker takes the lock's place; that of a process that has died is taken over."""
+
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(locks, "_has_flock_on", {})
+    path = tmp_path / "x.json"
+    pid = fork(partial(hold_and_say_so, path, 0.5))
+    wait_for(tmp_path / "held")
+    with locked(path):
+        assert (tmp_path / "released").exists()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert "waiting for another run" in capsys.readouterr().out
+    (tmp_path / "held").unlink()
+    pid = fork(partial(hold_and_say_so, path, 60))
+    wait_for(tmp_path / "held")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with locked(path):
+        pass
+    assert not list(tmp_path.glob(".*"))
+    assert not recwarn.list
 
 
 def count_up(file: Path, times: int) -> None:

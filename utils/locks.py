@@ -12,10 +12,12 @@ runs wait for each other.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from utils.console import say, shown_path
 from utils.processes import first_process_only
@@ -23,6 +25,7 @@ from utils.processes import first_process_only
 SECONDS_BETWEEN_TRIES = 0.1
 
 _held: dict[Path, BaseFileLock] = {}  # by what is locked; of several processes the first one holds them
+_has_flock_on: dict[int, bool] = {}  # by the device of a folder
 
 
 @contextlib.contextmanager
@@ -47,22 +50,40 @@ def _acquire(paths: Sequence[Path]) -> list[Path]:
             if _held.keys() & {path, *path.parents}:
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                say(
-                    f"   waiting for another run, which works on {shown_path(path)} (if there is none, on no machine, "
-                    f"delete {shown_path(Path(lock.lock_file))})"
-                )
-                lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
-            _held[path] = lock
+            _held[path] = _acquire_one(path)
             acquired.append(path)
     except BaseException:
         for path in reversed(acquired):
             _release(path)
         raise
     return acquired
+
+
+def _acquire_one(path: Path) -> BaseFileLock:
+    kind = FileLock if _has_flock(path.parent) else SoftFileLock
+    lock = kind(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(
+            f"   waiting for another run, which works on {shown_path(path)} (if there is none, on no machine, delete "
+            f"{shown_path(Path(lock.lock_file))})"
+        )
+        lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
+    return lock
+
+
+def _has_flock(folder: Path) -> bool:
+    """Whether the file system of a folder can lock files."""
+    device = folder.stat().st_dev
+    if device not in _has_flock_on:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            try:
+                fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _has_flock_on[device] = True
+            except OSError:
+                _has_flock_on[device] = False
+    return _has_flock_on[device]
 
 
 def _release(path: Path) -> None:
