@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before imports that take seconds
 import random
 import time
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,7 +32,7 @@ from utils.batching import LabelledSequence
 from utils.console import banner, say
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.scores import mean_measurement_gradient, precondition, score_training_examples
+from utils.influence.scores import mean_measurement_gradient, precondition_with, score_training_examples
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.models import resolve_device
@@ -92,14 +91,16 @@ def fit(
         output.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
 
 
-def preconditioned_queries(traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], factors: Path) -> Gradients:
+def preconditioned_queries(
+    traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], factors: Artifact
+) -> Gradients:
     """(F + damping I)^-1 grad f of every task, (tasks, out, in), so that one training pass scores all of them."""
     gradients = []
     for task, pairs in queries.items():
         loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
         gradients.append(mean_measurement_gradient(traced, task, loader))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    return precondition(stacked, traced.curvature, factors)
+    return precondition_with(factors, stacked, traced.curvature)
 
 
 def trace_model(settings: Settings, model: str) -> None:
@@ -147,10 +148,10 @@ def make_unfinished(
     with locked(factors.path):
         if not has_factors and not is_finished(factors):  # another run may have fitted them meanwhile
             fit(settings, traced, tasks[0], examples, factors)
-        if not unfinished:
-            return
-        started = time.monotonic()
-        gradients = preconditioned_queries(traced, queries, factors.path)
+    if not unfinished:
+        return
+    started = time.monotonic()
+    gradients = preconditioned_queries(traced, queries, factors)
     train = traced.loader(examples, cached=True, description="training dialogues")
     scores = score_training_examples(traced, tasks[0], train, gradients, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):

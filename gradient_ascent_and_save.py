@@ -180,7 +180,7 @@ SPREAD_SAVING = {"max_shard_size": "5GB"}  # the weights of a spread model pass 
 
 
 def save_checkpoint(repair: RepairRecord, learning_rate: float, model: SteppableModel, is_measured: bool) -> None:
-    """Write the repaired checkpoint, unless it is finished.
+    """Write the repaired checkpoint.
 
     Args:
         is_measured: its loss is known to be finite; otherwise that of one dialogue is tried first.
@@ -189,8 +189,6 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
         UserError: its weights or its loss are not finite; then nothing is written.
     """
     checkpoint = repair.checkpoint(learning_rate)
-    if checkpoint.is_finished(model.settings.OVERWRITE):
-        return
     stepped = model.at(repair, learning_rate)
     # What is spread to CPU memory or disk (here on the meta device) does not change.
     weights = {name: weight for name, weight in stepped.model.named_parameters() if not weight.is_meta}
@@ -267,7 +265,7 @@ def repair_task(
         earlier_rates(*sweep, settings.OVERWRITE)  # a sweep of other inputs is refused before the work
     if rates == "auto":
         banner("step 5: learning rate", f"{task}, {settings.SCORES_TYPE}, {settings.MODEL_NAME}")
-        search = search_learning_rate(repair.artifacts, task, partial(model.at, repair))
+        search = search_learning_rate(repair.artifacts, task, repair.gradient, partial(model.at, repair))
         rates = search["learning_rate"]
     reports = []
     for rate in rates if isinstance(rates, list) else [rates]:
@@ -275,8 +273,9 @@ def repair_task(
         checkpoint = repair.checkpoint(rate)
         report_file = paths.report_file(settings.OUTPUT_DIR, checkpoint.path.name)
         with locked(report_file, *[checkpoint.path] * settings.SAVE_TO_DISK):
+            is_saved = not settings.SAVE_TO_DISK or checkpoint.is_finished(settings.OVERWRITE)
             report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
-            if settings.SAVE_TO_DISK:
+            if not is_saved:
                 save_checkpoint(repair, rate, model, is_measured=bool(metrics))
             repair.write(report)
             if settings.NUM_COMPLETIONS:
@@ -318,8 +317,9 @@ def main(settings: Settings) -> None:
             checkpoints = repair_task(repair, model, evaluator, metrics, tracker)
             if access:
                 for checkpoint in checkpoints:
-                    files = [*checkpoint.require()["files"], *RECORDS]
-                    push_folder(checkpoint.path, files, settings.HUB_USERNAME, access)
+                    with locked(checkpoint.path):
+                        files = [*checkpoint.require()["files"], *RECORDS]
+                        push_folder(checkpoint.path, files, settings.HUB_USERNAME, access)
 
 
 def tables_command(settings: Settings) -> str:

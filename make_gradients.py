@@ -28,7 +28,6 @@ if __name__ == "__main__":  # before imports that take seconds
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,10 +35,11 @@ import torch
 
 from steps import next_command, run_step
 from tasks import BackwardTask
+from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import UserError, banner, shown_path
 from utils.files import fingerprint_of
-from utils.influence.scores import mean_measurement_gradient, precondition
+from utils.influence.scores import mean_measurement_gradient, precondition_with
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.models import resolve_device
@@ -242,7 +242,11 @@ def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tup
 
 
 def repair_gradient(
-    settings: Settings, traced: TracedModel, examples: list[LabelledSequence], sources: GradientSources, factors: Path
+    settings: Settings,
+    traced: TracedModel,
+    examples: list[LabelledSequence],
+    sources: GradientSources,
+    factors: Artifact,
 ) -> tuple[Gradients, dict[str, Any]]:
     """G = P grad, the preconditioned gradient of the sources; with retained dialogues the preserving direction.
 
@@ -256,10 +260,10 @@ def repair_gradient(
     else:
         gradient = subset_gradient(traced, task, examples, sources.indices, settings.GRADIENT_REDUCTION_TYPE)
     if not sources.retained:
-        return precondition(gradient, traced.curvature, factors), facts
+        return precondition_with(factors, gradient, traced.curvature), facts
     retained = retained_gradient(traced, task, examples, sources.retained)
     both = {name: torch.cat([gradient[name], retained[name]]) for name in gradient}  # (2, out, in)
-    direction, facts["alpha"] = preserving_direction(both, precondition(both, traced.curvature, factors))
+    direction, facts["alpha"] = preserving_direction(both, precondition_with(factors, both, traced.curvature))
     return direction, facts
 
 
@@ -269,8 +273,8 @@ def repair_gradient(
 def make_model_gradients(settings: Settings, model: str) -> None:
     """The repair gradients of one model, which is loaded when the first of them is to be computed."""
     device, artifacts = resolve_device(settings.DEVICE), ModelArtifacts(settings, model)
-    factors = artifacts.factors()
-    artifacts = artifacts.with_constants(factors.require()["settings"])  # NUM_BLOCKS and the like, as they were made
+    made_with = artifacts.factors().require()["settings"]  # NUM_BLOCKS and the like
+    artifacts = artifacts.with_constants(made_with)
     traced: TracedModel | None = None
     for task_name in tasks_of(settings.TASK_NAME):
         banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model}")
@@ -283,8 +287,7 @@ def make_model_gradients(settings: Settings, model: str) -> None:
                 traced = load_traced_model(artifacts.settings, model, device)
                 examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
             started = time.monotonic()
-            with locked(factors.path):
-                gradient, facts = repair_gradient(settings, traced, examples, sources, factors.path)
+            gradient, facts = repair_gradient(settings, traced, examples, sources, artifacts.factors())
             output.save_tensors(gradient, started, **facts)
 
 

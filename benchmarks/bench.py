@@ -34,7 +34,7 @@ from benchmarks.workload import (
 from steps import run_step
 from utils.artifacts import software_versions
 from utils.console import banner, say
-from utils.files import read_json, to_json, write_atomically
+from utils.files import read_json, to_json, write_locked
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
@@ -233,13 +233,13 @@ def main(settings: Settings) -> None:
             peaks = [sides[side]["peak_bytes"] for side in ("released", "ours")]
             results["ratios"]["step1_peak_memory"] = peaks[0] / peaks[1]
         results["ratios"] = {key: results["ratios"][key] for key in BARS if key in results["ratios"]}
-        write_atomically(RESULTS, to_json(results))
-        write_atomically(RESULTS.with_suffix(".md"), results_table(results) + "\n")
+        write_locked(RESULTS, to_json(results))
+        write_locked(RESULTS.with_suffix(".md"), results_table(results) + "\n")
         results_figure(results, RESULTS.with_suffix(".png"))
     if settings.BERGSON_PYTHON:
         banner("benchmark", "step 1 for one task, beside bergson")
         results["bergson"] = compare_with_bergson(settings.BERGSON_PYTHON, work, settings.REPETITIONS)
-        write_atomically(RESULTS, to_json(results))
+        write_locked(RESULTS, to_json(results))
     say(results_table(results))
     say(f"   wrote {RESULTS} with .md and .png")
 

@@ -32,7 +32,7 @@ from benchmarks.workload import (
 )
 from steps import run_step
 from utils.console import banner, say
-from utils.files import to_json, write_atomically
+from utils.files import to_json, write_locked
 from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -228,8 +228,8 @@ def main(settings: Settings) -> None:
         results["fits"][axis] = fit(results[axis], axis)
     largest = results["dialogues"][-1]
     results["projection"] = project(largest["tokens"] / largest["dialogues"], largest["labels"] / largest["dialogues"])
-    write_atomically(RESULTS, to_json(results))
-    write_atomically(RESULTS.with_suffix(".md"), tables(results) + "\n")
+    write_locked(RESULTS, to_json(results))
+    write_locked(RESULTS.with_suffix(".md"), tables(results) + "\n")
     figure(results, RESULTS.with_suffix(".png"))
     say(tables(results))
 

@@ -28,7 +28,7 @@ from benchmarks.workload import PAPER_TRAIN, VOCABULARY, Workload, find_source, 
 from steps import run_step
 from utils.artifacts import software_versions
 from utils.console import banner, say
-from utils.files import read_json, to_json, write_atomically
+from utils.files import read_json, to_json, write_locked
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
@@ -202,13 +202,13 @@ def main(settings: Settings) -> None:
     for step in settings.STEPS:
         banner("scaling", step)
         results["steps"][step] = [measure_round(step, work, settings.PROCESSES) for _ in range(settings.REPETITIONS)]
-        write_atomically(RESULTS, to_json(results))
+        write_locked(RESULTS, to_json(results))
     seconds = [result_of(start(2, "all_reduce", work))["seconds"][0] for _ in range(settings.REPETITIONS)]
     results["all_reduce_bytes_per_second"] = ADDED_UP_BYTES / statistics.median(seconds)
     results["projection"] = project(read_json(growth.RESULTS), results["all_reduce_bytes_per_second"])
     text = f"{results_table(results)}\n\n{projection_table(results['projection'])}"
-    write_atomically(RESULTS, to_json(results))
-    write_atomically(RESULTS.with_suffix(".md"), f"{text}\n")
+    write_locked(RESULTS, to_json(results))
+    write_locked(RESULTS.with_suffix(".md"), f"{text}\n")
     say(text)
 
 

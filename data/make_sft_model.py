@@ -32,14 +32,13 @@ from transformers import (
     Qwen2Config,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from steps import next_command, run_step
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
 from utils.evaluation import EvaluationModel
-from utils.files import fingerprint_of, write_atomically
-from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size
+from utils.files import fingerprint_of, write_whole
+from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size, set_checkpoints_aside
 from utils.locks import locked
 from utils.models import (
     load_model,
@@ -192,9 +191,8 @@ def make_model(settings: Settings, output: Artifact, train: Dialogues, test: Dia
         @first_process_only
         def save() -> None:
             save_model(model, settings.TOKENIZER if is_bare else settings.BASE_MODEL, folder)
-            write_atomically(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
-            for used in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                used.rename(folder / f".{used.name}")  # at once, so that a half removed one is not resumed from
+            write_whole(folder / "README.md", sft_card(vars(settings), len(train), perplexity))
+            set_checkpoints_aside(folder)
             output.publish_folder(started, {}, perplexity=perplexity)
 
         save()

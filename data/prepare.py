@@ -47,6 +47,7 @@ from data.official.sources import Source, find_source
 from steps import require_writable, run_step
 from utils.console import UserError, banner, is_disk_full, say, shown_path
 from utils.files import fingerprint_of_files
+from utils.locks import locked
 from utils.paths import resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table
@@ -117,7 +118,7 @@ def prepare(file: OfficialFile, source: Source, data_dir: Path, settings: Settin
     content = PARTS[file.part].content(source, file.split, file.candidates, *options.values())
     if content.num_rows == 0:
         raise UserError(f"{source} gives no rows for {file.name}; it needs at least one")
-    with output.staged(content.text) as staging_dir:
+    with locked(output.path.parent), output.staged(content.text) as staging_dir:
         loaded = file.count_loaded(source, staging_dir)
         count = content.num_rows or sum(loaded.values())
         if settings.CHECK_COUNTS:

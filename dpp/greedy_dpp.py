@@ -102,6 +102,7 @@ def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
 class Kernel(Protocol):
     """A positive semi-definite kernel over the N training examples, evaluated a block at a time."""
 
+    gamma: float
     diagonal: torch.Tensor  # k(x_i, x_i) for all i, (N,) float64
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -158,6 +159,7 @@ class FourierKernel:
 
     def __init__(self, representations: torch.Tensor, gamma: float, num_features: int, seed: int) -> None:
         require_memory(*representations.shape, num_features)
+        self.gamma = gamma
         generator = torch.Generator().manual_seed(seed)
         hidden = representations.shape[1]
         frequencies = torch.randn(hidden, num_features, generator=generator) * math.sqrt(2 * gamma)
@@ -274,31 +276,35 @@ def require_finite_objective(bottom_k: int, if_weight: float) -> None:
         )
 
 
+def make_kernel(settings: Settings, representations: torch.Tensor) -> Kernel:
+    """The KERNEL on the representations, with GAMMA or that of the median heuristic."""
+    representations = center(representations)
+    gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
+    if settings.KERNEL == "rbf":
+        return RBFKernel(representations, gamma)
+    return FourierKernel(representations, gamma, settings.NUM_FEATURES, settings.SEED)
+
+
 @first_process_only
 def main(settings: Settings) -> None:
     """Pick a subset for every task."""
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
     require_enough(settings.BOTTOM_K, len(artifacts.dialogues))
     require_finite_objective(settings.BOTTOM_K, settings.IF_WEIGHT)
-    kernel: Kernel | None = None
+    source, source_fingerprint, kernel = artifacts.representations(), "", None
     for task in tasks_of(settings.TASK_NAME):
         banner("step 3: diverse subset", f"{task}, {settings.MODEL_NAME}")
         scores, fingerprints = ranking_scores(artifacts, task)
-        source = artifacts.representations()
-        output = artifacts.dpp(task, **fingerprints, representations=source.require()["fingerprint"])
+        source_fingerprint = source_fingerprint or source.require()["fingerprint"]
+        output = artifacts.dpp(task, **fingerprints, representations=source_fingerprint)
         with locked(output.path):
             if output.is_finished(settings.OVERWRITE):
                 continue
             if kernel is None:  # shared by the tasks
-                representations = center(source.load_tensors()["representations"])
-                gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
-                if settings.KERNEL == "rbf":
-                    kernel = RBFKernel(representations, gamma)
-                else:
-                    kernel = FourierKernel(representations, gamma, settings.NUM_FEATURES, settings.SEED)
+                kernel = make_kernel(settings, source.load_tensors(source_fingerprint)["representations"])
             started = time.monotonic()
             subset = greedy_dpp(kernel, min_max_normalise(-scores), settings.BOTTOM_K, settings.IF_WEIGHT)
-            output.save_json({**vars(subset), "objective": subset.objective, "gamma": gamma}, started)
+            output.save_json({**vars(subset), "objective": subset.objective, "gamma": kernel.gamma}, started)
 
 
 if __name__ == "__main__":

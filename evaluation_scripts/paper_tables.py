@@ -29,6 +29,7 @@ from steps import run_script, run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
+from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.files import parse_json, read_text, shown_value
 from utils.performance_functions.hh import load_dialogues
@@ -337,14 +338,15 @@ def main(settings: Settings) -> None:
     rows = run_everything(settings, grid)
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     tables: list[Table] = []
-    for name, repairs in grid.items():
-        shown = [row for row in rows if any(repair.matches(row) for repair in repairs)]
-        tables.append(main_table(baselines, shown, known_harm) if name == "main" else ablation_table(shown, name))
-        tables[-1].write(folder / name)
-        if name != "main":
-            ablation_figure(shown, name, folder / f"{name}.png")
+    with locked(folder):
+        for name, repairs in grid.items():
+            shown = [row for row in rows if any(repair.matches(row) for repair in repairs)]
+            tables.append(main_table(baselines, shown, known_harm) if name == "main" else ablation_table(shown, name))
+            tables[-1].write(folder / name)
+            if name != "main":
+                ablation_figure(shown, name, folder / f"{name}.png")
     write_report(report_on(settings, rows, tables, known_harm), paths.results_dir(settings.OUTPUT_DIR) / "report.html")
-    say(f"\n{(folder / 'main.md').read_text(encoding='utf-8')}")
+    say(f"\n{tables[0].markdown()}")
     say(f"tables: {shown_path(folder)}")
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from utils import artifacts, paths
 from utils.artifacts import Artifact, require_finite
 from utils.console import UserError
-from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_atomically, write_if_changed
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_if_changed, write_locked
 from utils.locks import locked
 
 STEP = "compute_factors_and_scores.py"
@@ -137,7 +137,7 @@ def test_folder_artifact_carries_its_manifest_inside(tmp_path):
 def test_killed_at_any_file_operation_a_text_is_the_old_one_or_the_new_one(tmp_path):
     for operation in count(1):
         file = tmp_path / str(operation) / "settings.json"
-        write_atomically(file, "old")
+        write_locked(file, "old")
         was_killed = was_killed_at(operation, partial(write_if_changed, file, "new"))
         assert file.read_text(encoding="utf-8") in ("old", "new")
         write_if_changed(file, "new")

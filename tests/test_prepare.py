@@ -766,7 +766,7 @@ def test_a_full_disk_when_the_manifest_is_written(run, hub, data, capsys, monkey
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "write_text", fail)
+        patch.setattr(artifacts, "write_whole", fail)
         assert all_in(failure(run, capsys, "--ONLY", "truth", *ANY_COUNT), "the disk is full")
     assert set(contents(data)) == {"truthfulness/TruthfulQA.csv"}
     run("--ONLY", "truth", *ANY_COUNT)

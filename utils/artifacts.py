@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -36,7 +37,7 @@ from utils.files import (
     read_json,
     remove,
     to_json,
-    write_text,
+    write_whole,
     written_whole,
 )
 from utils.hub import allows_remote_code
@@ -176,8 +177,7 @@ class Artifact:
                 folder that this project did not make.
         """
         if not self._is_there():
-            is_foreign = self.is_folder and self.path.is_dir() and any(self.path.iterdir())
-            if is_foreign and not overwrite:
+            if self._is_foreign() and not overwrite:
                 raise UserError(
                     f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
                     "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
@@ -194,7 +194,8 @@ class Artifact:
         differences += differing_values(manifest["inputs"], self.inputs)
         if differences and not overwrite:
             raise UserError(
-                f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}. "
+                f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}"
+                f"{self._hint(manifest)}. "
                 "Set OVERWRITE = True to replace it, or choose another OUTPUT_DIR to keep both"
             )
         if differences:
@@ -222,13 +223,24 @@ class Artifact:
             if recorded.get(name) != value:
                 raise UserError(
                     f"{shown_path(self.path)} was made with {name} = {recorded.get(name)!r}, but this step has "
-                    f"{name} = {value!r}; make them agree or run {self.made_by} again with OVERWRITE = True"
+                    f"{name} = {value!r}{self._hint(manifest)}; make them agree or run {self.made_by} again with "
+                    "OVERWRITE = True"
                 )
         self._require_undamaged(manifest)
         return manifest
 
+    def _hint(self, manifest: Mapping[str, Any]) -> str:
+        """What a fingerprint of a model is of, if that differs."""
+        is_same = "model" not in self.inputs or manifest["inputs"].get("model") == self.inputs["model"]
+        return "" if is_same else " (another model, or a file of its folder was changed, added or removed)"
+
     def _is_there(self) -> bool:
         return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
+
+    def _is_foreign(self) -> bool:
+        """Whether something other than an empty folder stands where this folder would go."""
+        is_empty = self.path.is_dir() and not self.path.is_symlink() and not any(self.path.iterdir())
+        return self.is_folder and os.path.lexists(self.path) and not is_empty
 
     def _read_manifest(self) -> dict[str, Any]:
         return read_manifest(self.manifest_path, self.remedy)
@@ -256,21 +268,39 @@ class Artifact:
         """Remove what a run that was killed at its last rename left."""
         leftovers = [partial_of(self.path), partial_of(self.manifest_path)]
         if self.is_folder:
-            leftovers += [self._replaced_path, self.path / STAGING_MARKER, *self.path.glob("*.partial")]
+            leftovers += [self.path / STAGING_MARKER, *self.path.glob("*.partial")]
+            self._remove_replaced()
         for leftover in leftovers:
             remove(leftover)
 
+    def _remove_replaced(self) -> None:
+        """Remove what this folder has replaced, its mark last; a folder without a mark is somebody else's."""
+        replaced = self._replaced_path
+        if not replaced.is_symlink() and replaced.is_dir():
+            marks = [replaced / MANIFEST_NAME, replaced / STAGING_MARKER]
+            if any(replaced.iterdir()) and not any(mark.is_file() for mark in marks):
+                return
+            for path in replaced.iterdir():
+                if path not in marks:
+                    remove(path)
+        remove(replaced)
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def load_tensors(self) -> dict[str, torch.Tensor]:
+    def load_tensors(self, fingerprint: str | None = None) -> dict[str, torch.Tensor]:
         """Read a safetensors artifact.
+
+        Args:
+            fingerprint: that of the manifest that was read before; what another run has put there since is refused.
 
         Raises:
             UserError: missing, made from something else, changed since it was written, unreadable, or not finite.
         """
-        self.require()  # first, since a lock makes folders
-        with locked(self.path):
-            self._require_content(self.require())
+        with locked(self.path, to_read=True):
+            manifest = self.require()
+            if fingerprint and manifest["fingerprint"] != fingerprint:
+                raise UserError(f"{shown_path(self.path)} was replaced by another run meanwhile; run this step again")
+            self._require_content(manifest)
             try:
                 tensors = load_file(self.path)
             except (SafetensorError, OSError) as error:
@@ -286,8 +316,7 @@ class Artifact:
         Raises:
             UserError: missing, made from something else, changed since it was written, or not valid JSON.
         """
-        self.require()
-        with locked(self.path):
+        with locked(self.path, to_read=True):
             self.require()
             return read_json(self.path, self.remedy)
 
@@ -334,8 +363,9 @@ class Artifact:
                 yield partial
                 details = {"content": fingerprint_of_content(partial), **details}
                 self.manifest_path.unlink(missing_ok=True)
-            manifest = self._manifest(started, shapes, [] if self._is_json else [self.path], details)
-            write_text(self.manifest_path, to_json(manifest))
+            files = {} if self._is_json else {self.path.name: self.path.stat().st_size}
+            manifest = self._manifest(started, shapes, files, details)
+            write_whole(self.manifest_path, to_json(manifest))
             self._say_written(started, shapes)
 
     @contextmanager
@@ -354,32 +384,39 @@ class Artifact:
             is_ours = False
         if not is_ours:
             remove(self.partial_path)
-            write_text(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
+            write_whole(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
 
     @first_process_only
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
         """Put the manifest into the staging folder and give the folder its name.
 
-        What libraries and killed runs left there under temporary names is removed.
+        What lies there under a temporary name, `*.partial` or hidden, does not belong to the artifact and is removed.
         """
-        for leftover in [*self.partial_path.glob("*.partial"), *self.partial_path.glob(".*")]:
+        for leftover in self.partial_path.glob(".*"):
             remove(leftover)
-        files = sorted(
-            file
-            for file in self.partial_path.iterdir()
-            if file.is_file() and file.name not in (STAGING_MARKER, MANIFEST_NAME, "README.md")  # which may be edited
-        )
-        manifest = self._manifest(started, shapes, files, details)
-        write_text(self.partial_path / MANIFEST_NAME, to_json(manifest))
-        remove(self._replaced_path)
-        if self.path.exists():
+        manifest = self._manifest(started, shapes, self._files_in(self.partial_path), details)
+        write_whole(self.partial_path / MANIFEST_NAME, to_json(manifest))
+        self._remove_replaced()
+        if os.path.lexists(self.path):
+            if self.path.is_dir() and not self._is_there():
+                write_whole(self.path / STAGING_MARKER, "")  # with OVERWRITE this folder of somebody's may go
             self.path.replace(self._replaced_path)
-        self.partial_path.replace(self.path)
-        self._tidy()  # until here a killed run resumes
+        self.partial_path.replace(self.path)  # until here a killed run resumes
+        self._tidy()
         self._say_written(started, shapes)
 
+    def _files_in(self, folder: Path) -> dict[str, int]:
+        """The sizes of the files that belong to a folder, by their paths in it; a README may be edited."""
+        apart = (STAGING_MARKER, MANIFEST_NAME, "README.md")
+        names = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
+        return {
+            name.as_posix(): file.stat().st_size
+            for file, name in names.items()
+            if str(name) not in apart and not name.parts[0].endswith(".partial")
+        }
+
     def _manifest(
-        self, started: float, shapes: dict[str, list[int]], files: Sequence[Path], details: dict[str, Any]
+        self, started: float, shapes: dict[str, list[int]], files: dict[str, int], details: dict[str, Any]
     ) -> dict[str, Any]:
         manifest = {
             "artifact": self.path.name,
@@ -388,7 +425,7 @@ class Artifact:
             "settings": self.settings,
             "inputs": self.inputs,
             "shapes": shapes,
-            "files": {file.name: file.stat().st_size for file in files},
+            "files": files,
             "seconds": round(time.monotonic() - started, 3),
             "versions": software_versions(),
             "processes": launched(),

@@ -193,7 +193,7 @@ class Evaluator:
 
         Args:
             model_name: the name under which the result is stored.
-            fingerprint: of the model's weights.
+            fingerprint: of the model.
             load: gives the model; called only if there is something to compute.
 
         Raises:

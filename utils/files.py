@@ -57,7 +57,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         remove(folder)
 
 
-def write_text(path: Path, text: str) -> None:
+@first_process_only
+def write_whole(path: Path, text: str) -> None:
     """Write a text file whole, to the disk itself. The caller holds a lock."""
     with written_whole(path) as partial, partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -66,20 +67,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 @first_process_only
-def write_atomically(path: Path, text: str) -> None:
+def write_locked(path: Path, text: str) -> None:
     """Write a text file whole, while no other run writes it."""
     with locked(path):
-        write_text(path, text)
+        write_whole(path, text)
 
 
 @first_process_only
 def write_if_changed(path: Path, text: str) -> None:
-    """Write a text file as `write_atomically`, unless it says the same already."""
+    """Write a text file as `write_locked`, unless it says the same already."""
     with locked(path):
         if path.is_file() and path.read_bytes() == text.encode("utf-8"):
             remove(partial_of(path))  # a run may have been killed at its last rename
         else:
-            write_text(path, text)
+            write_whole(path, text)
 
 
 def to_json(value: Any) -> str:  # noqa: ANN401

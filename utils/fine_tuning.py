@@ -25,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from utils.batching import IGNORED_LABEL, LabelledSequence
 from utils.console import UserError, progress_bar, say, shown_path
+from utils.files import partial_of
 from utils.forward import output_logits
 from utils.models import load_model
 from utils.performance_functions.losses import label_hidden_states
@@ -106,9 +107,17 @@ def micro_batch_size(settings: Settings, num_processes: int) -> int:
     return size
 
 
+def set_checkpoints_aside(folder: Path) -> None:
+    """Give the Trainer's checkpoints temporary names, under which they go when the finished model is published."""
+    for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        checkpoint.rename(partial_of(checkpoint))
+
+
 @first_process_only
 def last_checkpoint(folder: Path) -> str | None:
     """The newest complete checkpoint, after deleting incomplete ones: the Trainer writes its state file last."""
+    for aside in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*.partial"):  # whole, of a run killed before it had published
+        aside.rename(aside.with_suffix(""))
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if not (checkpoint / TRAINER_STATE_NAME).is_file():
             shutil.rmtree(checkpoint, ignore_errors=True)

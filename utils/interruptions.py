@@ -43,7 +43,8 @@ def ignore() -> None:
 @contextlib.contextmanager
 def as_exceptions() -> Iterator[None]:
     """Within, the first signal to stop is an exception; a second one, while that is handled, ends the process."""
-    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+    is_main = threading.current_thread() is threading.main_thread()  # which alone gets signals
+    if not is_main or signal.getsignal(signal.SIGINT) is _raise:  # a step within a step
         yield
         return
     before = [signal.signal(number, _raise) for number in SIGNALS]
@@ -51,7 +52,7 @@ def as_exceptions() -> Iterator[None]:
         yield
     finally:
         for number, handler in zip(SIGNALS, before, strict=True):
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)  # None: not set from Python
 
 
 def _end(number: int, _: FrameType | None = None) -> NoReturn:

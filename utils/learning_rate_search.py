@@ -174,12 +174,13 @@ def perplexity_change(before: ClusterSums, after: ClusterSums) -> tuple[float, f
 
 
 def search_learning_rate(
-    artifacts: ModelArtifacts, task: str, model_at: Callable[[float], EvaluationModel]
+    artifacts: ModelArtifacts, task: str, gradient: dict[str, Any], model_at: Callable[[float], EvaluationModel]
 ) -> dict[str, Any]:
     """Find the learning rate of a repair, or read a search that was finished before.
 
     Args:
         task: what the model is repaired for.
+        gradient: manifest of the repair gradient.
         model_at: gives the model, updated at a learning rate; 0 is the POST-SFT model.
 
     Returns:
@@ -188,7 +189,6 @@ def search_learning_rate(
         standard error, and the improvement of the training pairs, weighted over the tasks.
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
-    gradient = artifacts.gradients(task, dataset=dialogues.fingerprint).require()
     used = {*gradient["indices"], *gradient.get("retained", [])}
     rows = held_out_rows("validation", used, len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
     validation, data_dir = dialogues.at(rows), resolve_path(settings.DATA_DIR)

@@ -13,62 +13,78 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from utils.console import say, shown_path
-from utils.processes import first_process_only
+from utils.processes import first_process_only, wait_for_all
 
 SECONDS_BETWEEN_TRIES = 0.1
+FOR_ALL_USERS = 0o666  # of a shared folder, less the umask
 
-_held: dict[Path, BaseFileLock] = {}  # by what is locked; of several processes the first one holds them
+
+@dataclass(frozen=True)
+class _Held:
+    """A lock that this process holds, and the number of its file."""
+
+    lock: BaseFileLock
+    inode: int
+
+
+_held: dict[Path, _Held] = {}  # by what is locked; of several processes the first one holds them
 _has_flock_on: dict[int, bool] = {}  # by the device of a folder
 
 
 @contextlib.contextmanager
-def locked(*paths: Path) -> Iterator[None]:
+def locked(*paths: Path, to_read: bool = False) -> Iterator[None]:
     """Hold the locks of files or folders, after waiting for other runs that hold them.
 
     What this run holds already, or lies in a folder that it holds, is not locked again.
+
+    Args:
+        to_read: make no folder, and lock nothing where nothing may be written.
     """
-    acquired = _acquire(paths)
+    acquired = _acquire(paths, to_read)
     try:
         yield
-    finally:  # no process waits here for another one, which may have failed
-        for path in reversed(acquired):
-            _release(path)
+    except BaseException:
+        _release(acquired)  # without waiting for the other processes, which may not come to this
+        raise
+    wait_for_all()  # the others may still be reading
+    _release(acquired)
 
 
 @first_process_only
-def _acquire(paths: Sequence[Path]) -> list[Path]:
+def _acquire(paths: Sequence[Path], to_read: bool) -> list[Path]:
     acquired: list[Path] = []
     try:
         for path in sorted({path.absolute() for path in paths}):
-            if _held.keys() & {path, *path.parents}:
+            if _held.keys() & {path, *path.parents} or (to_read and not os.access(path.parent, os.W_OK)):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            _held[path] = _acquire_one(path)
+            lock = _lock_of(path)
+            _held[path] = _Held(lock, Path(lock.lock_file).lstat().st_ino)
             acquired.append(path)
     except BaseException:
-        for path in reversed(acquired):
-            _release(path)
+        _release(acquired)
         raise
     return acquired
 
 
-def _acquire_one(path: Path) -> BaseFileLock:
-    kind = FileLock if _has_flock(path.parent) else SoftFileLock
-    lock = kind(path.with_name(f".{path.name}.lock"))
+def _lock_of(path: Path) -> BaseFileLock:
+    """The lock of a path, once this process holds it."""
+    file, has_flock = path.with_name(f".{path.name}.lock"), _has_flock(path.parent)
+    lock = FileLock(file, mode=FOR_ALL_USERS) if has_flock else SoftFileLock(file, mode=FOR_ALL_USERS)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(
-            f"   waiting for another run, which works on {shown_path(path)} (if there is none, on no machine, delete "
-            f"{shown_path(Path(lock.lock_file))})"
-        )
+        hint = "" if has_flock else f" (if there is none, on no machine, delete {shown_path(file)})"
+        say(f"   waiting for another run, which works on {shown_path(path)}{hint}")
         lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)
     return lock
 
@@ -86,11 +102,11 @@ def _has_flock(folder: Path) -> bool:
     return _has_flock_on[device]
 
 
-def _release(path: Path) -> None:
-    lock = _held.pop(path, None)
-    if lock is None:  # not the first process
-        return
-    # While it is held: whoever waits for the deleted file notices, and locks a new one.
-    with contextlib.suppress(OSError):
-        Path(lock.lock_file).unlink()
-    lock.release()
+def _release(paths: Sequence[Path]) -> None:
+    for held in [_held.pop(path) for path in reversed(paths) if path in _held]:  # none, but in the first process
+        file = Path(held.lock.lock_file)
+        # While it is held: whoever waits for the deleted file notices, and locks a new one.
+        with contextlib.suppress(OSError):
+            if file.lstat().st_ino == held.inode:
+                file.unlink()
+        held.lock.release()

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils.artifacts import STAGING_MARKER, require_finite
 from utils.console import UserError, say, say_read, shows_bars
-from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_atomically
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_whole
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
 from utils.paths import STEP_5, may_be_hub_id, resolve_path
@@ -40,10 +40,11 @@ LARGEST_NUM_BLOCKS = 10_000
 
 TOKENIZER_MARKER = "tokenizer_config.json"
 
-# Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, what this
-# project writes beside a model, and what the Trainer needs to go on.
+# Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, weights
+# for other software, what this project writes beside a model, and what the Trainer needs to go on.
 WITHOUT_EFFECT = re.compile(
     r"\..*|.*\.(partial|tmp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|csv)|(README|LICEN[CS]E|NOTICE|USE_POLICY)(\..*)?"
+    r"|.*\.(gguf|onnx|onnx_data|h5|msgpack|ot|tflite|mlmodel)"
     rf"|manifest\.json|repair\.json|{re.escape(STAGING_MARKER)}"
     r"|training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth|.*_results\.json",
     re.IGNORECASE,
@@ -293,7 +294,7 @@ def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path
     for file in folder.glob("*config.json"):
         content = read_json(file)
         if (cleaned := _without_local_paths(content)) != content:
-            write_atomically(file, to_json(cleaned))
+            write_whole(file, to_json(cleaned))
 
 
 def _without_local_paths(value: Any) -> Any:  # noqa: ANN401
@@ -367,7 +368,9 @@ def content_fingerprint(folder: Path) -> str:
 
 def model_files(folder: Path) -> list[Path]:
     """The files of a model. What one is for is not always known by its name, so all count but those of no effect."""
-    return [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
+    files = [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
+    has_safetensors = any(file.suffix == ".safetensors" for file in files)  # which are loaded rather than the others
+    return [file for file in files if not (has_safetensors and file.name.startswith("pytorch_model"))]
 
 
 def require_supported(model: str, family: str, num_blocks: int = 1) -> None:

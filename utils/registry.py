@@ -39,7 +39,7 @@ class ModelArtifacts:
     Attributes:
         settings: the constants of the calling step.
         model: hub id or folder.
-        fingerprint: of the model's weights.
+        fingerprint: of the model.
     """
 
     def __init__(self, settings: Settings, model: str) -> None:
@@ -179,7 +179,7 @@ def result_artifact(
 
     Args:
         model_name: its short name, or that of its checkpoint.
-        fingerprint: of its weights.
+        fingerprint: of the model.
         data: what it is measured on.
     """
     path = paths.result_file(output_dir, model_name, metric, split)
@@ -216,7 +216,7 @@ def harness_result(settings: Settings, model_name: str, fingerprint: str, task: 
 
     Args:
         model_name: its short name, or that of its checkpoint.
-        fingerprint: of its weights.
+        fingerprint: of the model.
     """
     path = paths.result_file(settings.OUTPUT_DIR, model_name, "harness", task)
     made_by = "evaluation_scripts/harness_eval.py"

@@ -40,7 +40,7 @@ class RepairRecord:
 
     def load_gradients(self) -> dict[str, torch.Tensor]:
         """G, (1, out, in) or (1, out, in + 1) with the bias last, by dotted module name."""
-        return self._gradients.load_tensors()
+        return self._gradients.load_tensors(self.gradient["fingerprint"])
 
     @property
     def num_blocks(self) -> int:
@@ -54,9 +54,9 @@ class RepairRecord:
 
     @property
     def probe(self) -> Dialogues:
-        """One training dialogue, with the shortest prompt of those that have an answer."""
+        """One training dialogue, with the shortest prompt of those that have an answer, if there are any."""
         dialogues = self.artifacts.dialogues
-        answered = [row for row in range(len(dialogues)) if dialogues.completions[row].strip()]
+        answered = [row for row in range(len(dialogues)) if dialogues.completions[row].strip()] or [0]
         return dialogues.at([min(answered, key=lambda row: len(dialogues.prompts[row]))])
 
     def checkpoint(self, learning_rate: float) -> Artifact:

@@ -78,21 +78,23 @@ def influence_scores(
 ) -> tuple[torch.Tensor, dict[str, str]]:
     """One task's influence scores (N,), made with `strategy` in place of FACTOR_STRATEGY, and their fingerprint."""
     artifact = artifacts.scores(task, strategy)
-    scores = artifact.load_tensors()[SCORES_TENSOR].squeeze(0)
+    fingerprint = artifact.require()["fingerprint"]
+    scores = artifact.load_tensors(fingerprint)[SCORES_TENSOR].squeeze(0)
     if len(scores) != len(artifacts.dialogues):
         raise UserError(
             f"{shown_path(artifact.path)} has {len(scores)} scores for {len(artifacts.dialogues)} dialogues; "
             f"delete it and run {artifact.made_by} again"
         )
-    return scores, {f"scores_{task}": artifact.require()["fingerprint"]}
+    return scores, {f"scores_{task}": fingerprint}
 
 
 def dissimilarity(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, dict[str, str]]:
     """Minus the similarity (N,) of each dialogue to the task's untrustworthy answers, and the sources' fingerprints."""
     answers, dialogues = artifacts.answer_representations(task), artifacts.representations()
-    similarity = similarity_to(*(artifact.load_tensors()["representations"] for artifact in (answers, dialogues)))
-    sources = {"representations": dialogues, f"answers_{task}": answers}
-    return -similarity, {name: artifact.require()["fingerprint"] for name, artifact in sources.items()}
+    sources = {f"answers_{task}": answers, "representations": dialogues}
+    fingerprints = {name: artifact.require()["fingerprint"] for name, artifact in sources.items()}
+    loaded = (artifact.load_tensors(fingerprints[name]) for name, artifact in sources.items())
+    return -similarity_to(*(tensors["representations"] for tensors in loaded)), fingerprints
 
 
 def similarity_to(answers: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:

@@ -172,8 +172,16 @@ def _matches(value: Any, annotation: Any) -> bool:  # noqa: ANN401
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is str:
-        return isinstance(value, str) and "\0" not in value  # which no path can hold
+        return isinstance(value, str) and _is_encodable(value)
     return isinstance(value, annotation)
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether files and paths can hold a text: no zero byte, and no byte that was no UTF-8."""
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401

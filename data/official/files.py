@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.artifacts import Artifact, differing_values
 from utils.console import UserError, say, shown_path
-from utils.files import fingerprint_of_content, remove, write_atomically
+from utils.files import fingerprint_of_content, remove, write_locked
 
 
 class PreparedFile(Artifact):
@@ -52,7 +52,7 @@ class PreparedFile(Artifact):
         """Write the text to the staging folder, and delete that folder afterwards."""
         try:
             remove(self.staging_dir)
-            write_atomically(self.staged_path, text)
+            write_locked(self.staged_path, text)
             yield self.staging_dir
         finally:
             remove(self.staging_dir)

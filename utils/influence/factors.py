@@ -38,7 +38,7 @@ from torch import nn
 
 from utils.batching import Batch, BatchLoader
 from utils.console import say
-from utils.files import to_json, write_atomically
+from utils.files import to_json, write_whole
 from utils.influence.factor_files import are_saved, load_factors, remove_strays, save_factors
 from utils.influence.token_gradients import append_ones, second_moment, summed_squared_gradients
 from utils.influence.traced_model import Curvature, TracedModel
@@ -80,7 +80,7 @@ def fit_factors(traced: TracedModel, task: Task, loader: BatchLoader, folder: Pa
     curvature = traced.curvature
     arguments = factor_arguments(curvature).to_dict()
     remove_strays(folder, [*COVARIANCE_FACTOR_NAMES, *EIGENDECOMPOSITION_FACTOR_NAMES, *LAMBDA_FACTOR_NAMES])
-    write_atomically(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(arguments))
+    write_whole(folder / f"{FACTOR_ARGUMENTS_NAME}_arguments.json", to_json(arguments))
     if curvature.has_eigenbasis:
         if not are_saved(folder, COVARIANCE_FACTOR_NAMES, traced.linears):
             save_factors(folder, fit_covariances(traced, task, loader.described("covariances")))

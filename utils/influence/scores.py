@@ -24,11 +24,13 @@ from kronfluence.utils.constants import (
     NUM_LAMBDA_PROCESSED,
 )
 
+from utils.artifacts import Artifact
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError, shown_path
 from utils.influence.factor_files import load_factors
 from utils.influence.token_gradients import summed_gradient, token_scores
 from utils.influence.traced_model import Curvature, Gradients, TracedModel
+from utils.locks import locked
 from utils.processes import all_reduce
 
 
@@ -92,6 +94,17 @@ def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gr
     return preconditioned
 
 
+def precondition_with(factors: Artifact, gradients: Gradients, curvature: Curvature) -> Gradients:
+    """As `precondition`, by factors that no other run replaces meanwhile.
+
+    Raises:
+        UserError: another run has replaced them by factors of other settings, or as `precondition`.
+    """
+    with locked(factors.path, to_read=True):
+        factors.require()
+        return precondition(gradients, curvature, factors.path)
+
+
 def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) -> None:
     """Refuse a damped curvature whose smallest eigenvalue is rounding noise: its inverse would swamp all the others.
 
@@ -105,7 +118,8 @@ def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) 
     Raises:
         UserError: an eigenvalue is at most eps^2 of the largest, eps that of the gradients' precision.
     """
-    smallest, largest, eps = float(damped.min()), float(damped.max()), torch.finfo(curvature.dtype).eps
+    precision = torch.bfloat16 if curvature.half_precision else curvature.dtype
+    smallest, largest, eps = float(damped.min()), float(damped.max()), torch.finfo(precision).eps
     if smallest <= eps**2 * largest:
         raise UserError(
             f"DAMPING_FACTOR = {curvature.damping}: the damped eigenvalues of {module} reach from {smallest:.0e} to "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.console import UserError, say, shown_path
-from utils.files import write_atomically
+from utils.files import write_locked
 from utils.reporting.tables import Table, is_missing, leading_number
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -100,7 +100,7 @@ def write_report(report: Report, path: Path) -> None:
         UserError: it cannot be made as small as LARGEST_BYTES; nothing is written then.
     """
     page = render(report)
-    write_atomically(path, page)
+    write_locked(path, page)
     say(f"   wrote {shown_path(path)} ({len(_utf8(page)) / 1e6:.1f} MB)")
 
 

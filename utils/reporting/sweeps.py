@@ -10,7 +10,7 @@ from typing import Any
 from utils import paths
 from utils.artifacts import differing_values
 from utils.console import UserError, say, shown_path
-from utils.files import partial_of, read_json, remove, to_json, write_atomically, write_if_changed
+from utils.files import partial_of, read_json, remove, to_json, write_if_changed, write_locked
 from utils.locks import locked
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
@@ -118,7 +118,7 @@ def write_sweep(
         write_if_changed(file.with_suffix(".csv"), csv_text(rows))
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             figure.unlink(missing_ok=True)  # first, so that a run killed here redraws it next time
-            write_atomically(file, text)
+            write_locked(file, text)
         if is_whole_picture(figure):
             remove(partial_of(figure))  # a run may have been killed at its last rename
         else:
@@ -164,6 +164,12 @@ def _points(
 @first_process_only
 def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float) -> None:
     """All sweeps of all models: a panel per model and repaired task, with the improvement of that task."""
+    figure = paths.overview_figure(output_dir)
+    with locked(figure):
+        _draw_overview(output_dir, model_names, budget_percent, figure)
+
+
+def _draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: float, figure: Path) -> None:
     points = []
     for name in model_names:
         prefix = "" if len(model_names) == 1 else f"{name}, "
@@ -173,7 +179,6 @@ def draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: f
             if newest:
                 title = f"{prefix}repaired for {task}"
                 points += _points(output_dir, task, name, {task: title}, read_sweep(newest)["inputs"])
-    figure = paths.overview_figure(output_dir)
     if points:
         repairs_figure(points, budget_percent, figure)
     else:
