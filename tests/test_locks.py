@@ -12,12 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Workspace, contents
+from conftest import DEMO, Workspace, contents, load_script
 from killing import was_killed_at
 from process_pool import Ended, Launch
 from test_resume import ARGUMENTS, DPP, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, results
 
 from utils import locks
+from utils.files import read_json
 from utils.locks import locked
 from utils.paths import PAPER_TABLES
 
@@ -240,3 +241,73 @@ def test_a_grid_by_four_processes_is_the_grid_by_one(make_workspace, tmp_path):
     timeless = [name for name in ours if name.endswith((".safetensors", "_test.json", "_sweep.json", "_sweep.csv"))]
     assert len(timeless) > 20
     assert [name for name in timeless if theirs[name][0] != ours[name][0]] == []
+
+
+# ----------------------------------------------------------- another run with OVERWRITE, while this one is under way
+
+
+def meanwhile(monkeypatch, script: str, function: str, other_run) -> None:
+    """Let another run come in between, before the first call of one of the script's functions."""
+    module, has_run = load_script(script), []
+    original = getattr(module, function)
+
+    def call(*arguments: object, **keywords: object) -> object:
+        if not has_run:
+            has_run.append(True)
+            other_run()
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(module, function, call)
+
+
+BIAS = ["--TASK_NAME", "bias"]
+
+
+def test_a_gradient_that_is_replaced_under_way_is_not_taken_for_the_one_it_was(workspace, monkeypatch, capsys):
+    workspace.run(STEP_1, *BIAS)
+    step_4 = [STEP_4, *BIAS, "--BOTTOM_K", 5]
+    workspace.run(*step_4)
+    replace = partial(workspace.run, *step_4, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", True)
+    meanwhile(monkeypatch, STEP_5, "load_model", replace)
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_5, *BIAS, "--BOTTOM_K", 5, "--LEARNING_RATE", 0.02)
+    assert "was replaced by another run meanwhile" in capsys.readouterr().err
+    assert not list((workspace.output / "gradient_ascent_models").glob("*"))
+
+
+def test_factors_that_are_replaced_under_way_are_not_used(workspace, monkeypatch, capsys):
+    workspace.run(STEP_1, *BIAS)
+    others = ["--TASK_NAME", "truth", "--NUM_FACTOR_EXAMPLES", 20, "--OVERWRITE", True]
+    meanwhile(monkeypatch, STEP_1, "load_traced_model", partial(workspace.run, STEP_1, *others))
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_1, "--TASK_NAME", "ethics")
+    assert "NUM_FACTOR_EXAMPLES = 20, but this step has NUM_FACTOR_EXAMPLES = 10000" in capsys.readouterr().err
+    assert not list(workspace.output.rglob("ethics_*/*.safetensors"))
+
+
+def test_indices_name_the_representations_that_they_were_picked_by(workspace, monkeypatch):
+    """The kernel of all tasks comes from one look at the representations."""
+    workspace.run(STEP_1)
+    workspace.run(STEP_2)
+    manifest = next(workspace.output.rglob("*_sumreps.manifest.json"))
+    before = read_json(manifest)["fingerprint"]
+    replace = partial(workspace.run, STEP_2, "--MAX_LENGTH", 30, "--OVERWRITE", True)
+    meanwhile(monkeypatch, STEP_3, "greedy_dpp", replace)
+    workspace.run(STEP_3, "--BOTTOM_K", 5)
+    assert read_json(manifest)["fingerprint"] != before
+    named = [
+        read_json(file)["inputs"]["representations"] for file in (workspace.output / "dpp").glob("*.manifest.json")
+    ]
+    assert named == [before] * 3
+
+
+def test_two_equal_runs_of_prepare_end_as_one(tmp_path):
+    source = DEMO / "truthfulness" / "TruthfulQA.csv"
+    words = ["--DATA_DIR", tmp_path / "data", "--ONLY", "truth", "--TRUTH_SOURCE", source, "--CHECK_COUNTS", "False"]
+    for number in range(3):
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        launches = [Launch(tmp_path / str(run), 1, [("data/prepare.py", words)]) for run in range(2)]
+        assert [launch.ended()[0].code for launch in launches] == [0, 0], number
+        assert_tidy(tmp_path / "data")
+        prepared = (tmp_path / "data" / "truthfulness" / "TruthfulQA.csv").read_text(encoding="utf-8")
+        assert prepared == source.read_text(encoding="utf-8-sig")
