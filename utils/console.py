@@ -29,7 +29,7 @@ REMEDIES = {  # by the number of the operating system's error: what is wrong wit
     errno.EISDIR: "is a folder where a file is needed; move it away, or choose another folder",
     errno.ENOTEMPTY: "is a folder that is in the way; move it away, or choose another folder",
     errno.ENAMETOOLONG: "has a longer name than the disk takes; choose a shorter OUTPUT_DIR or name of the model",
-    errno.ELOOP: "is a link that leads back to itself; remove it",
+    errno.ELOOP: "is a link that leads back to itself, or a link where a lock goes; remove it",
     errno.EIO: "cannot be read or written, since the disk fails; choose another one",
     errno.ESTALE: "is on a shared disk that has lost it; run the same command again",
     errno.EMFILE: "cannot be opened, since too many files are open; raise the limit (ulimit -n)",

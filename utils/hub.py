@@ -16,8 +16,8 @@ from urllib.parse import quote, quote_plus
 
 from dotenv import dotenv_values
 
-from utils.console import UserError, redact_with, say
-from utils.paths import PROJECT_ROOT
+from utils.console import UserError, redact_with, say, shown_path
+from utils.paths import PROJECT_ROOT, STEP_5
 from utils.processes import first_process_only
 from utils.settings import Settings
 
@@ -111,6 +111,13 @@ def allows_remote_code() -> bool:
     return _allows_remote_code
 
 
+def decide_on_dataset_code() -> None:
+    """Let a data set run a script that comes with it where a model may; `datasets` before version 4 would ask."""
+    import datasets  # slow to import
+
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = allows_remote_code()
+
+
 def require_hub_access(settings: Settings, folder_names: Sequence[str]) -> HubAccess:
     """Check, before any work, that everything an upload needs is there.
 
@@ -175,10 +182,16 @@ def push_folder(folder: Path, files: Sequence[str], username: str, access: HubAc
         files: those that belong to it; whatever else lies in the folder stays where it is.
 
     Raises:
-        UserError: the hub refused or could not be reached; the message does not contain the token.
+        UserError: one of the files is a link or lies elsewhere; or the hub refused or could not be reached.
     """
     from huggingface_hub import HfApi  # only an upload pays for importing it
 
+    for file in files:
+        if Path(file).name != file or (folder / file).is_symlink():
+            raise UserError(
+                f"{shown_path(folder / file)} is not uploaded: it is a link, or lies in another folder; "
+                f"delete the checkpoint and run {STEP_5} again"
+            )
     repo_id = f"{username}/{folder.name}"
     try:
         api = HfApi(token=access.token)
