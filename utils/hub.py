@@ -187,7 +187,7 @@ def push_folder(folder: Path, files: Sequence[str], username: str, access: HubAc
     from huggingface_hub import HfApi  # only an upload pays for importing it
 
     for file in files:
-        if Path(file).name != file or (folder / file).is_symlink():
+        if Path(file).name != file or file in ("", "..") or (folder / file).is_symlink():
             raise UserError(
                 f"{shown_path(folder / file)} is not uploaded: it is a link, or lies in another folder; "
                 f"delete the checkpoint and run {STEP_5} again"
