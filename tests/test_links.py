@@ -12,11 +12,13 @@ import pytest
 import torch
 from conftest import contents, write_manifest
 
+from steps import load_script
 from utils.artifacts import Artifact
 from utils.console import UserError
 from utils.files import has_links, read_json, remove, write_atomically, write_if_changed, written_whole
 from utils.fine_tuning import last_checkpoint
 from utils.hub import HubAccess, push_folder
+from utils.influence import factors
 from utils.locks import locked
 
 OTHER = {"LEARNING_RATE": 2.0}
@@ -214,13 +216,14 @@ def link_everywhere(partial: Path, outside: Path) -> None:
 @pytest.mark.parametrize("step", ["fine-tuning", "factors"])
 def test_a_resumed_step_writes_through_no_link(workspace, tmp_path, outside, monkeypatch, step):
     script, arguments, function = "compute_factors_and_scores.py", ["--TASK_NAME", "bias"], "save_factors"
-    module = "utils.influence.factors"
+    module = factors
     if step == "fine-tuning":
-        script, function, module = "data/make_sft_model.py", "save_model", "data.make_sft_model"
+        script, function = "data/make_sft_model.py", "save_model"
+        module = load_script(script)
         arguments = ["--SFT_MODEL_DIR", tmp_path / "sft", "--NUM_EPOCHS", 1, "--SAVE_EVERY", 2]
     run: Callable[[], None] = lambda: workspace.run(script, *arguments)  # noqa: E731
     with monkeypatch.context() as patch:
-        patch.setattr(f"{module}.{function}", interrupt)
+        patch.setattr(module, function, interrupt)
         with pytest.raises(SystemExit):
             run()
     (partial,) = (path for path in tmp_path.rglob("*.partial") if path.parent != outside)
