@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import io
 import os
 import shlex
 import sys
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from utils import interruptions, processes
-from utils.console import UserError, remedy_for, say
+from utils.console import UserError, guard_streams, printable, redact, remedy_for, say
 from utils.hub import hub_access, remote_code
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.settings import Settings, load_settings
@@ -39,12 +38,12 @@ def run_step(
         arguments: the command line, by default that of the process.
         hint: gives the command that the user is told to run next.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+    guard_streams()
     try:
+        hub_access()  # from here on no token is printed
         with interruptions.as_exceptions(), processes.joined():
             settings = load_settings(sys.modules[main.__module__], sys.argv[1:] if arguments is None else arguments)
+            require_no_token(settings)
             if hasattr(settings, "OUTPUT_DIR"):
                 require_writable("OUTPUT_DIR", settings.OUTPUT_DIR)
             with remote_code(getattr(settings, "TRUST_REMOTE_CODE", False)):
@@ -63,6 +62,20 @@ def run_step(
         _exit_with(interruptions.STOPPED, getattr(stop, "exit_code", 130))
 
 
+def require_no_token(settings: Settings) -> None:
+    """Refuse a token that was given as a constant by mistake: constants go into manifests, cards, names and trackers.
+
+    Raises:
+        UserError: names the constant.
+    """
+    for name, value in vars(settings).items():
+        if redact(repr(value)) != repr(value):
+            raise UserError(
+                f"{name} = {value!r}: holds an access token, which belongs in .env or the environment; set the "
+                "constant to its own value"
+            )
+
+
 def require_writable(constant: str, value: str) -> None:
     """Fail before the work, not after it, if the output folder is not writable.
 
@@ -77,8 +90,7 @@ def require_writable(constant: str, value: str) -> None:
 
 def _one_line(text: str, longest: int) -> str:
     """The text for one line of a terminal: redacted first, then without control characters, then cut in its middle."""
-    words = " ".join(hub_access().redact(text).split())
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+    line = printable(" ".join(redact(text).split()))
     half = longest // 2
     return line if len(line) <= longest else f"{line[:half]} [...] {line[-half:]}"
 
@@ -90,10 +102,10 @@ def _exit_with(line: str, code: int = 1) -> NoReturn:
 def _exit_with_traceback(error: Exception) -> NoReturn:
     """What nobody expected is one line for the user, with the traceback in a file for whoever fixes it."""
     processes.wait_for_watchdog()
-    trace = hub_access().redact("".join(traceback.format_exception(error)))
+    trace = redact("".join(traceback.format_exception(error)))
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="traceback-", suffix=".txt", delete=False) as f:
-            f.write(trace)
+        with tempfile.NamedTemporaryFile("wb", prefix="traceback-", suffix=".txt", delete=False) as f:
+            f.write(trace.encode("utf-8", "backslashreplace"))  # a message may hold half a character
         where = f"the traceback is in {f.name}"
     except OSError as reason:
         where = f"the traceback cannot be written ({reason}): {trace}"

@@ -32,7 +32,7 @@ from steps import run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
-from utils.hub import hub_access
+from utils.hub import decide_on_dataset_code, hub_access
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.locks import locked
 from utils.models import load_model, locate, model_fingerprint, resolve_device
@@ -61,7 +61,7 @@ HARNESS_TASKS: Choices[str] = [  # names of the harness's tasks
     "hellaswag",
     "arc_easy",
 ]
-INCLUDE_PATH: str | None = None  # folder with task files of your own
+INCLUDE_PATH: str | None = None  # folder with task files of your own; functions that they name are run
 LIMIT: PositiveInt | None = None  # documents of each task, the first ones; None = all
 BATCH_SIZE: PositiveInt = 8  # requests that the model runs at once
 OUTPUT_DIR: str = "."  # where results go; relative paths start at the repository
@@ -161,6 +161,7 @@ def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManag
     from lm_eval import simple_evaluate
 
     started = time.monotonic()
+    decide_on_dataset_code()
     try:
         evaluated = simple_evaluate(loaded, tasks=[task], limit=settings.LIMIT, task_manager=manager, bootstrap_iters=0)
     except (OSError, ValueError, RuntimeError) as error:  # no network, or a data set that has moved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import hostile
 import pytest
 import yaml
 from conftest import Workspace, run_script
@@ -64,6 +65,25 @@ REPORT = {
 def test_a_hostile_name_is_text_in_the_card_of_a_repair():
     card = repair_card({**REPORT, "model": HOSTILE, "dataset": HOSTILE, "settings": {"NAME": HOSTILE}})
     assert_only_our_own_markup(card, ["# x # Heading", "## How it was made", "## Intended use and limits"])
+
+
+@pytest.mark.parametrize("name", [name for name in hostile.NAMES if "\udc80" not in name])
+def test_hostile_names_and_settings_are_text_in_a_card(name):
+    markdown_it = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+
+    def kinds(name: str) -> list[str]:
+        settings = {"NAME": name, name: name, f"A`\n# {name}": "x"}
+        card = repair_card({**REPORT, "model": f"a {name}", "dataset": name, "settings": settings})
+        _, front, body = card.split("---\n", 2)
+        assert yaml.safe_load(front) == yaml.safe_load(
+            repair_card({**REPORT, "model": "m", "dataset": "d", "settings": {}}).split("---\n")[1]
+        )
+        tokens = markdown_it.parse(body)
+        return [
+            child.type for token in tokens for child in (token, *(token.children or [])) if "text" not in child.type
+        ]
+
+    assert kinds(name) == kinds("a plain name")
 
 
 def test_a_hostile_name_is_text_in_the_card_of_a_fine_tuned_model():

@@ -6,9 +6,11 @@ import errno
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import warnings
 
+import hostile
 import pytest
 import torch
 from conftest import Workspace
@@ -16,7 +18,7 @@ from conftest import Workspace
 import steps
 from steps import load_script, next_command
 from utils import console
-from utils.console import progress_bar, remedy_for, say, silence
+from utils.console import UserError, banner, progress_bar, remedy_for, say, say_error, say_read, silence
 from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
 from utils.settings import Settings
 
@@ -126,3 +128,61 @@ def test_lines_and_bars_where_somebody_reads_them(monkeypatch, capsys, in_ci, is
 def test_what_to_do_about_errors_of_the_machine(error, told):
     remedy = remedy_for(error)
     assert remedy is None if told is None else told in remedy
+
+
+# -- what a terminal obeys ---------------------------------------------------------------------------------------------
+
+COMMANDS = [
+    "\x1b[31mred\x1b[0m",
+    "\x1b]0;title\x07",
+    "\x1b[2J\x1b[H",
+    "\x9b31m",
+    "a\rb",
+    "a\x08b",
+    "\u202eb",
+    "\x00",
+    "\x7f",
+]
+UNSHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@pytest.mark.parametrize("text", [*COMMANDS, *hostile.NAMES])
+def test_a_terminal_is_told_no_command(capsys, text):
+    for tell in (say, say_error, lambda text: say_read(text, text), lambda text: banner(text, text)):
+        tell(f"{text}\n\tÄ 模 é ± – 🤗")
+    shown = capsys.readouterr()
+    assert not UNSHOWN.search(shown.out + shown.err)
+    assert (shown.out + shown.err).count("\n\tÄ 模 é ± – 🤗") >= 4
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+def test_nor_by_an_error(capsys, text):
+    for error in (UserError(text), RuntimeError(text), FileNotFoundError(2, text, text)):
+
+        def main(_: Settings, error: Exception = error) -> None:
+            raise error
+
+        main.__module__ = "steps"
+        with pytest.raises(SystemExit):
+            steps.run_step(main, [])
+    shown = capsys.readouterr()
+    assert not UNSHOWN.search(shown.out + shown.err)
+
+
+def test_nor_by_the_names_of_a_model_and_of_folders(workspace, tmp_path, capsys):
+    name = "evil \x1b[31m\x1b]0;title\x07 $\\frac{1}{0$ <b>|=1;=2 *x* [a](b) \u202e"
+    workspace.model = shutil.copytree(workspace.model, tmp_path / name)
+    workspace.data = shutil.copytree(workspace.data, tmp_path / f"data {name}")
+    workspace.output = tmp_path / f"output {name}"
+    for script, *arguments in (
+        ("evaluation_scripts/bias_loss.py",),
+        (STEP_1, "--FACTOR_STRATEGY", "identity", "--TASK_NAME", "bias"),
+        (STEP_4, "--FACTOR_STRATEGY", "identity", "--TASK_NAME", "bias", "--BOTTOM_K", 5),
+        (STEP_5, "--TASK_NAME", "bias", "--BOTTOM_K", 5, "--LEARNING_RATE", 0.01, 0.02),
+    ):
+        workspace.run(script, *arguments)
+    assert not UNSHOWN.search(capsys.readouterr().out)
+    assert list((workspace.output / "results").glob("*sweep.png"))
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_1, "--FACTOR_STRATEGY", "diagonal", "--TASK_NAME", "bias", "--HH_DATASET", name)
+    assert not UNSHOWN.search(capsys.readouterr().err.splitlines()[-1])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import re
 import shutil
 import string
 import subprocess
 
+import hostile
 import pytest
 
 from utils.reporting.escaping import csv_cell, latex_text, markdown_text
@@ -26,7 +28,9 @@ HOSTILE = [
     "a|b\\|c",
     "=1+1",
     "",
+    *hostile.NAMES,
 ]
+INVISIBLE = r"[\s\x00-\x1f\x7f-\x9f\u200b\u202c\u202e\u2066\u2069\ufeff]+"
 HARMLESS = ["pure_ekfac", "dpp + preserve", "+0.200 ± 0.141 [+0.150, +0.250] (‡)", "–", "20 of 20", "-0.0100"]
 
 
@@ -46,7 +50,8 @@ def test_latex_has_no_special_left(text):
     left = unescaped(latex_text(text))
     assert re.fullmatch(r"[ -~]*", left), "one line of ASCII"
     assert not re.search(r"[\\{}$&#_%^~<>|]", left)
-    assert not left.startswith(("[", "*"))
+    assert not latex_text(text).startswith(("[", "*"))
+    assert not re.search("--|,,|``|''|[?!]`", latex_text(text)), "which would become other characters"
     assert "--" not in latex_text("a---b")
     assert latex_text("é 模") == r"\'{e} [U+6A21]"
 
@@ -62,11 +67,21 @@ def test_names_and_numbers_of_this_project_stay_as_they_are(text):
 def test_pdflatex_typesets_hostile_names(tmp_path):
     if not shutil.which("pdflatex"):
         pytest.skip("pdflatex is not installed here")
-    lines = [r"\documentclass{article}", r"\usepackage{booktabs}", r"\begin{document}", hostile_table().latex()]
+    tables = [Table(text, ["name", text], [[text, "1.0"], [text, text], ["", text]]) for text in HOSTILE]
+    lines = [
+        r"\documentclass{article}",
+        r"\usepackage{booktabs}",
+        r"\begin{document}",
+        hostile_table(HOSTILE[:11]).latex() + r"\clearpage",
+    ]
+    lines += [rf"{table.latex()}\clearpage" for table in tables]
     (tmp_path / "t.tex").write_text("\n".join([*lines, r"\end{document}"]), encoding="utf-8")
-    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "-no-shell-escape", "t.tex"]
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "-shell-escape", "t.tex"]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace", check=False)
     assert ran.returncode == 0, ran.stdout[-2_000:]
+    assert f"({len(tables) + 1} pages" in ran.stdout, "each table is one page"
+    assert {file.name for file in tmp_path.iterdir()} == {"t.tex", "t.pdf", "t.aux", "t.log"}, "nothing ran"
+    assert "(/etc/passwd" not in ran.stdout
 
 
 def test_markdown_shows_every_text_as_it_is():
@@ -77,7 +92,17 @@ def test_markdown_shows_every_text_as_it_is():
     assert {child.type for token in inline for child in token.children} <= {"text", "text_special"}
     caption, *cells = ["".join(child.content for child in token.children) for token in inline]
     written = [table.caption, *table.header, *(cell for row in table.rows for cell in row)]
-    assert [caption, *cells] == [" ".join(re.split(r"[\s\x00-\x1f]+", text)).strip() for text in written]
+    assert [caption, *cells] == [" ".join(re.split(INVISIBLE, text)).strip() for text in written]
+
+
+def test_markdown_makes_no_links():
+    markdown_it = pytest.importorskip("markdown_it")
+    if not importlib.util.find_spec("linkify_it"):
+        assert markdown_text("see http://x.y and www.z.com") == r"see http\://x.y and www\.z.com"
+        return
+    parser = markdown_it.MarkdownIt("gfm-like")
+    for text in HOSTILE:
+        assert "<a" not in parser.render(markdown_text(text))
 
 
 def test_markdown_stays_on_its_line_and_has_no_html():
@@ -85,6 +110,15 @@ def test_markdown_stays_on_its_line_and_has_no_html():
         assert not re.search(r"[<>\x00-\x1f]|(?<!\\)`", line)
     assert markdown_text("a|b") == r"a\|b"
     assert markdown_text("<b>&") == "&lt;b&gt;&amp;"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_no_cell_begins_a_formula_whatever_separates_them(text, separator):
+    for line in csv.reader(io.StringIO(csv_text([{"name": text, "n": -1.5}])), delimiter=separator):
+        for cell in line:
+            bare = cell.strip().partition(",")[0] if separator != "," else cell.strip()
+            assert not re.match("[=+@＝＋－＠-]", bare) or bare == "-1.5"  # noqa: RUF001
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1"])

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
+import hostile
 import numpy
 import pytest
 from conftest import DEMO, read_rows
@@ -702,6 +704,42 @@ def test_hostile_texts_are_shown_and_not_run(browser, tmp_path, size):
     with pytest.raises(NoAlertPresentException):
         _ = browser.switch_to.alert.text
     assert browser.execute_script("return document.querySelectorAll('script, img').length") == 3
+    assert severe_messages(browser) == []
+
+
+def test_no_name_runs_or_asks_for_anything(browser, tmp_path):
+    """Of models, tasks, methods, kinds of harm, and in dialogues, captions, cells and completions."""
+    names = hostile.NAMES
+    examples = [
+        make_example(rank, scores={name: -1.0}, gains={name: 1.0}, known_harm=name, prompt=name, completion=name)
+        for rank, name in enumerate(names, start=1)
+    ]
+    report = Report(
+        title=names[0],
+        introduction="\n\n".join(names),
+        facts=dict(zip(names, names, strict=True)),
+        tables=[Table(name, [name, "x"], [[name, name]]) for name in names],
+        pictures=[replace(make_picture(tmp_path, "small", 2, 2), caption=name) for name in names],
+        subsets=[Subset(name, name, [example]) for name, example in zip(names, examples, strict=True)],
+        completions=[Completion(name, name, name, name, name) for name in names],
+    )
+    path = tmp_path / "report.html"
+    write_report(report, path)
+    for name in ("", *names[:10]):
+        open_page(browser, path, f"#dialogues?search={quote(name.encode('utf-8', 'replace'))}&subset={quote(names[1])}")
+        assert browser.execute_script("return window.ran") is None
+        outside = [url for url in requested_urls(browser) if not url.startswith(("data:", path.as_uri()))]
+        assert outside == []
+        assert browser.execute_script("return document.querySelectorAll('script').length") == 2
+        assert (
+            browser.execute_script("return document.querySelectorAll('iframe, svg, meta[http-equiv=refresh]').length")
+            == 0
+        )
+    for summary in browser.find_elements(By.CSS_SELECTOR, "#list summary")[: len(names)]:
+        browser.execute_script("arguments[0].click()", summary)
+    assert browser.execute_script("return window.ran") is None
+    with pytest.raises(NoAlertPresentException):
+        _ = browser.switch_to.alert.text
     assert severe_messages(browser) == []
 
 

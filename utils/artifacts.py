@@ -33,6 +33,7 @@ from utils.files import (
     fingerprint_of,
     fingerprint_of_content,
     fingerprint_of_text,
+    has_links,
     partial_of,
     read_json,
     remove,
@@ -379,7 +380,7 @@ class Artifact:
     def _prepare_staging_folder(self) -> None:
         marker = self.partial_path / STAGING_MARKER
         try:
-            is_ours = not self.partial_path.is_symlink() and read_json(marker)["fingerprint"] == self.fingerprint
+            is_ours = not has_links(self.partial_path) and read_json(marker)["fingerprint"] == self.fingerprint
         except (UserError, OSError, KeyError, TypeError):
             is_ours = False
         if not is_ours:

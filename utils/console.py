@@ -7,10 +7,13 @@ environment) there are no progress bars.
 from __future__ import annotations
 
 import errno
+import functools
+import io
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,7 +29,7 @@ REMEDIES = {  # by the number of the operating system's error: what is wrong wit
     errno.EISDIR: "is a folder where a file is needed; move it away, or choose another folder",
     errno.ENOTEMPTY: "is a folder that is in the way; move it away, or choose another folder",
     errno.ENAMETOOLONG: "has a longer name than the disk takes; choose a shorter OUTPUT_DIR or name of the model",
-    errno.ELOOP: "is a link that leads back to itself; remove it",
+    errno.ELOOP: "is a link that leads back to itself, or a link where a lock goes; remove it",
     errno.EIO: "cannot be read or written, since the disk fails; choose another one",
     errno.ESTALE: "is on a shared disk that has lost it; run the same command again",
     errno.EMFILE: "cannot be opened, since too many files are open; raise the limit (ulimit -n)",
@@ -34,6 +37,7 @@ REMEDIES = {  # by the number of the operating system's error: what is wrong wit
 }
 
 _is_silent = False
+_redactor: Callable[[str], str] | None = None
 
 
 class UserError(Exception):
@@ -52,15 +56,48 @@ def shows_bars() -> bool:
     return not _is_silent and os.environ.get("CI", "").lower() in ("", "0", "false")
 
 
+def redact_with(redactor: Callable[[str], str]) -> None:
+    """From now on nothing is printed but what this function leaves of it."""
+    global _redactor
+    _redactor = redactor
+
+
+def redact(text: str) -> str:
+    """The text without the secrets of `redact_with`. Redact before you shorten: a part of a secret is not found."""
+    return _redactor(text) if _redactor else text
+
+
+def guard_streams() -> None:
+    """Whatever is printed from now on, also by libraries and their loggers, is redacted, and shown on any terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may not know every character
+            # Of the stream itself, not of a new one: loggers that were made before hold on to it.
+            stream.write = functools.partial(_write_redacted, stream)
+
+
+def _write_redacted(stream: io.TextIOWrapper, text: str) -> int:
+    type(stream).write(stream, redact(text))
+    return len(text)
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text with the code of every control character and other character that has no shape, but for those `kept`.
+
+    A name or a dialogue could otherwise recolour, retitle or overwrite a terminal.
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(message: str = "") -> None:
     """Print a message."""
     if not _is_silent:
-        print(message, flush=True)
+        print(printable(redact(message), kept="\n\t"), flush=True)
 
 
 def say_error(line: str) -> None:
     """Print an error, below any progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(redact(line), kept="\n\t"), file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -159,7 +159,15 @@ class EvaluationModel:
             new_tokens = output[0, inputs["input_ids"].shape[1] :]
             return self.tokenizer.decode(new_tokens, skip_special_tokens=True)
 
-        return shared_map(complete, prompts)
+        from transformers import GenerationConfig
+
+        # The model's own may ask for beams or penalties, or for code of the hub.
+        own = self.model.generation_config
+        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+        try:
+            return shared_map(complete, prompts)
+        finally:
+            self.model.generation_config = own
 
 
 class Evaluator:

@@ -34,6 +34,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def has_links(folder: Path) -> bool:
+    """Whether a folder is a symbolic link or holds one, at any depth: what is written there may land elsewhere."""
+    return folder.is_symlink() or any(
+        os.path.islink(os.path.join(parent, name))
+        for parent, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+    )
+
+
 def partial_of(path: Path) -> Path:
     """The temporary folder beside a file or folder, in which it grows until it is complete."""
     return path.with_name(f"{path.name}.partial")

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import glob
+import html
+import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 from dotenv import dotenv_values
 
-from utils.console import UserError, say
-from utils.paths import PROJECT_ROOT
+from utils.console import UserError, redact_with, say, shown_path
+from utils.paths import PROJECT_ROOT, STEP_5
 from utils.processes import first_process_only
 from utils.settings import Settings
 
-TOKEN_VARIABLES = ("HUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")  # the first is ours, the others the hub client's
+# The first is ours, the others belong to the hub's client and to a tracker; none of them may be shown.
+TOKEN_VARIABLES = ("HUB_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+SHORTEST_TOKEN = 6  # what is shorter is no token, and redacting "no" or "none" would spoil every message
+HUB_TOKEN_SHAPE = r"\b(?:hf|api_org)_[a-z0-9]{20,}"  # of tokens that nobody told us, such as a login's; or parts of one
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,15 @@ class HubAccess:
     token: str | None = field(default=None, repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
+    @cached_property
+    def _secret(self) -> re.Pattern:
+        tokens = {token for token in (self.token, *self.secrets) if token and len(token) >= SHORTEST_TOKEN}
+        spellings = sorted({spelling for token in tokens for spelling in _spellings(token)}, key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, spellings), HUB_TOKEN_SHAPE]), re.IGNORECASE)
+
     def redact(self, text: str) -> str:
-        """The text with every occurrence of a token replaced by ***. Redact before you shorten: a cut token stays."""
-        for secret in sorted({self.token, *self.secrets} - {None}, key=len, reverse=True):
-            text = text.replace(secret, "***")
-        return text
+        """The text with every occurrence of a token replaced by ***."""
+        return self._secret.sub("***", text)
 
     def reason(self, error: Exception) -> str:
         """An error's message as one redacted line of at most 300 characters."""
@@ -39,12 +51,45 @@ class HubAccess:
         return " ".join(self.redact(text).split())[:300] or type(error).__name__
 
 
+def _spellings(token: str) -> set[str]:
+    """A token as it is, and as addresses, Python, JSON and HTML spell it."""
+    in_addresses = {quote(token), quote(token, safe=""), quote_plus(token)}
+    return {
+        token,
+        *in_addresses,
+        repr(token)[1:-1],
+        repr(token.encode())[2:-1],
+        json.dumps(token)[1:-1],
+        html.escape(token),
+    }
+
+
+def _tokens(values: Mapping[str, str | None]) -> dict[str, str]:
+    """The tokens by their variables, without what is often copied too: quotes, or a newline, which no header takes."""
+    stripped = {name: (values.get(name) or "").strip().strip("\"'").strip() for name in TOKEN_VARIABLES}
+    return {name: token for name, token in stripped.items() if token}
+
+
 def hub_access() -> HubAccess:
-    """Read HUB_CACHE and the tokens; the environment takes precedence over the repository's `.env`."""
-    values = {**dotenv_values(PROJECT_ROOT / ".env"), **os.environ}
-    # A token copied from a page or a file often has a newline at its end, which no header may have.
-    tokens = {name: token for name in TOKEN_VARIABLES if (token := (values.get(name) or "").strip())}
-    return HubAccess(values.get("HUB_CACHE") or None, tokens.get("HUB_TOKEN"), tuple(tokens.values()))
+    """Read HUB_CACHE and the tokens, which are printed nowhere from then on.
+
+    The environment takes precedence over the repository's `.env`.
+
+    Raises:
+        UserError: `.env` is there and cannot be read.
+    """
+    ours = _tokens(os.environ)
+    redact_with(HubAccess(secrets=tuple(ours.values())).redact)  # in case `.env` cannot be read
+    file = PROJECT_ROOT / ".env"
+    try:
+        in_file = dotenv_values(file, encoding="utf-8-sig")  # editors of Windows begin it with a byte-order mark
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); correct, move or delete it") from None
+    values = {**in_file, **os.environ}
+    secrets = (*ours.values(), *_tokens(in_file).values())
+    access = HubAccess(values.get("HUB_CACHE") or None, _tokens(values).get("HUB_TOKEN"), secrets)
+    redact_with(access.redact)
+    return access
 
 
 _allows_remote_code = False
@@ -64,6 +109,13 @@ def remote_code(allowed: bool) -> Iterator[None]:
 def allows_remote_code() -> bool:
     """Whether a model may run code that comes with it."""
     return _allows_remote_code
+
+
+def decide_on_dataset_code() -> None:
+    """Let a data set run a script that comes with it where a model may; `datasets` before version 4 would ask."""
+    import datasets  # slow to import
+
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = allows_remote_code()
 
 
 def require_hub_access(settings: Settings, folder_names: Sequence[str]) -> HubAccess:
@@ -130,10 +182,16 @@ def push_folder(folder: Path, files: Sequence[str], username: str, access: HubAc
         files: those that belong to it; whatever else lies in the folder stays where it is.
 
     Raises:
-        UserError: the hub refused or could not be reached; the message does not contain the token.
+        UserError: one of the files is a link or lies elsewhere; or the hub refused or could not be reached.
     """
     from huggingface_hub import HfApi  # only an upload pays for importing it
 
+    for file in files:
+        if Path(file).name != file or file in ("", "..") or (folder / file).is_symlink():
+            raise UserError(
+                f"{shown_path(folder / file)} is not uploaded: it is a link, or lies in another folder; "
+                f"delete the checkpoint and run {STEP_5} again"
+            )
     repo_id = f"{username}/{folder.name}"
     try:
         api = HfApi(token=access.token)

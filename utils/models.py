@@ -19,7 +19,7 @@ from utils.console import UserError, say, say_read, shows_bars
 from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_whole
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
-from utils.paths import STEP_5, may_be_hub_id, resolve_path
+from utils.paths import STEP_5, may_be_hub_id, require_not_here, resolve_path
 from utils.processes import first_process_only, is_first, launched, local_rank
 from utils.spreading import SPREAD, keep_hooks_on_trunk, place_modules, silence_accelerate
 
@@ -128,6 +128,7 @@ def locate(model: str, marker: str = "config.json") -> str:
     if model.startswith(".") or not may_be_hub_id(model):
         hint = "run data/make_sft_model.py first, or give" if model.startswith("data/") else "give"
         raise UserError(f"no model at {model}: {hint} a folder made by save_pretrained or a hub id like owner/name")
+    require_not_here(model)
     return model
 
 
@@ -141,7 +142,7 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
         return getattr(transformers, loader).from_pretrained(located, **access_keywords, **keywords)
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
         if "trust_remote_code=True" in str(error):
-            raise _remote_code_refusal(model, located, marker) from None
+            raise _remote_code_refusal(model, _own_code(model, located, marker)) from None
         raise _cannot_load(model, what, error) from error
 
 
@@ -150,11 +151,15 @@ def _cannot_load(model: str, what: str, error: Exception) -> UserError:
     return UserError(f"{model}: cannot load the {what}: {where}{hub_access().reason(error)}")
 
 
-def _remote_code_refusal(model: str, located: str, marker: str) -> UserError:
+def _own_code(model: str, located: str, marker: str) -> str:
+    """The code that comes with a model, in words."""
+    if not Path(located).is_dir():
+        return f"code from the hub (https://hf.co/{model})"
+    return f"code of its own (auto_map in {marker}: {read_json(Path(located) / marker).get('auto_map')!r:.200})"
+
+
+def _remote_code_refusal(model: str, code: str) -> UserError:
     """Says which code a model wants to run."""
-    code = f"code from the hub (https://hf.co/{model})"
-    if Path(located).is_dir():
-        code = f"code of its own (auto_map in {marker}: {read_json(Path(located) / marker).get('auto_map')!r:.200})"
     return UserError(
         f"{model}: needs {code}, which can do anything and is not run; read it, and if you trust it set "
         "TRUST_REMOTE_CODE = True"
@@ -165,10 +170,13 @@ def load_config(model: str) -> transformers.PretrainedConfig:
     """The model's config.json.
 
     Raises:
-        UserError: it is not found or cannot be read, or asks for no transformer block, or for so many that building
-            them would take for ever.
+        UserError: it is not found or cannot be read; it names a kernel of the hub, which is code; or it asks for no
+            transformer block, or for so many that building them would take for ever.
     """
     config = _from_hub_or_folder("AutoConfig", model, "configuration")
+    kernels = [str(value) for name, value in vars(config).items() if "implementation" in name and "/" in str(value)]
+    if kernels and not allows_remote_code():
+        raise _remote_code_refusal(model, f"a kernel from the hub (config.json: {kernels[0]!r:.200})")
     count = getattr(config, "num_hidden_layers", 1)
     if not (isinstance(count, int) and 1 <= count <= LARGEST_NUM_BLOCKS):
         raise UserError(

@@ -45,6 +45,19 @@ def may_be_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not (PROJECT_ROOT / name).parent.is_dir()
 
 
+def require_not_here(name: str) -> None:
+    """Refuse a hub id that is also a folder in the working directory, which the hub's clients would take instead.
+
+    Raises:
+        UserError: there is such a folder.
+    """
+    if os.path.exists(name):  # noqa: PTH110 (which takes any name)
+        raise UserError(
+            f"{name}: is in the working directory, and relative paths start at the repository; give its full path, or "
+            "run from another folder to take the hub's"
+        )
+
+
 def public_name(name: str) -> str:
     """A model or data set as others may read it: a hub id, a path in the repository, or the last part of another path.
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.console import UserError, is_disk_full
-from utils.hub import HubAccess, hub_access
-from utils.paths import may_be_hub_id, resolve_path
+from utils.hub import HubAccess, decide_on_dataset_code, hub_access
+from utils.paths import may_be_hub_id, require_not_here, resolve_path
 from utils.settings import Settings
 
 
@@ -58,6 +58,7 @@ def find_source(part: str, settings: Settings, local_form: str, may_be_file: boo
         return source
     if not may_be_hub_id(value):
         raise UserError(f"{source}: no such file or folder; give {local_form}, or a hub id")
+    require_not_here(value)
     return source._replace(path=None)
 
 
@@ -69,6 +70,7 @@ def hub_rows(source: Source, subset: str | None, split: str) -> Sequence[dict[st
     """
     from datasets import load_dataset
 
+    decide_on_dataset_code()
     with readable_hub_errors(source) as access:
         return load_dataset(source.value, subset, split=split, cache_dir=access.cache, token=access.token)
 

@@ -13,9 +13,9 @@ import numpy as np
 from utils.batching import LabelledSequence
 from utils.console import UserError, require_encodable, say_read
 from utils.files import fingerprint_of
-from utils.hub import hub_access
+from utils.hub import decide_on_dataset_code, hub_access
 from utils.labels import label_texts
-from utils.paths import may_be_hub_id, resolve_path
+from utils.paths import may_be_hub_id, require_not_here, resolve_path
 from utils.performance_functions.files import read_json_lines, require_length, shown_names, shown_value
 
 if TYPE_CHECKING:
@@ -105,8 +105,10 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
         raise UserError(
             f"{source}: no such folder; give one with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
         )
+    require_not_here(hh_dataset)
     from datasets import load_dataset  # slow to import
 
+    decide_on_dataset_code()
     access = hub_access()
     try:
         return load_dataset(hh_dataset, split=split, cache_dir=access.cache, token=access.token).to_list()

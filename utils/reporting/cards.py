@@ -27,7 +27,9 @@ def _front_matter(base_model: str, dataset: str, tags: list[str]) -> str:
 
 
 def _settings_list(settings: Mapping[str, Any]) -> str:
-    return "\n".join(f"- `{name}`: {markdown_text(value)}" for name, value in settings.items() if value is not None)
+    """The settings that are set, of those that could be constants: a manifest may come from somebody else."""
+    shown = {name: value for name, value in settings.items() if value is not None and name.isidentifier()}
+    return "\n".join(f"- `{name}`: {markdown_text(value)}" for name, value in shown.items())
 
 
 def _joined(paragraphs: Iterable[str | None]) -> str:

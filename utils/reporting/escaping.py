@@ -17,9 +17,12 @@ LATEX_ACCENTS = {  # combining characters and the commands of any LaTeX font
     **{"\u0300": "`", "\u0301": "'", "\u0302": "^", "\u0303": "~", "\u0304": "=", "\u0306": "u", "\u0307": "."},
     **{"\u0308": '"', "\u030a": "r", "\u030b": "H", "\u030c": "v", "\u0327": "c"},
 }
-# What begins code, emphasis, a cell or the target of a link; an underscore only beside a blank or punctuation.
-MARKDOWN_SPECIALS = re.compile(r"[\\`*|~$]|(?<!\w)_|_(?!\w)|\](?=\()")
-FORMULA_STARTS = ("=", "+", "-", "@")
+LATEX_LIGATURES = {"-": "-", ",": ",", "`": "`", "'": "'", "?": "`", "!": "`"}  # a character, and what would change it
+# What begins code, emphasis, a cell or the target of a link; an underscore only beside a blank or punctuation; and what
+# makes a bare address a link.
+MARKDOWN_SPECIALS = re.compile(r"[\\`*|~$]|(?<![^\W_])_|_(?![^\W_])|\](?=\()|:(?=//)|(?<=www)\.", re.IGNORECASE)
+# At the beginning of a cell, or after a semicolon, which separates cells in some countries; full-width ones too.
+FORMULA_START = re.compile(r"(^|;)(\s*)(?=[=+\-@＝＋－＠])")  # noqa: RUF001
 
 
 def one_line(text: object) -> str:
@@ -42,7 +45,7 @@ def _latex_character(character: str, following: str) -> str:
     if character in LATEX_CHARACTERS:
         return LATEX_CHARACTERS[character]
     if character.isascii():
-        return "-{}" if character == following == "-" else character  # two hyphens would become a dash
+        return f"{character}{{}}" if LATEX_LIGATURES.get(character) == following else character  # -- becomes a dash
     letter, *accents = unicodedata.normalize("NFD", character)
     if letter.isascii() and len(accents) == 1 and accents[0] in LATEX_ACCENTS:
         return rf"\{LATEX_ACCENTS[accents[0]]}{{{letter}}}"
@@ -59,7 +62,7 @@ def csv_cell(value: Any) -> Any:  # noqa: ANN401
     if not isinstance(value, str):
         return value
     text = one_line(value)
-    return f"'{text}" if text.startswith(FORMULA_STARTS) and not _is_number(text) else text
+    return text if _is_number(text) else FORMULA_START.sub(r"\1\2'", text)
 
 
 def _is_number(text: str) -> bool:

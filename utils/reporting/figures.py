@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from utils.files import written_whole
 from utils.locks import locked
 from utils.processes import first_process_only
+from utils.reporting.escaping import one_line
 from utils.reporting.tables import Row, WithInterval, group_by_repair, mean_with_interval
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
             panel.errorbar(costs, gains, gain_bars, cost_bars, elinewidth=0.6, **_line_style(line), **hollow)
         all_costs = [point.cost.value for point in shown]
         panel.set_xlim(min(0, *all_costs) - 0.1, max(budget_percent, *all_costs) * 1.05)
-        panel.set_title(title)
+        panel.set_title(one_line(title), parse_math=False)  # it may hold the name of a model
         panel.set_xlabel("perplexity change, %")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("improvement of the loss, nats per token")

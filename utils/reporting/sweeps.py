@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,6 +130,11 @@ def write_sweep(
     say(f"   sweep: {shown_path(file)} with .csv{drawn}")
 
 
+def _sweep_files(output_dir: str, task: str, model_name: str) -> list[Path]:
+    pattern = paths.sweep_file(output_dir, task, glob.escape(model_name), "*")
+    return sorted(pattern.parent.glob(pattern.name))
+
+
 def _points(
     output_dir: str, task: str, model_name: str, panels: dict[str, str], inputs: dict[str, str]
 ) -> list[RepairPoint]:
@@ -137,9 +143,8 @@ def _points(
     Args:
         inputs: those of one sweep; another sweep whose model or measured data differ is named and left out.
     """
-    pattern = paths.sweep_file(output_dir, task, model_name, "*")
     points = []
-    for file in sorted(pattern.parent.glob(pattern.name)):
+    for file in _sweep_files(output_dir, task, model_name):
         sweep = read_sweep(file)
         if sweep["model"] != model_name:  # the pattern also fits models whose name begins with this one
             continue
@@ -174,8 +179,8 @@ def _draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: 
     for name in model_names:
         prefix = "" if len(model_names) == 1 else f"{name}, "
         for task in MEASUREMENTS:
-            files = paths.sweep_file(output_dir, task, name, "*")
-            newest = max(files.parent.glob(files.name), key=lambda file: file.stat().st_mtime, default=None)
+            files = _sweep_files(output_dir, task, name)
+            newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
             if newest:
                 title = f"{prefix}repaired for {task}"
                 points += _points(output_dir, task, name, {task: title}, read_sweep(newest)["inputs"])
