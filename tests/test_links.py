@@ -15,7 +15,7 @@ from conftest import contents, write_manifest
 from steps import load_script
 from utils.artifacts import Artifact
 from utils.console import UserError
-from utils.files import has_links, read_json, remove, write_atomically, write_if_changed, written_whole
+from utils.files import has_links, read_json, remove, write_if_changed, write_locked, written_whole
 from utils.fine_tuning import last_checkpoint
 from utils.hub import HubAccess, push_folder
 from utils.influence import factors
@@ -60,7 +60,7 @@ def save_folder(path: Path) -> None:
 
 
 def write(path: Path) -> None:
-    write_atomically(path, "new")
+    write_locked(path, "new")
     write_if_changed(path, "newer")
 
 
