@@ -35,7 +35,7 @@ from utils.locks import locked
 from utils.paths import STEP_4
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
-from utils.selection import min_max_normalise, ranking_scores, require_enough
+from utils.selection import load_representations, min_max_normalise, ranking_scores, require_enough
 from utils.settings import (
     Family,
     NonNegativeFloat,
@@ -92,10 +92,8 @@ def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
     distances = torch.pdist(representations[sample].double())
     median = float(distances.median()) if len(distances) else 0.0
     if median == 0:
-        raise UserError(
-            "GAMMA = None: half of the representations are the same, so the median heuristic is undefined; "
-            "set GAMMA to a number"
-        )
+        reason = "half of the representations are the same" if total > 1 else "there is a single representation"
+        raise UserError(f"GAMMA = None: {reason}, so the median heuristic is undefined; set GAMMA to a number")
     return 1 / median**2
 
 
@@ -290,7 +288,7 @@ def main(settings: Settings) -> None:
             if output.is_finished(settings.OVERWRITE):
                 continue
             if kernel is None:  # shared by the tasks
-                representations = center(source.load_tensors()["representations"])
+                representations = center(load_representations(artifacts))
                 gamma = settings.GAMMA or median_heuristic_gamma(representations, settings.SEED)
                 if settings.KERNEL == "rbf":
                     kernel = RBFKernel(representations, gamma)

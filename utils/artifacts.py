@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -46,6 +47,7 @@ from utils.processes import first_process_only, launched
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 MANIFEST_NAME = "manifest.json"  # of a folder
+Shapes = Mapping[str, tuple[int | None, ...]]  # of tensors by name, None where any size will do
 STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
 
 
@@ -71,10 +73,44 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         UserError: names the source and the first tensor that is not finite.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        is_finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())  # not known of 8 bits
+        if not is_finite.all():
+            count = int((~is_finite).sum())
             raise UserError(
                 f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
+            )
+
+
+def require_shapes(
+    tensors: Mapping[str, torch.Tensor], shapes: Shapes, source: str, remedy: str, counts: Collection[str] = ()
+) -> None:
+    """Check that tensors are the ones that were once written, whatever their manifest says.
+
+    Args:
+        shapes: every tensor by name, with None where any size will do.
+        counts: names of those that are whole numbers; the others are float32 or float64.
+
+    Raises:
+        UserError: names the source and what is there and what must be.
+    """
+    if tensors.keys() != shapes.keys():
+        there, needed = (f"{len(names)} ({', '.join(sorted(names)) or 'none'})" for names in (tensors, shapes))
+        raise UserError(
+            f"{source} has other tensors than it must have: {there:.300} in place of {needed:.300}; {remedy}"
+        )
+    for name, shape in shapes.items():
+        tensor, kinds = tensors[name], [torch.int64] if name in counts else [torch.float32, torch.float64]
+        fits = len(tensor.shape) == len(shape) and all(
+            needed in (None, size) for size, needed in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits or tensor.dtype not in kinds:
+            needed = " x ".join("any" if size is None else str(size) for size in shape)
+            there = " x ".join(map(str, tensor.shape)) or "a single number"
+            raise UserError(
+                f"{source}: tensor {name!r} is {there} of {str(tensor.dtype).removeprefix('torch.')}, and must be "
+                f"{needed} of {' or '.join(str(kind).removeprefix('torch.') for kind in kinds)}; {remedy}"
             )
 
 
@@ -175,13 +211,8 @@ class Artifact:
             UserError: the artifact was made with other settings or inputs (shows both values), is damaged, or is a
                 folder that this project did not make.
         """
+        self.require_place(overwrite)
         if not self._is_there():
-            is_foreign = self.is_folder and self.path.is_dir() and any(self.path.iterdir())
-            if is_foreign and not overwrite:
-                raise UserError(
-                    f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
-                    "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
-                )
             return False
         try:
             manifest = self._read_manifest()
@@ -203,6 +234,30 @@ class Artifact:
         if not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
         return True
+
+    @first_process_only
+    def require_place(self, overwrite: bool = False) -> None:
+        """Check, before the work, that nothing of the user's is where the artifact goes.
+
+        Raises:
+            UserError: a folder where a file goes; or, without `overwrite`, anything but an empty folder or this
+                project's own where a folder goes.
+        """
+        for path in () if self.is_folder else (self.path, self.manifest_path):
+            if path.is_dir():
+                raise UserError(f"{shown_path(path)} is a folder where a file is written; move it away")
+        if overwrite or not self.is_folder or self._is_there() or not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UserError(
+                f"{shown_path(self.path)} is needed as a folder, and is a file, or a link to nothing; move it away, "
+                "choose another folder, or set OVERWRITE = True to replace it"
+            )
+        if any(self.path.iterdir()):
+            raise UserError(
+                f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
+                "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
+            )
 
     def require(self) -> dict[str, Any]:
         """The manifest of an artifact that a later step reads.
@@ -262,11 +317,15 @@ class Artifact:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def load_tensors(self) -> dict[str, torch.Tensor]:
+    def load_tensors(self, shapes: Shapes | None = None, counts: Collection[str] = ()) -> dict[str, torch.Tensor]:
         """Read a safetensors artifact.
 
+        Args:
+            shapes, counts: what it must hold, as for `require_shapes`.
+
         Raises:
-            UserError: missing, made from something else, changed since it was written, unreadable, or not finite.
+            UserError: missing, made from something else, changed since it was written, unreadable, not finite, or not
+                of these shapes.
         """
         self.require()  # first, since a lock makes folders
         with locked(self.path):
@@ -275,6 +334,8 @@ class Artifact:
                 tensors = load_file(self.path)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{shown_path(self.path)} cannot be read ({error}); {self.remedy}") from None
+        if shapes is not None:
+            require_shapes(tensors, shapes, shown_path(self.path), self.remedy, counts)
         require_finite(tensors, f"{shown_path(self.path)} ({self.remedy})")
         if not self.quiet:
             say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))
@@ -372,7 +433,7 @@ class Artifact:
         manifest = self._manifest(started, shapes, files, details)
         write_text(self.partial_path / MANIFEST_NAME, to_json(manifest))
         remove(self._replaced_path)
-        if self.path.exists():
+        if os.path.lexists(self.path):
             self.path.replace(self._replaced_path)
         self.partial_path.replace(self.path)
         self._tidy()  # until here a killed run resumes

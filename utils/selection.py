@@ -78,7 +78,7 @@ def influence_scores(
 ) -> tuple[torch.Tensor, dict[str, str]]:
     """One task's influence scores (N,), made with `strategy` in place of FACTOR_STRATEGY, and their fingerprint."""
     artifact = artifacts.scores(task, strategy)
-    scores = artifact.load_tensors()[SCORES_TENSOR].squeeze(0)
+    scores = artifact.load_tensors({SCORES_TENSOR: (1, None)})[SCORES_TENSOR].squeeze(0)
     if len(scores) != len(artifacts.dialogues):
         raise UserError(
             f"{shown_path(artifact.path)} has {len(scores)} scores for {len(artifacts.dialogues)} dialogues; "
@@ -87,10 +87,17 @@ def influence_scores(
     return scores, {f"scores_{task}": artifact.require()["fingerprint"]}
 
 
+def load_representations(artifacts: ModelArtifacts) -> torch.Tensor:
+    """The representations (N, hidden) of the training dialogues."""
+    shapes = {"representations": (len(artifacts.dialogues), artifacts.hidden_size)}
+    return artifacts.representations().load_tensors(shapes)["representations"]
+
+
 def dissimilarity(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, dict[str, str]]:
     """Minus the similarity (N,) of each dialogue to the task's untrustworthy answers, and the sources' fingerprints."""
     answers, dialogues = artifacts.answer_representations(task), artifacts.representations()
-    similarity = similarity_to(*(artifact.load_tensors()["representations"] for artifact in (answers, dialogues)))
+    of_answers = answers.load_tensors({"representations": (None, artifacts.hidden_size)})["representations"]
+    similarity = similarity_to(of_answers, load_representations(artifacts))
     sources = {"representations": dialogues, f"answers_{task}": answers}
     return -similarity, {name: artifact.require()["fingerprint"] for name, artifact in sources.items()}
 

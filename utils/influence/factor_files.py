@@ -14,14 +14,15 @@ from utils.files import written_whole
 from utils.processes import first_process_only
 
 
-def _factor_file(folder: Path, name: str) -> Path:
+def factor_file(folder: Path, name: str) -> Path:
+    """Where a factor is stored."""
     return folder / f"{name}.safetensors"
 
 
 @first_process_only
 def are_saved(folder: Path, names: list[str]) -> bool:
     """Whether all of these factors are in a folder."""
-    return all(_factor_file(folder, name).exists() for name in names)
+    return all(factor_file(folder, name).exists() for name in names)
 
 
 @first_process_only
@@ -34,7 +35,7 @@ def save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
     for name, by_module in factors.items():
         require_finite(by_module, f"factor {name}")
     for name, by_module in factors.items():
-        with written_whole(_factor_file(folder, name)) as partial:
+        with written_whole(factor_file(folder, name)) as partial:
             save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
 
 
@@ -47,7 +48,7 @@ def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
     remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
     factors = {}
     for name in names:
-        file = _factor_file(folder, name)
+        file = factor_file(folder, name)
         try:
             factors[name] = load_file(file)
         except (SafetensorError, OSError) as error:
