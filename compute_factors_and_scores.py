@@ -32,7 +32,12 @@ from utils.batching import LabelledSequence
 from utils.console import banner, say
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.scores import mean_measurement_gradient, precondition_with, score_training_examples
+from utils.influence.scores import (
+    mean_measurement_gradient,
+    precondition_with,
+    require_representable,
+    score_training_examples,
+)
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.models import resolve_device
@@ -154,6 +159,9 @@ def make_unfinished(
     gradients = preconditioned_queries(traced, queries, factors)
     train = traced.loader(examples, cached=True, description="training dialogues")
     scores = score_training_examples(traced, tasks[0], train, gradients, settings.COMPUTE_PER_TOKEN_SCORES)
+    for query, name in enumerate(unfinished):
+        constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}
+        require_representable([scores.examples[query]], f"the influence scores for {name}", constants)
     for query, name in enumerate(unfinished):
         of_dialogues, *of_tokens = outputs[name]
         for output in of_tokens:

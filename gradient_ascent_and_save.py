@@ -28,14 +28,21 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
-from utils.artifacts import Artifact, require_finite
-from utils.console import UserError, banner, say
+from utils.artifacts import Artifact, Shapes, require_finite
+from utils.console import banner, say
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.files import fingerprint_of
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.locks import locked
-from utils.models import content_fingerprint, load_model, load_tokenizer, resolve_device, save_model
+from utils.models import (
+    content_fingerprint,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    save_model,
+    traced_linear_names,
+)
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -117,26 +124,22 @@ def ascend(model: nn.Module, gradients: Gradients, learning_rate: float, origina
                 module.bias.copy_(torch.add(originals[f"{name}.bias"], step[:, -1], alpha=learning_rate))
 
 
-def original_weights(model: nn.Module, gradients: Gradients) -> Gradients:
-    """Copies of the weights and biases that the gradients belong to.
+def gradient_shapes(model: nn.Module, family: str, num_blocks: int) -> Shapes:
+    """(1, out, in), or (1, out, in + 1) with the bias last, for every Linear that step 4 traces."""
+    linears = {name: model.get_submodule(name) for name in traced_linear_names(model, family, num_blocks)}
+    return {
+        name: (1, linear.out_features, linear.in_features + (linear.bias is not None))
+        for name, linear in linears.items()
+    }
 
-    Raises:
-        UserError: a gradient names a module that the model lacks, or has another shape.
-    """
-    originals = {}
-    modules = dict(model.named_modules())
-    for name, gradient in gradients.items():
-        module = modules.get(name)
-        if not isinstance(module, nn.Linear):
-            raise UserError(
-                f"the gradient has a tensor for {name}, and the model has no such Linear; run make_gradients.py again"
-            )
-        expected = (1, module.out_features, module.in_features + (module.bias is not None))
-        if tuple(gradient.shape) != expected:
-            raise UserError(f"the gradient of {name} has shape {tuple(gradient.shape)}, and the model needs {expected}")
-        for parameter_name, parameter in module.named_parameters():
-            originals[f"{name}.{parameter_name}"] = parameter.detach().clone()
-    return originals
+
+def original_weights(model: nn.Module, gradients: Gradients) -> Gradients:
+    """Copies of the weights and biases that the gradients belong to."""
+    return {
+        f"{name}.{parameter_name}": parameter.detach().clone()
+        for name in gradients
+        for parameter_name, parameter in model.get_submodule(name).named_parameters()
+    }
 
 
 class SteppableModel:
@@ -166,7 +169,8 @@ class SteppableModel:
         model = self.loaded.model
         if repair is not self._repair:
             ascend(model, self._gradients, 0.0, self._originals)  # undoes the last repair
-            self._repair, self._gradients = repair, repair.load_gradients()
+            shapes = gradient_shapes(model, self.settings.MODEL_FAMILY, repair.num_blocks)
+            self._repair, self._gradients = repair, repair.load_gradients(shapes)
             self._originals = original_weights(model, self._gradients)
         ascend(model, self._gradients, learning_rate, self._originals)
         return self.loaded

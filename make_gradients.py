@@ -39,7 +39,7 @@ from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import UserError, banner, shown_path
 from utils.files import fingerprint_of
-from utils.influence.scores import mean_measurement_gradient, precondition_with
+from utils.influence.scores import mean_measurement_gradient, precondition_with, require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.models import resolve_device
@@ -288,6 +288,11 @@ def make_model_gradients(settings: Settings, model: str) -> None:
                 examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
             started = time.monotonic()
             gradient, facts = repair_gradient(settings, traced, examples, sources, artifacts.factors())
+            scaling = [
+                "DAMPING_FACTOR",
+                *["TASK_WEIGHTS"] * (settings.SCORES_TYPE == "direct" and len(sources.weights) > 1),
+            ]
+            require_representable(gradient.values(), "the numbers of the repair gradient", settings.pick(*scaling))
             output.save_tensors(gradient, started, **facts)
 
 

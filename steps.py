@@ -82,6 +82,8 @@ def require_writable(constant: str, value: str) -> None:
     Raises:
         UserError: the folder that a constant names is a file, or may not be written to.
     """
+    if not value.strip():
+        raise UserError(f"{constant} = {value!r}: is empty; give a folder, '.' for this repository")
     folder = resolve_path(value)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):

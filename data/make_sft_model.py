@@ -36,8 +36,8 @@ from transformers import (
 from steps import next_command, run_step
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
-from utils.evaluation import EvaluationModel
-from utils.files import fingerprint_of, write_whole
+from utils.evaluation import EvaluationModel, require_finite_loss
+from utils.files import fingerprint_of, remove, write_whole
 from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size, set_checkpoints_aside
 from utils.locks import locked
 from utils.models import (
@@ -50,7 +50,7 @@ from utils.models import (
     silence_transformers,
     tokenizer_fingerprint,
 )
-from utils.paths import STEP_1
+from utils.paths import PROJECT_ROOT, STEP_1, resolve_path
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only, launched
 from utils.registry import sft_model
@@ -154,9 +154,27 @@ def sft_artifact(settings: Settings, dataset: str) -> Artifact:
     return sft_model(settings, **inputs, dataset=dataset)
 
 
+def require_separate(settings: Settings) -> None:
+    """Check that the model's folder, which OVERWRITE replaces as a whole, holds nothing else that is needed.
+
+    Raises:
+        UserError: it is or holds the base, the tokenizer, the dialogues or this repository.
+    """
+    output = resolve_path(settings.SFT_MODEL_DIR)
+    inside = {"this repository": PROJECT_ROOT, "HH_DATASET": resolve_path(settings.HH_DATASET)}
+    if settings.BASE_MODEL not in ARCHITECTURES:
+        inside["BASE_MODEL"] = resolve_path(settings.BASE_MODEL)
+    elif settings.TOKENIZER:
+        inside["TOKENIZER"] = resolve_path(settings.TOKENIZER)
+    for name, path in inside.items():
+        if path.is_relative_to(output):
+            raise UserError(f"SFT_MODEL_DIR = {settings.SFT_MODEL_DIR!r}: {name} lies there; give a folder of its own")
+
+
 def main(settings: Settings) -> None:
     """Fine-tune the model, unless that is already done."""
     banner("POST-SFT model", settings.SFT_MODEL_DIR)
+    require_separate(settings)
     choose_device(settings)  # a wrong one is found before anything is read
     train, test = (load_dialogues(settings.HH_DATASET, split) for split in ("train", "test"))
     output = sft_artifact(settings, train.fingerprint)
@@ -181,9 +199,17 @@ def make_model(settings: Settings, output: Artifact, train: Dialogues, test: Dia
         output.staging_folder() as folder,
     ):
         checkpoint = last_checkpoint(folder)
-        before = summarise(evaluation_model.measure("anthropic", test))["perplexity"]
+        losses = evaluation_model.measure("anthropic", test)
+        require_finite_loss(settings.BASE_MODEL, "anthropic", losses)
+        before = summarise(losses)["perplexity"]
         fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
-        after = summarise(evaluation_model.measure("anthropic", test))
+        losses = evaluation_model.measure("anthropic", test)
+        try:
+            require_finite_loss(settings.SFT_MODEL_DIR, "anthropic", losses)
+        except UserError:
+            first_process_only(remove)(folder)  # nothing there is worth resuming from
+            raise
+        after = summarise(losses)
         perplexity = {"before": before, "after": after["perplexity"]}
         perplexity |= {f"after_{end}": after[f"perplexity_{end}"] for end in ("low", "high")}
         tracker.log({"perplexity": perplexity["after"]})

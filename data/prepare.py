@@ -45,7 +45,7 @@ from data.official.files import PreparedFile
 from data.official.parts import FILES, PARTS, OfficialFile, PartName
 from data.official.sources import Source, find_source
 from steps import require_writable, run_step
-from utils.console import UserError, banner, is_disk_full, say, shown_path
+from utils.console import UserError, banner, is_disk_full, remedy_for, say, shown_path
 from utils.files import fingerprint_of_files
 from utils.locks import locked
 from utils.paths import resolve_path
@@ -85,8 +85,12 @@ def main(settings: Settings) -> None:
         except (UserError, OSError, UnicodeEncodeError) as error:
             message = str(error)
             if not isinstance(error, UserError):
-                reason = "the disk is full" if is_disk_full(error) else "it cannot be read or written"
-                message = f"{source}, {file.name}: {reason}; give another source or DATA_DIR ({error})"
+                reason = "it cannot be read or written; give another source or DATA_DIR"
+                if is_disk_full(error):
+                    reason = "the disk is full; give another source or DATA_DIR"
+                elif isinstance(error, OSError):
+                    reason = remedy_for(error) or reason
+                message = f"{source}, {file.name}: {reason} ({error})"
             finished = f"; finished and kept: {', '.join(manifests)}" if manifests else ""
             raise UserError(f"{message}{finished}") from error
     say_summary(manifests, data_dir)

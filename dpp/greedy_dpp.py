@@ -35,7 +35,7 @@ from utils.locks import locked
 from utils.paths import STEP_4
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
-from utils.selection import min_max_normalise, ranking_scores, require_enough
+from utils.selection import load_representations, min_max_normalise, ranking_scores, require_enough
 from utils.settings import (
     Family,
     NonNegativeFloat,
@@ -92,10 +92,8 @@ def median_heuristic_gamma(representations: torch.Tensor, seed: int) -> float:
     distances = torch.pdist(representations[sample].double())
     median = float(distances.median()) if len(distances) else 0.0
     if median == 0:
-        raise UserError(
-            "GAMMA = None: half of the representations are the same, so the median heuristic is undefined; "
-            "set GAMMA to a number"
-        )
+        reason = "half of the representations are the same" if total > 1 else "there is a single representation"
+        raise UserError(f"GAMMA = None: {reason}, so the median heuristic is undefined; set GAMMA to a number")
     return 1 / median**2
 
 
@@ -301,7 +299,7 @@ def main(settings: Settings) -> None:
             if output.is_finished(settings.OVERWRITE):
                 continue
             if kernel is None:  # shared by the tasks
-                kernel = make_kernel(settings, source.load_tensors(source_fingerprint)["representations"])
+                kernel = make_kernel(settings, load_representations(artifacts, source_fingerprint))
             started = time.monotonic()
             subset = greedy_dpp(kernel, min_max_normalise(-scores), settings.BOTTOM_K, settings.IF_WEIGHT)
             output.save_json({**vars(subset), "objective": subset.objective, "gamma": kernel.gamma}, started)

@@ -21,6 +21,7 @@ if __name__ == "__main__":  # before imports that take seconds
 
 import difflib
 import functools
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -78,6 +79,7 @@ def task_manager(include_path: str | None, include_defaults: bool = True) -> Tas
     Raises:
         UserError: the harness is not installed.
     """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings are about how it is called
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -92,6 +94,8 @@ def find_tasks(settings: Settings) -> TaskManager:
         UserError: the harness is not installed, or it has no task of that name.
     """
     own = str(paths.resolve_path(settings.INCLUDE_PATH)) if settings.INCLUDE_PATH else None
+    if own and not Path(own).is_dir():
+        raise UserError(f"INCLUDE_PATH = {settings.INCLUDE_PATH!r}: no such folder; give one with task files, or None")
     if own and set(settings.HARNESS_TASKS) <= set(task_manager(own, include_defaults=False).all_tasks):
         return task_manager(own, include_defaults=False)
     manager = task_manager(own)
@@ -106,9 +110,16 @@ def repaired_models(settings: Settings) -> list[str]:
     """REPAIRED_MODEL_NAMES, or every checkpoint below OUTPUT_DIR that step 5 made from MODEL_NAME.
 
     Raises:
-        UserError: there is none, or the manifest of one is broken.
+        UserError: there is none, one is missing or has the name of the model, or the manifest of one is broken.
     """
     if settings.REPAIRED_MODEL_NAMES:
+        for model in settings.REPAIRED_MODEL_NAMES:
+            locate(model)  # a missing one is found before the work
+            if paths.model_short_name(model) == paths.model_short_name(settings.MODEL_NAME):
+                raise UserError(
+                    f"REPAIRED_MODEL_NAMES has {model}, and MODEL_NAME = {settings.MODEL_NAME!r}: results are named by "
+                    "the last part, which must differ"
+                )
         return settings.REPAIRED_MODEL_NAMES
     folder = paths.resolve_path(settings.OUTPUT_DIR) / "gradient_ascent_models"
     fingerprint = model_fingerprint(settings.MODEL_NAME)

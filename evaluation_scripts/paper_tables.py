@@ -31,12 +31,12 @@ from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
-from utils.performance_functions.files import parse_json, read_text, shown_value
+from utils.performance_functions.files import is_there, parse_json, read_text, shown_value
 from utils.performance_functions.hh import load_dialogues
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
 from utils.reporting.html import write_report
-from utils.reporting.sweeps import draw_overview, sweep_row
+from utils.reporting.sweeps import draw_overview, read_report, sweep_row
 from utils.reporting.tables import Table, ablation_table, main_table, with_interval
 from utils.selection import require_enough
 from utils.settings import (
@@ -222,7 +222,7 @@ def repair_row(
         search = Artifact(paths.search_file(output_dir, repair.task, model, repair.name), STEP_5)
         learning_rate = search.load_json()["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
-    report = Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5).load_json()
+    report = read_report(Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5))
     row = sweep_row(report)
     return {
         "model": model,
@@ -309,7 +309,7 @@ def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]]
         UserError: the file is not JSON, or does not map kinds to lists of different rows of the `num_dialogues`.
     """
     file = paths.resolve_path(hh_dataset) / "planted.json"
-    if not file.exists():
+    if not is_there(file):
         return None
     remedy = "fix it, or remove it if no harm is known"
     rows = parse_json(read_text(file, remedy), shown_path(file))

@@ -17,7 +17,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -48,6 +48,7 @@ from utils.processes import first_process_only, launched
 
 VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
 MANIFEST_NAME = "manifest.json"  # of a folder
+Shapes = Mapping[str, tuple[int | None, ...]]  # of tensors by name, None where any size will do
 STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
 
 
@@ -73,10 +74,44 @@ def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
         UserError: names the source and the first tensor that is not finite.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if not tensor.is_floating_point():
+            continue
+        is_finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())  # not known of 8 bits
+        if not is_finite.all():
+            count = int((~is_finite).sum())
             raise UserError(
                 f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
+            )
+
+
+def require_shapes(
+    tensors: Mapping[str, torch.Tensor], shapes: Shapes, source: str, remedy: str, counts: Collection[str] = ()
+) -> None:
+    """Check that tensors are the ones that were once written, whatever their manifest says.
+
+    Args:
+        shapes: every tensor by name, with None where any size will do.
+        counts: names of those that are whole numbers; the others are float32 or float64.
+
+    Raises:
+        UserError: names the source and what is there and what must be.
+    """
+    if tensors.keys() != shapes.keys():
+        there, needed = (f"{len(names)} ({', '.join(sorted(names)) or 'none'})" for names in (tensors, shapes))
+        raise UserError(
+            f"{source} has other tensors than it must have: {there:.300} in place of {needed:.300}; {remedy}"
+        )
+    for name, shape in shapes.items():
+        tensor, kinds = tensors[name], [torch.int64] if name in counts else [torch.float32, torch.float64]
+        fits = len(tensor.shape) == len(shape) and all(
+            needed in (None, size) for size, needed in zip(tensor.shape, shape, strict=True)
+        )
+        if not fits or tensor.dtype not in kinds:
+            needed = " x ".join("any" if size is None else str(size) for size in shape)
+            there = " x ".join(map(str, tensor.shape)) or "a single number"
+            raise UserError(
+                f"{source}: tensor {name!r} is {there} of {str(tensor.dtype).removeprefix('torch.')}, and must be "
+                f"{needed} of {' or '.join(str(kind).removeprefix('torch.') for kind in kinds)}; {remedy}"
             )
 
 
@@ -177,12 +212,8 @@ class Artifact:
             UserError: the artifact was made with other settings or inputs (shows both values), is damaged, or is a
                 folder that this project did not make.
         """
+        self.require_place(overwrite)
         if not self._is_there():
-            if self._is_foreign() and not overwrite:
-                raise UserError(
-                    f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
-                    "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
-                )
             return False
         try:
             manifest = self._read_manifest()
@@ -205,6 +236,30 @@ class Artifact:
         if not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
         return True
+
+    @first_process_only
+    def require_place(self, overwrite: bool = False) -> None:
+        """Check, before the work, that nothing of the user's is where the artifact goes.
+
+        Raises:
+            UserError: a folder where a file goes; or, without `overwrite`, anything but an empty folder or this
+                project's own where a folder goes.
+        """
+        for path in () if self.is_folder else (self.path, self.manifest_path):
+            if path.is_dir():
+                raise UserError(f"{shown_path(path)} is a folder where a file is written; move it away")
+        if overwrite or not self.is_folder or self._is_there() or not os.path.lexists(self.path):
+            return
+        if not self.path.is_dir():
+            raise UserError(
+                f"{shown_path(self.path)} is needed as a folder, and is a file, or a link to nothing; move it away, "
+                "choose another folder, or set OVERWRITE = True to replace it"
+            )
+        if any(self.path.iterdir()):
+            raise UserError(
+                f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
+                "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
+            )
 
     def require(self) -> dict[str, Any]:
         """The manifest of an artifact that a later step reads.
@@ -237,11 +292,6 @@ class Artifact:
 
     def _is_there(self) -> bool:
         return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
-
-    def _is_foreign(self) -> bool:
-        """Whether something other than an empty folder stands where this folder would go."""
-        is_empty = self.path.is_dir() and not self.path.is_symlink() and not any(self.path.iterdir())
-        return self.is_folder and os.path.lexists(self.path) and not is_empty
 
     def _read_manifest(self) -> dict[str, Any]:
         return read_manifest(self.manifest_path, self.remedy)
@@ -288,14 +338,18 @@ class Artifact:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def load_tensors(self, fingerprint: str | None = None) -> dict[str, torch.Tensor]:
+    def load_tensors(
+        self, shapes: Shapes | None = None, counts: Collection[str] = (), fingerprint: str | None = None
+    ) -> dict[str, torch.Tensor]:
         """Read a safetensors artifact.
 
         Args:
+            shapes, counts: what it must hold, as for `require_shapes`.
             fingerprint: that of the manifest that was read before; what another run has put there since is refused.
 
         Raises:
-            UserError: missing, made from something else, changed since it was written, unreadable, or not finite.
+            UserError: missing, made from something else, changed since it was written, unreadable, not finite, or not
+                of these shapes.
         """
         with locked(self.path, to_read=True):
             manifest = self.require()
@@ -306,6 +360,8 @@ class Artifact:
                 tensors = load_file(self.path)
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{shown_path(self.path)} cannot be read ({error}); {self.remedy}") from None
+        if shapes is not None:
+            require_shapes(tensors, shapes, shown_path(self.path), self.remedy, counts)
         require_finite(tensors, f"{shown_path(self.path)} ({self.remedy})")
         if not self.quiet:
             say_read(shown_path(self.path), _shape_in_words({name: list(t.shape) for name, t in tensors.items()}))

@@ -28,8 +28,8 @@ REMEDIES = {  # by the number of the operating system's error: what is wrong wit
     errno.EEXIST: "is in the way, a file where a folder is needed or the reverse; move it away",
     errno.EISDIR: "is a folder where a file is needed; move it away, or choose another folder",
     errno.ENOTEMPTY: "is a folder that is in the way; move it away, or choose another folder",
-    errno.ENAMETOOLONG: "has a longer name than the disk takes; choose a shorter OUTPUT_DIR or name of the model",
-    errno.ELOOP: "is a link that leads back to itself, or a link where a lock goes; remove it",
+    errno.ENAMETOOLONG: "is longer than the disk takes; choose a shorter path, or a shorter name of the model",
+    errno.ELOOP: "is a link that leads back to itself, or stands where no link may be; remove it",
     errno.EIO: "cannot be read or written, since the disk fails; choose another one",
     errno.ESTALE: "is on a shared disk that has lost it; run the same command again",
     errno.EMFILE: "cannot be opened, since too many files are open; raise the limit (ulimit -n)",
@@ -115,7 +115,7 @@ def shown_path(path: Path) -> str:
     """The path relative to the working directory if it lies below it, otherwise in full."""
     try:
         return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
+    except (ValueError, OSError, RuntimeError):  # the last two: no working directory any more, a loop of links
         return str(path)
 
 
@@ -162,7 +162,9 @@ def is_disk_full(error: BaseException | None) -> bool:
 def _os_error_of(error: BaseException) -> tuple[int, str] | None:
     """The number of the operating system's error behind an error, and the file that it is about, if one is named."""
     if isinstance(error, OSError) and error.errno:
-        return error.errno, str(error.filename or "")
+        is_in_the_way = error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+        file = error.filename2 if is_in_the_way and error.filename2 else error.filename  # where a rename goes
+        return error.errno, str(file or "")
     number = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))  # of a library written in Rust
     if number:
         return int(number[1] or number[2]), ""

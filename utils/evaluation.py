@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import Artifact, Shapes
 from utils.batching import BatchLoader, token_budget
-from utils.console import UserError
+from utils.console import UserError, shown_path
 from utils.intervals import estimate_mean
 from utils.locks import locked
 from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
@@ -23,7 +23,7 @@ from utils.performance_functions.losses import SequenceNLL, log_odds_losses, mul
 from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
 from utils.processes import all_reduce, shared_map
 from utils.registry import losses_artifact, result_artifact
-from utils.results import LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
+from utils.results import HIGHER_IS_BETTER, LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
 from utils.spreading import SPREAD
 from utils.trunk import HiddenStateCache, Trunk
@@ -67,6 +67,19 @@ def evaluate_pairs(model: PreTrainedModel, loader: BatchLoader, pairs: Tokenized
     if pairs.questions:
         losses["mc1"], losses["mc2"] = multiple_choice(nll.total, pairs.questions)
     return losses
+
+
+def losses_shapes(data: Data) -> tuple[Shapes, list[str]]:
+    """The shapes of `evaluate_dialogues` or `evaluate_pairs` on these data, and which of them are whole numbers."""
+    if isinstance(data, Dialogues):
+        return dict.fromkeys(("nll", "tokens"), (len(data),)), ["tokens"]
+    of_pairs = dict.fromkeys(("loss", "cluster"), (len(data),))
+    of_questions = dict.fromkeys(HIGHER_IS_BETTER, (len(data.questions),)) if data.questions else {}
+    return {**of_pairs, **of_questions}, ["cluster"]
+
+
+def _is_close(stored: object, value: float) -> bool:
+    return isinstance(stored, (int, float)) and math.isclose(stored, value, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def require_finite_loss(model_name: str, metric: Metric, losses: Losses) -> None:
@@ -212,8 +225,29 @@ class Evaluator:
         artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
         with locked(artifact.path, stored_losses.path):
             if all(stored.is_finished(self.settings.OVERWRITE) for stored in (artifact, stored_losses)):
-                return Result(artifact.load_json(), stored_losses.load_tensors())
+                return self._stored(metric, model_name, artifact, stored_losses)
             return self._measure(metric, model_name, load(), artifact, stored_losses)
+
+    def _stored(self, metric: Metric, model_name: str, artifact: Artifact, stored_losses: Artifact) -> Result:
+        """Read a measurement.
+
+        Raises:
+            UserError: the losses are not those of this data, or not those that the result was computed from.
+        """
+        shapes, counts = losses_shapes(self.data(metric))
+        losses, numbers = stored_losses.load_tensors(shapes, counts), artifact.load_json()
+        expected = {"model": model_name, **artifact.settings, **summarise(losses)}
+        agree = isinstance(numbers, dict) and all(
+            name in numbers
+            and (numbers[name] == value or (isinstance(value, float) and _is_close(numbers[name], value)))
+            for name, value in expected.items()
+        )
+        if not agree:
+            raise UserError(
+                f"{shown_path(artifact.path)} does not agree with {shown_path(stored_losses.path)}, which it was "
+                f"computed from; delete both and run the same command again"
+            )
+        return Result(numbers, losses)
 
     def _measure(
         self, metric: Metric, model_name: str, model: EvaluationModel, artifact: Artifact, stored_losses: Artifact

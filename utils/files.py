@@ -107,8 +107,10 @@ def read_json(path: Path, remedy: str = "delete it and run the step again") -> A
         remedy: what the user is told to do where it is broken.
 
     Raises:
-        UserError: the file is not valid JSON, or not JSON that Python takes: too deep, numbers of too many digits.
+        UserError: it is no file, not valid JSON, or not JSON that Python takes: too deep, numbers of too many digits.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise UserError(f"{shown_path(path)} is a folder, a pipe or a device, and must be a file; {remedy}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors

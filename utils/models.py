@@ -115,6 +115,8 @@ def locate(model: str, marker: str = "config.json") -> str:
     Raises:
         UserError: neither a folder with the marker nor the form of a hub id.
     """
+    if not model.strip():
+        raise UserError(f"a model's name is {model!r}, which is empty: give a folder or a hub id like owner/name")
     folder = resolve_path(model)
     if (folder / marker).is_file():
         return str(folder)
@@ -123,6 +125,8 @@ def locate(model: str, marker: str = "config.json") -> str:
             f"{model}: the folder holds an adapter (LoRA), not a model; merge it into its base first "
             "(peft: merge_and_unload, then save_pretrained), and give the merged folder"
         )
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{model}: is no folder, and a model is one that save_pretrained made")
     if folder.exists():
         raise UserError(f"{model}: the folder has no {marker}; it must be one that save_pretrained made")
     if model.startswith(".") or not may_be_hub_id(model):

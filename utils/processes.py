@@ -30,6 +30,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 START_TIMEOUT = timedelta(minutes=10)  # for the last process to start, which on a cluster may have to wait its turn
 # A process may wait for as long as another works; that one of them died is known from the watchdog, not from this.
 COLLECTIVE_TIMEOUT = timedelta(days=7)
+LARGEST_PORT = 65_535
 ECHO_SECONDS = 1.0  # between the death of a process and the errors of others that it causes, at most
 
 
@@ -281,6 +282,8 @@ def _join() -> None:
             f"WORLD_SIZE = {size} in the environment, but {' and '.join(missing)} not; start the script with torchrun "
             "or accelerate launch, which set all of them, or unset WORLD_SIZE to run one process"
         )
+    if _number("MASTER_PORT") > LARGEST_PORT:
+        raise UserError(f"MASTER_PORT = {_number('MASTER_PORT')} in the environment: must be at most {LARGEST_PORT}")
     own_local_rank = _number("LOCAL_RANK", own_rank)
     if own_rank:
         silence()

@@ -15,7 +15,7 @@ from typing import Any
 
 from utils import paths
 from utils.artifacts import Artifact
-from utils.models import model_fingerprint, require_supported
+from utils.models import load_config, model_fingerprint, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
@@ -61,6 +61,11 @@ class ModelArtifacts:
     def dialogues(self) -> Dialogues:
         """The training split of HH_DATASET, read on first use."""
         return load_dialogues(self.settings.HH_DATASET, "train")
+
+    @cached_property
+    def hidden_size(self) -> int | None:
+        """The size of the model's hidden states, if its configuration says so."""
+        return getattr(load_config(self.model).get_text_config(), "hidden_size", None)
 
     @property
     def name(self) -> str:

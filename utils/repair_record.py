@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from utils.artifacts import Artifact
-from utils.console import say, shown_path
+from utils.artifacts import Artifact, Shapes
+from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, to_json, write_if_changed
 from utils.paths import public_name
 from utils.performance_functions.hh import Dialogues
@@ -37,10 +37,32 @@ class RepairRecord:
         self.artifacts, self.task = artifacts, task
         self._gradients = artifacts.gradients(task, dataset=artifacts.dialogues.fingerprint)  # its rows are of these
         self.gradient = self._gradients.require()
+        self._require_facts()
 
-    def load_gradients(self) -> dict[str, torch.Tensor]:
-        """G, (1, out, in) or (1, out, in + 1) with the bias last, by dotted module name."""
-        return self._gradients.load_tensors(self.gradient["fingerprint"])
+    def _require_facts(self) -> None:
+        """Check what the gradient's manifest says beyond its settings and inputs.
+
+        Raises:
+            UserError: its blocks, dialogues or seconds are not what step 4 writes.
+        """
+        total, facts = len(self.artifacts.dialogues), self.gradient
+        rows = [facts.get("indices"), facts.get("retained", [])]
+        num_blocks, seconds = facts["settings"].get("NUM_BLOCKS"), facts.get("seconds")
+        are_rows = all(
+            isinstance(some, list) and all(type(row) is int and 0 <= row < total for row in some) for some in rows
+        )
+        is_count = type(num_blocks) is int and num_blocks > 0
+        if not (are_rows and is_count and isinstance(seconds, (int, float)) and isinstance(facts.get("shapes"), dict)):
+            path = shown_path(self._gradients.manifest_path)
+            raise UserError(f"{path} does not say what step 4 writes; {self._gradients.remedy}")
+
+    def load_gradients(self, shapes: Shapes) -> dict[str, torch.Tensor]:
+        """G by dotted module name.
+
+        Args:
+            shapes: of the gradient of every traced Linear.
+        """
+        return self._gradients.load_tensors(shapes, fingerprint=self.gradient["fingerprint"])
 
     @property
     def num_blocks(self) -> int:

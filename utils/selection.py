@@ -79,7 +79,7 @@ def influence_scores(
     """One task's influence scores (N,), made with `strategy` in place of FACTOR_STRATEGY, and their fingerprint."""
     artifact = artifacts.scores(task, strategy)
     fingerprint = artifact.require()["fingerprint"]
-    scores = artifact.load_tensors(fingerprint)[SCORES_TENSOR].squeeze(0)
+    scores = artifact.load_tensors({SCORES_TENSOR: (1, None)}, fingerprint=fingerprint)[SCORES_TENSOR].squeeze(0)
     if len(scores) != len(artifacts.dialogues):
         raise UserError(
             f"{shown_path(artifact.path)} has {len(scores)} scores for {len(artifacts.dialogues)} dialogues; "
@@ -88,13 +88,21 @@ def influence_scores(
     return scores, {f"scores_{task}": fingerprint}
 
 
+def load_representations(artifacts: ModelArtifacts, fingerprint: str) -> torch.Tensor:
+    """The representations (N, hidden) of the training dialogues, whose manifest has this fingerprint."""
+    shapes = {"representations": (len(artifacts.dialogues), artifacts.hidden_size)}
+    return artifacts.representations().load_tensors(shapes, fingerprint=fingerprint)["representations"]
+
+
 def dissimilarity(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, dict[str, str]]:
     """Minus the similarity (N,) of each dialogue to the task's untrustworthy answers, and the sources' fingerprints."""
     answers, dialogues = artifacts.answer_representations(task), artifacts.representations()
-    sources = {f"answers_{task}": answers, "representations": dialogues}
-    fingerprints = {name: artifact.require()["fingerprint"] for name, artifact in sources.items()}
-    loaded = (artifact.load_tensors(fingerprints[name]) for name, artifact in sources.items())
-    return -similarity_to(*(tensors["representations"] for tensors in loaded)), fingerprints
+    fingerprints = {f"answers_{task}": answers.require()["fingerprint"]}
+    fingerprints["representations"] = dialogues.require()["fingerprint"]
+    shapes = {"representations": (None, artifacts.hidden_size)}
+    of_answers = answers.load_tensors(shapes, fingerprint=fingerprints[f"answers_{task}"])["representations"]
+    similarity = similarity_to(of_answers, load_representations(artifacts, fingerprints["representations"]))
+    return -similarity, fingerprints
 
 
 def similarity_to(answers: torch.Tensor, representations: torch.Tensor) -> torch.Tensor:

@@ -149,11 +149,15 @@ def _allowed(annotation: Any) -> str:  # noqa: ANN401
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
     if origin is list:
-        members = _allowed(arguments[0]).removeprefix("a ").replace("number", "numbers").replace("text", "texts")
+        members = _allowed(arguments[0]).removeprefix("a ").replace("number", "numbers").replace("text ", "texts ")
         return f"a list of {members}"
-    return {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}[
-        annotation
-    ]
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "text without zero bytes",
+        type(None): "None",
+    }[annotation]
 
 
 def _matches(value: Any, annotation: Any) -> bool:  # noqa: ANN401
@@ -293,7 +297,12 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
             values[name] = _parse_words(words, schema[name])
         except ValueError:
             shown = " ".join(words) or "nothing"
-            raise UserError(f"{name} = {shown}: allowed is {_allowed(schema[name])}") from None
+            one = (
+                ""
+                if len(words) < 2 or _list_of(schema[name])
+                else f"; it takes one value, and {words!r:.300} follow it"
+            )
+            raise UserError(f"{name} = {shown}: allowed is {_allowed(schema[name])}{one}") from None
     for name, value in values.items():
         if not _matches(value, schema[name]):
             raise UserError(f"{name} = {value!r}: allowed is {_allowed(schema[name])}")

@@ -15,14 +15,15 @@ from utils.files import remove, written_whole
 from utils.processes import first_process_only
 
 
-def _factor_file(folder: Path, name: str) -> Path:
+def factor_file(folder: Path, name: str) -> Path:
+    """Where a factor is stored."""
     return folder / f"{name}.safetensors"
 
 
 @first_process_only
 def are_saved(folder: Path, names: list[str], modules: Collection[str]) -> bool:
     """Whether all of these factors are in a folder, in files that are whole and have a tensor for each module."""
-    return all(_modules_in(_factor_file(folder, name)) == set(modules) for name in names)
+    return all(_modules_in(factor_file(folder, name)) == set(modules) for name in names)
 
 
 def _modules_in(file: Path) -> set[str]:
@@ -38,7 +39,7 @@ def _modules_in(file: Path) -> set[str]:
 def remove_strays(folder: Path, names: Sequence[str]) -> None:
     """Remove from a staging folder whatever is no file of these factors."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = {STAGING_MARKER, *(_factor_file(folder, name).name for name in names)}
+    known = {STAGING_MARKER, *(factor_file(folder, name).name for name in names)}
     for path in folder.iterdir():
         if path.name not in known:
             remove(path)
@@ -54,7 +55,7 @@ def save_factors(folder: Path, factors: FACTOR_TYPE) -> None:
     for name, by_module in factors.items():
         require_finite(by_module, f"factor {name}")
     for name, by_module in factors.items():
-        with written_whole(_factor_file(folder, name)) as partial:
+        with written_whole(factor_file(folder, name)) as partial:
             save_file({module: tensor.contiguous() for module, tensor in by_module.items()}, partial)
 
 
@@ -67,7 +68,7 @@ def load_factors(folder: Path, names: list[str]) -> FACTOR_TYPE:
     remedy = f"delete {shown_path(folder)} and run compute_factors_and_scores.py again"
     factors = {}
     for name in names:
-        file = _factor_file(folder, name)
+        file = factor_file(folder, name)
         try:
             factors[name] = load_file(file)
         except (SafetensorError, OSError) as error:

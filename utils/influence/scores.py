@@ -7,8 +7,10 @@ scores of the training data                     (tasks, N) in one pass
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from kronfluence.task import Task
@@ -16,6 +18,7 @@ from kronfluence.utils.constants import (
     ACTIVATION_EIGENVALUES_NAME,
     ACTIVATION_EIGENVECTORS_NAME,
     EIGENDECOMPOSITION_FACTOR_NAMES,
+    FACTOR_TYPE,
     GRADIENT_EIGENVALUES_NAME,
     GRADIENT_EIGENVECTORS_NAME,
     HEURISTIC_DAMPING_SCALE,
@@ -24,14 +27,17 @@ from kronfluence.utils.constants import (
     NUM_LAMBDA_PROCESSED,
 )
 
-from utils.artifacts import Artifact
+from utils.artifacts import Artifact, require_shapes
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError, shown_path
-from utils.influence.factor_files import load_factors
+from utils.influence.factor_files import factor_file, load_factors
 from utils.influence.token_gradients import summed_gradient, token_scores
 from utils.influence.traced_model import Curvature, Gradients, TracedModel
 from utils.locks import locked
+from utils.paths import STEP_1
 from utils.processes import all_reduce
+
+LARGEST_NORM_ERROR = 1e-2  # of an eigenvector, whose norm is 1
 
 
 def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoader) -> Gradients:
@@ -72,11 +78,8 @@ def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gr
         return gradients
     names = EIGENDECOMPOSITION_FACTOR_NAMES * curvature.has_eigenbasis + LAMBDA_FACTOR_NAMES * curvature.has_lambda
     loaded, preconditioned = load_factors(folder, names), {}
+    require_factors(loaded, {module: tuple(v.shape[1:]) for module, v in gradients.items()}, folder)
     for module, v in gradients.items():
-        if any(module not in by_module for by_module in loaded.values()):
-            raise UserError(
-                f"{shown_path(folder)} has no factors of module {module}; run compute_factors_and_scores.py first"
-            )
         factor = {name: by_module[module].to(v.device) for name, by_module in loaded.items()}
         if curvature.has_lambda:
             eigenvalues = factor[LAMBDA_MATRIX_NAME].double() / factor[NUM_LAMBDA_PROCESSED]  # (out, in)
@@ -105,6 +108,58 @@ def precondition_with(factors: Artifact, gradients: Gradients, curvature: Curvat
         return precondition(gradients, curvature, factors.path)
 
 
+def require_factors(factors: FACTOR_TYPE, gradient_shapes: Mapping[str, tuple[int, int]], folder: Path) -> None:
+    """Check that factors are those of these modules: their sizes, and that eigenvectors have the norm 1.
+
+    Args:
+        factors: by kronfluence's names, each by module.
+        gradient_shapes: (out, in) of every module's gradient.
+
+    Raises:
+        UserError: names the file that is not.
+    """
+    sizes = {
+        ACTIVATION_EIGENVECTORS_NAME: lambda _, inputs: (inputs, inputs),
+        GRADIENT_EIGENVECTORS_NAME: lambda outputs, _: (outputs, outputs),
+        ACTIVATION_EIGENVALUES_NAME: lambda _, inputs: (inputs,),
+        GRADIENT_EIGENVALUES_NAME: lambda outputs, _: (outputs,),
+        LAMBDA_MATRIX_NAME: lambda *shape: shape,
+        NUM_LAMBDA_PROCESSED: lambda *_: (1,),
+    }
+    remedy = f"delete {shown_path(folder)} and run {STEP_1} again"
+    for name, by_module in factors.items():
+        file, shapes = shown_path(factor_file(folder, name)), {m: sizes[name](*s) for m, s in gradient_shapes.items()}
+        require_shapes(by_module, shapes, file, remedy, counts=shapes if name == NUM_LAMBDA_PROCESSED else ())
+        for module, factor in by_module.items():
+            is_right = True
+            if name in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME):
+                is_right = bool((torch.linalg.vector_norm(factor, dim=0) - 1).abs().max() < LARGEST_NORM_ERROR)
+            elif name == NUM_LAMBDA_PROCESSED:
+                is_right = bool(factor > 0)
+            if not is_right:
+                raise UserError(f"{file} holds no {name.replace('_', ' ')} of module {module}; {remedy}")
+
+
+def require_representable(tensors: Iterable[torch.Tensor], what: str, constants: Mapping[str, Any]) -> None:
+    """Refuse what a constant has scaled beyond the precision: ranks and steps would be rounding noise.
+
+    Args:
+        tensors: of one precision.
+        constants: those that may have done it, by name.
+
+    Raises:
+        UserError: the largest number is not finite, or so small that others which matter are not normal numbers.
+    """
+    largest = torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max()
+    limits = torch.finfo(largest.dtype)
+    if not limits.tiny / limits.eps <= float(largest) <= limits.max:
+        reason = "they do not depend on the last NUM_BLOCKS blocks"
+        if blamed := [f"{name} = {value}" for name, value in constants.items() if value is not None]:
+            reason = f"change {' or '.join(blamed)}"
+        dtype = str(largest.dtype).removeprefix("torch.")
+        raise UserError(f"{what} are {float(largest):.0e} at most, which {dtype} cannot compute with: {reason}")
+
+
 def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) -> None:
     """Refuse a damped curvature whose smallest eigenvalue is rounding noise: its inverse would swamp all the others.
 
@@ -120,7 +175,7 @@ def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) 
     """
     precision = torch.bfloat16 if curvature.half_precision else curvature.dtype
     smallest, largest, eps = float(damped.min()), float(damped.max()), torch.finfo(precision).eps
-    if smallest <= eps**2 * largest:
+    if not smallest > eps**2 * largest:
         raise UserError(
             f"DAMPING_FACTOR = {curvature.damping}: the damped eigenvalues of {module} reach from {smallest:.0e} to "
             f"{largest:.0e}, and the smallest are rounding noise, which the inverse would blow up; give "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.files import read_csv, read_text, require_length
+from utils.performance_functions.files import is_there, read_csv, read_text, require_length
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, require_size
 
 OWN_PROMPT = "\n\nHuman: Please tell me about something you did that was morally right.\n\n Assistant:"
@@ -51,7 +51,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
 
 def read_prompt(path: Path) -> str:
     """The prompt before every statement; this project's own where the file is missing."""
-    if not path.exists():
+    if not is_there(path):
         return OWN_PROMPT
     remedy = "it needs the prompt, or delete it to use this project's own"
     prompt = read_text(path, remedy, encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -53,10 +54,23 @@ def require_file(path: Path, remedy: str) -> None:
     """
     if path.is_file():
         return
-    problem = f"{shown_path(path)} is {'a folder, and must be a file' if path.exists() else 'missing'}"
-    if in_the_way := next((parent for parent in path.parents if parent.is_file()), None):
-        problem = f"{shown_path(in_the_way)} is a file, and must be a folder"
+    kind = "missing"
+    if path.is_dir():
+        kind = "a folder, and must be a file"
+    elif path.exists():
+        kind = "a pipe or a device, and must be a file"
+    elif path.is_symlink():
+        kind = "a link to nothing, and must be a file"
+    problem = f"{shown_path(path)} is {kind}"
+    if in_the_way := next((parent for parent in path.parents if is_there(parent) and not parent.is_dir()), None):
+        kind = "file" if in_the_way.is_file() else "link to nothing, a pipe or a device"
+        problem = f"{shown_path(in_the_way)} is a {kind}, and must be a folder"
     raise UserError(f"{problem}; {remedy}")
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name, be it a link to nothing, which is no reason to do as if there were no file."""
+    return os.path.lexists(path)
 
 
 def read_text(path: Path, remedy: str = IN_DATA_DIR, encoding: str = "utf-8-sig") -> str:

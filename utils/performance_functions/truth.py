@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.files import read_csv, require_length
+from utils.performance_functions.files import is_there, read_csv, require_length
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, Question, require_size
 
 QUESTION, BEST, CORRECT, INCORRECT = "Question", "Best Answer", "Correct Answers", "Incorrect Answers"
@@ -27,7 +27,7 @@ def read_pairs(data_dir: Path, split: Literal["train", "test"]) -> AnswerPairs:
     """
     folder = data_dir / "truthfulness"
     split_paths = {name: folder / "splits" / f"TruthfulQA_{name}.csv" for name in ("train", "test")}
-    missing = [path for path in split_paths.values() if not path.is_file()]
+    missing = [path for path in split_paths.values() if not is_there(path)]
     if not missing:
         return _answer_pairs(_read_questions(split_paths[split]), "by files")
     if len(missing) == 1:
@@ -58,8 +58,8 @@ def _read_questions(path: Path) -> list[Question]:
         for column in (QUESTION, BEST, INCORRECT, *[CORRECT] * (CORRECT in row)):
             require_length(row[column], f"{shown_path(path)}, row {line:,}: {column!r}")
         best, incorrect = _distinct([row[BEST]]), _distinct(row[INCORRECT].split(";"))
-        for name, is_there in ((QUESTION, row[QUESTION].strip()), (BEST, best), (INCORRECT, incorrect)):
-            if not is_there:
+        for name, is_given in ((QUESTION, row[QUESTION].strip()), (BEST, best), (INCORRECT, incorrect)):
+            if not is_given:
                 raise UserError(f"{shown_path(path)}, row {line}: {name!r} is empty; every question needs both answers")
         correct = _distinct([row[BEST], *row[CORRECT].split(";")]) if CORRECT in row else best
         for column, answers in ((CORRECT, correct), (INCORRECT, incorrect)):

@@ -94,7 +94,10 @@ def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]
     where = (model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
     files = {task: paths.scores_file(settings.OUTPUT_DIR, task, *where) for task in MEASUREMENTS}
     artifacts = {task: Artifact(file, paths.STEP_1, quiet=True) for task, file in files.items() if file.exists()}
-    return {task: artifact.load_tensors()[SCORES_TENSOR].squeeze(0) for task, artifact in artifacts.items()}
+    return {
+        task: artifact.load_tensors({SCORES_TENSOR: (1, None)})[SCORES_TENSOR].squeeze(0)
+        for task, artifact in artifacts.items()
+    }
 
 
 def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> list[Subset]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from utils import paths
-from utils.artifacts import differing_values
+from utils.artifacts import Artifact, differing_values
 from utils.console import UserError, say, shown_path
-from utils.files import partial_of, read_json, remove, to_json, write_if_changed, write_locked
+from utils.files import fingerprint_of_text, partial_of, read_json, remove, to_json, write_if_changed, write_locked
 from utils.locks import locked
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
@@ -31,6 +31,30 @@ def sweep_row(report: dict[str, Any]) -> Row:
         row[metric] = measured["after"]
         row |= {f"{metric}_{name}": value for name, value in measured.items() if name.startswith(change)}
     return row | {f"{task}_split": rule for task, rule in report["split_rules"].items()}
+
+
+def read_report(artifact: Artifact) -> dict[str, Any]:
+    """Read the report on a repair.
+
+    Raises:
+        UserError: it is missing or broken, or not as step 5 writes it.
+    """
+    report = artifact.load_json()
+    try:
+        search = report["search"]
+        is_ours = (
+            _is_row(sweep_row(report))
+            and {"perplexity", *MEASUREMENTS} <= report["measurements"].keys()
+            and _is_number(report["seconds"])
+            and all(type(row) is int for row in report["indices"])
+            and (search is None or isinstance(search["stopped"], str))
+            and artifact.require()["inputs"]["content"] == fingerprint_of_text(to_json(report))
+        )
+    except (KeyError, TypeError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{shown_path(artifact.path)} is not what this project wrote; {artifact.remedy}")
+    return report
 
 
 def read_sweep(file: Path) -> dict[str, Any]:
@@ -130,9 +154,13 @@ def write_sweep(
     say(f"   sweep: {shown_path(file)} with .csv{drawn}")
 
 
-def _sweep_files(output_dir: str, task: str, model_name: str) -> list[Path]:
-    pattern = paths.sweep_file(output_dir, task, glob.escape(model_name), "*")
-    return sorted(pattern.parent.glob(pattern.name))
+def _sweeps(output_dir: str, task: str, model_name: str) -> dict[Path, dict[str, Any]]:
+    """The sweeps of one model and task, by file."""
+    any_repair = paths.sweep_file(output_dir, task, model_name, "")
+    pattern = f"{glob.escape(any_repair.name.removesuffix('_sweep.json'))}*_sweep.json"
+    sweeps = {file: read_sweep(file) for file in sorted(any_repair.parent.glob(pattern))}
+    # The pattern also fits models whose name begins with this one.
+    return {file: sweep for file, sweep in sweeps.items() if (sweep["model"], sweep["task"]) == (model_name, task)}
 
 
 def _points(
@@ -144,10 +172,7 @@ def _points(
         inputs: those of one sweep; another sweep whose model or measured data differ is named and left out.
     """
     points = []
-    for file in _sweep_files(output_dir, task, model_name):
-        sweep = read_sweep(file)
-        if sweep["model"] != model_name:  # the pattern also fits models whose name begins with this one
-            continue
+    for file, sweep in _sweeps(output_dir, task, model_name).items():
         if {**sweep["inputs"], "gradient": None} != {**inputs, "gradient": None}:
             say(f"   not drawn, since it is of another model or was measured on other data: {shown_path(file)}")
             continue
@@ -179,11 +204,11 @@ def _draw_overview(output_dir: str, model_names: Sequence[str], budget_percent: 
     for name in model_names:
         prefix = "" if len(model_names) == 1 else f"{name}, "
         for task in MEASUREMENTS:
-            files = _sweep_files(output_dir, task, name)
-            newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
-            if newest:
+            sweeps = _sweeps(output_dir, task, name)
+            if sweeps:
+                newest = max(sweeps, key=lambda file: file.stat().st_mtime)
                 title = f"{prefix}repaired for {task}"
-                points += _points(output_dir, task, name, {task: title}, read_sweep(newest)["inputs"])
+                points += _points(output_dir, task, name, {task: title}, sweeps[newest]["inputs"])
     if points:
         repairs_figure(points, budget_percent, figure)
     else:
