@@ -149,13 +149,13 @@ def _allowed(annotation: Any) -> str:  # noqa: ANN401
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_allowed(argument) for argument in arguments)
     if origin is list:
-        members = _allowed(arguments[0]).removeprefix("a ").replace("number", "numbers").replace("text ", "texts ")
+        members = _allowed(arguments[0]).removeprefix("a ").replace("number", "numbers").replace("text", "texts")
         return f"a list of {members}"
     return {
         int: "a whole number",
         float: "a number",
         bool: "True or False",
-        str: "text without zero bytes",
+        str: "text",
         type(None): "None",
     }[annotation]
 
@@ -176,16 +176,21 @@ def _matches(value: Any, annotation: Any) -> bool:  # noqa: ANN401
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if annotation is str:
-        return isinstance(value, str) and _is_encodable(value)
+        return isinstance(value, str)
     return isinstance(value, annotation)
 
 
-def _is_encodable(text: str) -> bool:
-    """Whether files and paths can hold a text: no zero byte, and no byte that was no UTF-8."""
-    try:
-        return b"\0" not in text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
+def _require_writable_text(name: str, value: Any) -> None:  # noqa: ANN401
+    """Refuse text that no path or file can hold: a zero byte, or a byte of the command line that is no UTF-8.
+
+    Raises:
+        UserError: names the constant.
+    """
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and (found := re.search("[\0\ud800-\udfff]", text)):
+            raise UserError(
+                f"{name} = {value!r}: character {found.start() + 1} is a zero byte, or no UTF-8; leave it out"
+            )
 
 
 def _parse_word(word: str, annotation: Any) -> Any:  # noqa: ANN401
@@ -293,17 +298,16 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
         else:
             words.append(argument)
     for name, words in overrides.items():
+        _require_writable_text(name, words)
         try:
             values[name] = _parse_words(words, schema[name])
         except ValueError:
             shown = " ".join(words) or "nothing"
-            one = (
-                ""
-                if len(words) < 2 or _list_of(schema[name])
-                else f"; it takes one value, and {words!r:.300} follow it"
-            )
-            raise UserError(f"{name} = {shown}: allowed is {_allowed(schema[name])}{one}") from None
+            is_one = len(words) > 1 and not _list_of(schema[name])
+            hint = f"; it takes one value, and {words!r:.300} follow it" if is_one else ""
+            raise UserError(f"{name} = {shown}: allowed is {_allowed(schema[name])}{hint}") from None
     for name, value in values.items():
+        _require_writable_text(name, value)
         if not _matches(value, schema[name]):
             raise UserError(f"{name} = {value!r}: allowed is {_allowed(schema[name])}")
     return Settings(**{name: _with_floats(value, schema[name]) for name, value in values.items()})
