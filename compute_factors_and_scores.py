@@ -30,6 +30,7 @@ from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import banner, say
+from utils.devices import resolve_device
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
 from utils.influence.scores import (
@@ -40,7 +41,6 @@ from utils.influence.scores import (
 )
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
-from utils.models import resolve_device
 from utils.paths import STEP_2, STEP_4, resolve_path
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs

@@ -28,21 +28,16 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
-from utils.artifacts import Artifact, Shapes, require_finite
+from utils.artifacts import Artifact
 from utils.console import banner, say
+from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.files import fingerprint_of
 from utils.hub import push_folder, require_hub_access
 from utils.learning_rate_search import search_learning_rate
 from utils.locks import locked
-from utils.models import (
-    content_fingerprint,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    save_model,
-    traced_linear_names,
-)
+from utils.model_fingerprints import content_fingerprint
+from utils.models import load_model, load_tokenizer, save_model, traced_linear_names
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -66,6 +61,7 @@ from utils.settings import (
     tasks_of,
 )
 from utils.spreading import SPREAD
+from utils.tensors import Shapes, require_finite
 from utils.tracker import Tracker, tracking
 from utils.trunk import Trunk
 

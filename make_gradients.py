@@ -38,11 +38,11 @@ from tasks import BackwardTask
 from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import UserError, banner, shown_path
+from utils.devices import resolve_device
 from utils.files import fingerprint_of
 from utils.influence.scores import mean_measurement_gradient, precondition_with, require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
-from utils.models import resolve_device
 from utils.paths import STEP_3, STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels, tokenize_dialogues

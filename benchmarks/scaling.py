@@ -26,9 +26,9 @@ from benchmarks.floor import Operations
 from benchmarks.measure import ADDED_UP_BYTES
 from benchmarks.workload import PAPER_TRAIN, VOCABULARY, Workload, find_source, make_workload
 from steps import run_step
-from utils.artifacts import software_versions
 from utils.console import banner, say
 from utils.files import read_json, to_json, write_locked
+from utils.manifests import software_versions
 from utils.paths import PROJECT_ROOT, resolve_path
 from utils.processes import first_process_only
 from utils.reporting.tables import markdown_table

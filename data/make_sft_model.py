@@ -36,20 +36,13 @@ from transformers import (
 from steps import next_command, run_step
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
+from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, require_finite_loss
 from utils.files import fingerprint_of, remove, write_whole
 from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size, set_checkpoints_aside
 from utils.locks import locked
-from utils.models import (
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-    require_supported,
-    resolve_device,
-    save_model,
-    silence_transformers,
-    tokenizer_fingerprint,
-)
+from utils.model_fingerprints import model_fingerprint, tokenizer_fingerprint
+from utils.models import load_model, load_tokenizer, require_supported, save_model, silence_transformers
 from utils.paths import PROJECT_ROOT, STEP_1, resolve_path
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only, launched

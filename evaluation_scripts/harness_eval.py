@@ -33,10 +33,12 @@ from steps import run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say
+from utils.devices import resolve_device
 from utils.hub import decide_on_dataset_code, hub_access
 from utils.intervals import ClusterSums, Estimate, estimate_mean
 from utils.locks import locked
-from utils.models import load_model, locate, model_fingerprint, resolve_device
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_model, locate
 from utils.processes import first_process_only
 from utils.registry import harness_result
 from utils.reporting.tables import Row, Table, with_interval

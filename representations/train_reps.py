@@ -28,10 +28,11 @@ import torch
 from steps import next_command, run_step
 from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
+from utils.devices import resolve_device
 from utils.forward import last_hidden_state
 from utils.labels import require_embeddings
 from utils.locks import locked
-from utils.models import load_model, load_tokenizer, resolve_device
+from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues

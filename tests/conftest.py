@@ -27,8 +27,8 @@ from transformers import (
 
 from steps import load_script, run_step
 from utils import evaluation, learning_rate_search
-from utils.artifacts import checksum_of
 from utils.files import fingerprint_of_content
+from utils.manifests import checksum_of
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 

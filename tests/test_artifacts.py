@@ -14,11 +14,12 @@ from conftest import load_script
 from killing import was_killed_at
 from safetensors.torch import load_file
 
-from utils import artifacts, paths
-from utils.artifacts import Artifact, require_finite
+from utils import manifests, paths
+from utils.artifacts import Artifact
 from utils.console import UserError
 from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_if_changed, write_locked
 from utils.locks import locked
+from utils.tensors import require_finite
 
 STEP = "compute_factors_and_scores.py"
 VALUES = {"numbers": torch.arange(6.0).reshape(2, 3)}
@@ -104,11 +105,11 @@ def test_manifest_says_what_the_artifact_was_made_from(artifact):
 
 
 def test_git_commit_is_that_of_the_repository_or_unknown(monkeypatch, tmp_path):
-    artifacts.software_versions.cache_clear()
-    monkeypatch.setattr(artifacts, "PROJECT_ROOT", tmp_path)
+    manifests.software_versions.cache_clear()
+    monkeypatch.setattr(manifests, "PROJECT_ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert artifacts.software_versions()["git_commit"] == "unknown"
-    artifacts.software_versions.cache_clear()
+    assert manifests.software_versions()["git_commit"] == "unknown"
+    manifests.software_versions.cache_clear()
 
 
 @pytest.mark.parametrize("changes", [{"settings": {"NUM_BLOCKS": 2}}, {"inputs": {"model": "m1"}}])

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from utils.console import UserError
-from utils.models import load_model, load_tokenizer, model_fingerprint, require_supported
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_model, load_tokenizer, require_supported
 
 Spoil = Callable[[Path], None]
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from utils import hub
 from utils.console import UserError
 from utils.files import read_json
-from utils.models import load_model, load_tokenizer, model_fingerprint, save_model, tokenizer_fingerprint
+from utils.model_fingerprints import model_fingerprint, tokenizer_fingerprint
+from utils.models import load_model, load_tokenizer, save_model
 
 STEP_5 = "gradient_ascent_and_save.py"
 TOKEN = "hf_not_a_real_token"

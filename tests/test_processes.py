@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from steps import load_script
 from utils import batching, evaluation, learning_rate_search, processes
 from utils.console import UserError, progress_bar
+from utils.devices import resolve_device
 from utils.influence import factors
-from utils.models import resolve_device
 from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_0, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 
 TOLERANCE = 1e-5  # relative

@@ -21,7 +21,8 @@ from utils.evaluation import EvaluationModel
 from utils.files import read_json
 from utils.fine_tuning import Progress
 from utils.hub import remote_code
-from utils.models import load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from utils.model_fingerprints import model_fingerprint, tokenizer_fingerprint
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import read_dialogues
 
 STEP_0, STEP_1, STEP_4 = "data/make_sft_model.py", "compute_factors_and_scores.py", "make_gradients.py"

@@ -27,7 +27,8 @@ from steps import load_script, run_step
 from utils import hub, processes
 from utils.console import UserError, redact
 from utils.hub import hub_access, push_folder, require_hub_access
-from utils.models import load_config, load_model, load_tokenizer, model_fingerprint, tokenizer_fingerprint
+from utils.model_fingerprints import model_fingerprint, tokenizer_fingerprint
+from utils.models import load_config, load_model, load_tokenizer
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import read_dialogues
 from utils.settings import Settings

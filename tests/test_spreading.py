@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from utils import models, spreading
 from utils.console import UserError
+from utils.devices import resolve_device
 from utils.forward import last_hidden_state
-from utils.models import load_model, resolve_device
+from utils.models import load_model
 from utils.spreading import free_memory, keep_hooks_on_trunk, num_bytes, place_modules
 from utils.trunk import Trunk
 

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils import paths, registry
 from utils.evaluation import EvaluationModel, Evaluator
 from utils.files import read_json
-from utils.models import load_model, load_tokenizer, model_fingerprint
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import Dialogues
 from utils.results import improvement_percent
 from utils.settings import load_settings

@@ -11,16 +11,11 @@ several processes the first one alone decides whether an artifact is finished, a
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +27,6 @@ from utils.console import UserError, say, say_read, shown_path
 from utils.files import (
     fingerprint_of,
     fingerprint_of_content,
-    fingerprint_of_text,
     has_links,
     partial_of,
     read_json,
@@ -43,106 +37,16 @@ from utils.files import (
 )
 from utils.hub import allows_remote_code
 from utils.locks import locked
-from utils.paths import PROJECT_ROOT
+from utils.manifests import (
+    MANIFEST_NAME,
+    STAGING_MARKER,
+    checksum_of,
+    differing_values,
+    read_manifest,
+    software_versions,
+)
 from utils.processes import first_process_only, launched
-
-VERSIONED_PACKAGES = ("torch", "transformers", "kronfluence", "accelerate", "datasets", "numpy")
-MANIFEST_NAME = "manifest.json"  # of a folder
-Shapes = Mapping[str, tuple[int | None, ...]]  # of tensors by name, None where any size will do
-STAGING_MARKER = "settings.json"  # in a folder that is not complete yet: what it is being made from
-
-
-@functools.cache
-def software_versions() -> dict[str, str]:
-    """Versions of python, of the packages that the numbers depend on, and this repository's git commit."""
-    versions = {"python": platform.python_version()}
-    versions.update({name: metadata.version(name) for name in VERSIONED_PACKAGES})
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True
-        )
-        versions["git_commit"] = commit.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        versions["git_commit"] = "unknown"
-    return versions
-
-
-def require_finite(tensors: Mapping[str, torch.Tensor], source: str) -> None:
-    """Check tensors for NaN and infinity.
-
-    Raises:
-        UserError: names the source and the first tensor that is not finite.
-    """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        is_finite = torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float())  # not known of 8 bits
-        if not is_finite.all():
-            count = int((~is_finite).sum())
-            raise UserError(
-                f"{source}: tensor {name!r} has {count} values that are NaN or infinite of {tensor.numel()}"
-            )
-
-
-def require_shapes(
-    tensors: Mapping[str, torch.Tensor], shapes: Shapes, source: str, remedy: str, counts: Collection[str] = ()
-) -> None:
-    """Check that tensors are the ones that were once written, whatever their manifest says.
-
-    Args:
-        shapes: every tensor by name, with None where any size will do.
-        counts: names of those that are whole numbers; the others are float32 or float64.
-
-    Raises:
-        UserError: names the source and what is there and what must be.
-    """
-    if tensors.keys() != shapes.keys():
-        there, needed = (f"{len(names)} ({', '.join(sorted(names)) or 'none'})" for names in (tensors, shapes))
-        raise UserError(
-            f"{source} has other tensors than it must have: {there:.300} in place of {needed:.300}; {remedy}"
-        )
-    for name, shape in shapes.items():
-        tensor, kinds = tensors[name], [torch.int64] if name in counts else [torch.float32, torch.float64]
-        fits = len(tensor.shape) == len(shape) and all(
-            needed in (None, size) for size, needed in zip(tensor.shape, shape, strict=True)
-        )
-        if not fits or tensor.dtype not in kinds:
-            needed = " x ".join("any" if size is None else str(size) for size in shape)
-            there = " x ".join(map(str, tensor.shape)) or "a single number"
-            raise UserError(
-                f"{source}: tensor {name!r} is {there} of {str(tensor.dtype).removeprefix('torch.')}, and must be "
-                f"{needed} of {' or '.join(str(kind).removeprefix('torch.') for kind in kinds)}; {remedy}"
-            )
-
-
-def read_manifest(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a manifest that this project wrote.
-
-    Raises:
-        UserError: it is not valid JSON, or its `checksum` shows that it is not as it was written.
-    """
-    manifest = read_json(path, remedy)
-    try:
-        is_whole = isinstance(manifest, dict) and manifest.pop("checksum", None) == checksum_of(manifest)
-    except RecursionError:
-        is_whole = False
-    if not is_whole:
-        raise UserError(f"{shown_path(path)} is not a valid manifest, or has been edited; {remedy}")
-    return manifest
-
-
-def checksum_of(manifest: dict[str, Any]) -> str:
-    """Fingerprint of all that a manifest says but the seconds."""
-    return fingerprint_of_text(json.dumps(manifest))
-
-
-def differing_values(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "there") -> list[str]:
-    """Both values of every name that differs, in words; a missing one is None."""
-    return [
-        f"{name} = {theirs.get(name)!r} {where}, {ours.get(name)!r} now"
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name)
-    ]
+from utils.tensors import Shapes, require_finite, require_shapes
 
 
 def _shape_in_words(shapes: dict[str, list[int]]) -> str:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import Artifact, Shapes
+from utils.artifacts import Artifact
 from utils.batching import BatchLoader, token_budget
 from utils.console import UserError, shown_path
+from utils.devices import resolve_device
 from utils.intervals import estimate_mean
 from utils.locks import locked
-from utils.models import load_model, load_tokenizer, model_fingerprint, resolve_device
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import SequenceNLL, log_odds_losses, multiple_choice, sequence_nll
@@ -26,6 +28,7 @@ from utils.registry import losses_artifact, result_artifact
 from utils.results import HIGHER_IS_BETTER, LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
 from utils.spreading import SPREAD
+from utils.tensors import Shapes
 from utils.trunk import HiddenStateCache, Trunk
 
 if TYPE_CHECKING:

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from utils.artifacts import STAGING_MARKER, require_finite
 from utils.console import UserError, say, say_read, shows_bars
-from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_whole
+from utils.files import read_json, remove, to_json, write_whole
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
-from utils.paths import STEP_5, may_be_hub_id, require_not_here, resolve_path
-from utils.processes import first_process_only, is_first, launched, local_rank
-from utils.spreading import SPREAD, keep_hooks_on_trunk, place_modules, silence_accelerate
+from utils.manifests import STAGING_MARKER
+from utils.paths import may_be_hub_id, require_not_here, resolve_path
+from utils.processes import is_first
+from utils.spreading import keep_hooks_on_trunk, place_modules, silence_accelerate
+from utils.tensors import require_finite
 
 if TYPE_CHECKING:
     import transformers
@@ -40,70 +41,9 @@ LARGEST_NUM_BLOCKS = 10_000
 
 TOKENIZER_MARKER = "tokenizer_config.json"
 
-# Files of a model's folder that change no number: hidden and unfinished ones, texts and pictures for readers, weights
-# for other software, what this project writes beside a model, and what the Trainer needs to go on.
-WITHOUT_EFFECT = re.compile(
-    r"\..*|.*\.(partial|tmp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|csv)|(README|LICEN[CS]E|NOTICE|USE_POLICY)(\..*)?"
-    r"|.*\.(gguf|onnx|onnx_data|h5|msgpack|ot|tflite|mlmodel)"
-    rf"|manifest\.json|repair\.json|{re.escape(STAGING_MARKER)}"
-    r"|training_args\.bin|trainer_state\.json|(optimizer|scheduler|scaler)\.pt|rng_state.*\.pth|.*_results\.json",
-    re.IGNORECASE,
-)
 
 # Tensors that a checkpoint may hold and a model may not: buffers that transformers computes itself.
 HARMLESS_TENSORS = re.compile(r"(^|\.)(inv_freq|position_ids|(attn|attention|self_attn)\.(masked_)?bias)$")
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device that DEVICE names; "auto" takes a GPU where there is one, and so does "spread" for its main device.
-
-    Each of several processes takes the GPU of its number.
-
-    Raises:
-        UserError: the device does not exist here, or several processes would share it.
-    """
-    # cuDNN attention gives NaN gradients on Hopper GPUs for some masked lengths (torch 2.11 and later).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if device == SPREAD and launched() > 1:
-        raise UserError(
-            f"DEVICE = {SPREAD!r}: is for one process, and there are {launched()}; start the script with python"
-        )
-    if device in ("auto", SPREAD):
-        gpu = "cuda:0" if device == SPREAD else "cuda"
-        device = gpu if torch.cuda.is_available() else "cpu"
-    if launched() > 1 and device.startswith("cuda"):
-        device = _own_gpu(device)
-    try:
-        resolved = torch.device(device)
-        if resolved.type not in ("cpu", "cuda"):
-            raise RuntimeError("not supported")
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"DEVICE = {device!r}: not available here ({reason}); allowed: auto, cpu, cuda, cuda:N, {SPREAD}"
-        ) from None
-    return resolved
-
-
-def _own_gpu(device: str) -> str:
-    """The GPU of this process, one of several.
-
-    Raises:
-        UserError: DEVICE names one GPU for all, or this machine has fewer GPUs than processes.
-    """
-    if device != "cuda":
-        raise UserError(
-            f"DEVICE = {device!r}: several processes take a GPU each; allowed with several are auto, cpu and cuda; to "
-            "choose the GPUs, set CUDA_VISIBLE_DEVICES in the environment"
-        )
-    if local_rank() >= torch.cuda.device_count():
-        raise UserError(
-            f"DEVICE = {device!r}: process {local_rank()} of this machine needs a GPU of its own, and there are "
-            f"{torch.cuda.device_count()}; start fewer processes, or set DEVICE to cpu"
-        )
-    torch.cuda.set_device(local_rank())
-    return f"cuda:{local_rank()}"
 
 
 def locate(model: str, marker: str = "config.json") -> str:
@@ -147,10 +87,11 @@ def _from_hub_or_folder(loader: str, model: str, what: str, marker: str = "confi
     except Exception as error:  # transformers and the hub's client raise many types for what they cannot find or read
         if "trust_remote_code=True" in str(error):
             raise _remote_code_refusal(model, _own_code(model, located, marker)) from None
-        raise _cannot_load(model, what, error) from error
+        raise cannot_load(model, what, error) from error
 
 
-def _cannot_load(model: str, what: str, error: Exception) -> UserError:
+def cannot_load(model: str, what: str, error: Exception) -> UserError:
+    """The line for whatever transformers or the hub's client raised."""
     where = "" if resolve_path(model).is_dir() else "no such folder, and not to be had from the hub: "
     return UserError(f"{model}: cannot load the {what}: {where}{hub_access().reason(error)}")
 
@@ -321,68 +262,6 @@ def _without_local_paths(value: Any) -> Any:  # noqa: ANN401
         return key in ("_name_or_path", "name_or_path") or bool(is_path)
 
     return {key: _without_local_paths(item) for key, item in value.items() if not is_place(key, item)}
-
-
-@first_process_only
-def model_fingerprint(model: str) -> str:
-    """Fingerprint of a model, its tokenizer and its settings: of the files of a folder, or of the hub commit.
-
-    A repaired checkpoint that is as it was saved has the fingerprint of its manifest, so that it is the same model
-    before and after it is saved.
-
-    Raises:
-        UserError: the model is not found or has no weights.
-    """
-    located = locate(model)
-    folder = Path(located)
-    if not folder.is_dir():
-        return _hub_fingerprint(model, "configuration", "config.json")
-    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        raise UserError(f"{folder}: the folder has no weights (*.safetensors or pytorch_model*.bin)")
-    content = content_fingerprint(folder)
-    manifest_path = folder / "manifest.json"
-    if manifest_path.is_file():
-        manifest = read_json(manifest_path)
-        if isinstance(manifest, dict) and (manifest.get("made_by"), manifest.get("content")) == (STEP_5, content):
-            return manifest.get("fingerprint", content)
-    return content
-
-
-@first_process_only
-def tokenizer_fingerprint(tokenizer: str) -> str:
-    """Fingerprint of a tokenizer that comes without a model: of the files of its folder, or of the hub commit.
-
-    Raises:
-        UserError: it is not found.
-    """
-    folder = Path(locate(tokenizer, TOKENIZER_MARKER))
-    if folder.is_dir():
-        return content_fingerprint(folder)
-    return _hub_fingerprint(tokenizer, "tokenizer", TOKENIZER_MARKER)
-
-
-def _hub_fingerprint(model: str, what: str, marker: str) -> str:
-    """Fingerprint of a hub id and its commit, which the cache has as a folder: snapshots/COMMIT/config.json."""
-    from transformers.utils.hub import cached_file
-
-    access = hub_access()
-    try:
-        file = cached_file(model, marker, cache_dir=access.cache, token=access.token)
-    except Exception as error:  # as in _from_hub_or_folder
-        raise _cannot_load(model, what, error) from error
-    return fingerprint_of([model, Path(file).parent.name])
-
-
-def content_fingerprint(folder: Path) -> str:
-    """Fingerprint of everything in a model's folder that can change a number: weights, settings, tokenizer, code."""
-    return fingerprint_of_files(model_files(folder))
-
-
-def model_files(folder: Path) -> list[Path]:
-    """The files of a model. What one is for is not always known by its name, so all count but those of no effect."""
-    files = [file for file in folder.iterdir() if file.is_file() and not WITHOUT_EFFECT.fullmatch(file.name)]
-    has_safetensors = any(file.suffix == ".safetensors" for file in files)  # which are loaded rather than the others
-    return [file for file in files if not (has_safetensors and file.name.startswith("pytorch_model"))]
 
 
 def require_supported(model: str, family: str, num_blocks: int = 1) -> None:

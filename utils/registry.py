@@ -15,7 +15,8 @@ from typing import Any
 
 from utils import paths
 from utils.artifacts import Artifact
-from utils.models import load_config, model_fingerprint, require_supported
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs

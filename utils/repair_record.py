@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from utils.artifacts import Artifact, Shapes
+from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, to_json, write_if_changed
 from utils.paths import public_name
@@ -14,6 +14,7 @@ from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.reporting.cards import repair_card
 from utils.results import Metric, Result, compare
+from utils.tensors import Shapes
 
 if TYPE_CHECKING:
     import torch

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import Artifact, differing_values
+from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_content, remove, write_locked
+from utils.manifests import differing_values
 
 
 class PreparedFile(Artifact):

@@ -9,10 +9,11 @@ from kronfluence.utils.constants import FACTOR_TYPE
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.artifacts import STAGING_MARKER, require_finite
 from utils.console import UserError, shown_path
 from utils.files import remove, written_whole
+from utils.manifests import STAGING_MARKER
 from utils.processes import first_process_only
+from utils.tensors import require_finite
 
 
 def factor_file(folder: Path, name: str) -> Path:

@@ -27,7 +27,7 @@ from kronfluence.utils.constants import (
     NUM_LAMBDA_PROCESSED,
 )
 
-from utils.artifacts import Artifact, require_shapes
+from utils.artifacts import Artifact
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError, shown_path
 from utils.influence.factor_files import factor_file, load_factors
@@ -36,6 +36,7 @@ from utils.influence.traced_model import Curvature, Gradients, TracedModel
 from utils.locks import locked
 from utils.paths import STEP_1
 from utils.processes import all_reduce
+from utils.tensors import require_shapes
 
 LARGEST_NORM_ERROR = 1e-2  # of an eigenvector, whose norm is 1
 

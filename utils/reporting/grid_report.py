@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from utils import paths
-from utils.artifacts import Artifact, software_versions
+from utils.artifacts import Artifact
+from utils.manifests import software_versions
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import SCORES_TENSOR

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from utils import paths
-from utils.artifacts import Artifact, differing_values
+from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, partial_of, read_json, remove, to_json, write_if_changed, write_locked
 from utils.locks import locked
+from utils.manifests import differing_values
 from utils.performance_functions import MEASUREMENTS
 from utils.processes import first_process_only
 from utils.reporting.figures import FIGURE_STYLES, RepairPoint, is_whole_picture, repairs_figure
