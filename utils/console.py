@@ -183,5 +183,5 @@ def remedy_for(error: BaseException) -> str | None:
         )
     number, file = _os_error_of(error) or (0, "")
     if number in REMEDIES:
-        return f"{file or 'a file'} {REMEDIES[number]}"
+        return f"{file or ('the output' if number == errno.EPIPE else 'a file')} {REMEDIES[number]}"
     return None

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -29,9 +30,21 @@ class Interrupted(KeyboardInterrupt):
 
 def end_at_once() -> None:
     """From now on a signal to stop ends this process with one line: nothing else has begun."""
+    _make_usable()
     for number in SIGNALS:
         signal.signal(number, _end)
     sys.unraisablehook = _unraisable
+
+
+def _make_usable() -> None:
+    """Give the process what libraries take for granted: open streams, and a working directory that exists."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started it
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    try:
+        Path.cwd()
+    except OSError:
+        os.chdir(Path(__file__).resolve().parent)
 
 
 def ignore() -> None:
