@@ -113,7 +113,7 @@ def test_lines_and_bars_where_somebody_reads_them(monkeypatch, capsys, in_ci, is
     ("error", "told"),
     [
         (OSError(errno.EISDIR, "Is a directory", "results/x"), "results/x is a folder where a file is needed"),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "long"), "long has a longer name than the disk takes"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "long"), "long is longer than the disk takes"),
         (OSError(errno.ELOOP, "Too many levels", "loop"), "loop is a link that leads back to itself"),
         (RuntimeError("Os { code: 13, kind: PermissionDenied }"), "a file may not be read or written"),  # safetensors
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "smaller TOKENS_PER_BATCH"),

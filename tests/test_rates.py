@@ -131,7 +131,7 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
     settings = load_settings(load_script(STEP_5), arguments)
     repair = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
     model = load_script(STEP_5).SteppableModel(settings, num_blocks=1)
-    found = search_learning_rate(repair.artifacts, task, lambda rate: model.at(repair, rate))
+    found = search_learning_rate(repair.artifacts, task, repair.gradient, lambda rate: model.at(repair, rate))
     chosen = next(trial for trial in found["trials"] if trial["learning_rate"] == found["learning_rate"])
     assert 0 < chosen["perplexity_change"] + chosen["standard_error"] <= BUDGET
     assert chosen["standard_error"] > 0

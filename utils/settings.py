@@ -298,7 +298,8 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
         else:
             words.append(argument)
     for name, words in overrides.items():
-        _require_writable_text(name, words)
+        for word in words:
+            _require_writable_text(name, word)
         try:
             values[name] = _parse_words(words, schema[name])
         except ValueError:
