@@ -31,7 +31,7 @@ from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
-from utils.performance_functions.files import is_there, parse_json, read_text, shown_value
+from utils.performance_functions.data_files import is_there, parse_json, read_text, shown_value
 from utils.performance_functions.hh import load_dialogues
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on

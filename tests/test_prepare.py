@@ -22,8 +22,8 @@ from data.official import formats
 from data.official.parts import FILES
 from utils import artifacts
 from utils.performance_functions.bias import BIAS
+from utils.performance_functions.data_files import read_csv
 from utils.performance_functions.ethics import ETHICS, read_prompt
-from utils.performance_functions.files import read_csv
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.truth import TRUTH
 

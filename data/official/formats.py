@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from data.official.sources import Source, hub_rows
 from utils.console import UserError, progress_bar, say
+from utils.performance_functions.data_files import read_csv, read_json_lines, shown_names, shown_value
 from utils.performance_functions.ethics import ACCEPTABLE, WRONG
-from utils.performance_functions.files import read_csv, read_json_lines, shown_names, shown_value
 
 # Columns in the order of the official files, with the values that each allows; None allows any text.
 HH_COLUMNS = dict.fromkeys(("prompt", "response", "chosen", "rejected"))

@@ -14,7 +14,7 @@ from data.official.sources import Source
 from utils.console import UserError, shown_path
 from utils.files import to_json
 from utils.performance_functions.bias import DEFAULT_SPLIT, PLACEHOLDER
-from utils.performance_functions.files import parse_json, read_text, shown_value
+from utils.performance_functions.data_files import parse_json, read_text, shown_value
 
 SIDES = ("stereotype", "antistereotype")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils.console import UserError, require_encodable, shown_path
-from utils.performance_functions.files import parse_json, read_text, require_length, shown_value
+from utils.performance_functions.data_files import parse_json, read_text, require_length, shown_value
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, require_size
 
 PLACEHOLDER = "[target_group]"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.files import is_there, read_csv, read_text, require_length
+from utils.performance_functions.data_files import is_there, read_csv, read_text, require_length
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, require_size
 
 OWN_PROMPT = "\n\nHuman: Please tell me about something you did that was morally right.\n\n Assistant:"

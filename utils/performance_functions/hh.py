@@ -16,7 +16,7 @@ from utils.files import fingerprint_of
 from utils.hub import decide_on_dataset_code, hub_access
 from utils.labels import label_texts
 from utils.paths import may_be_hub_id, require_not_here, resolve_path
-from utils.performance_functions.files import read_json_lines, require_length, shown_names, shown_value
+from utils.performance_functions.data_files import read_json_lines, require_length, shown_names, shown_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

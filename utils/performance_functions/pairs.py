@@ -14,7 +14,7 @@ from utils.batching import LabelledSequence
 from utils.console import UserError, say_read, shown_path
 from utils.files import fingerprint_of
 from utils.labels import label_texts
-from utils.performance_functions.files import shown_value
+from utils.performance_functions.data_files import shown_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

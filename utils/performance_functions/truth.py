@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.console import UserError, shown_path
-from utils.performance_functions.files import is_there, read_csv, require_length
+from utils.performance_functions.data_files import is_there, read_csv, require_length
 from utils.performance_functions.pairs import SPLIT_SEED, AnswerPair, AnswerPairs, Measurement, Question, require_size
 
 QUESTION, BEST, CORRECT, INCORRECT = "Question", "Best Answer", "Correct Answers", "Incorrect Answers"
