@@ -14,7 +14,7 @@ from conftest import DEMO
 
 from utils import labels
 from utils.console import UserError
-from utils.performance_functions import MEASUREMENTS, files, pairs, truth
+from utils.performance_functions import MEASUREMENTS, data_files, pairs, truth
 from utils.performance_functions.bias import BIAS
 from utils.performance_functions.ethics import read_prompt
 from utils.performance_functions.hh import read_dialogues
@@ -148,12 +148,12 @@ def test_a_line_of_a_hundred_megabytes_is_refused_without_reading_it_whole(tmp_p
     line = refusal(lambda data: read_dialogues(str(data), "train"), tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert f"line 2 has more than {files.MAX_LINE_BYTES:,} bytes" in line
-    assert peak < 3 * files.MAX_LINE_BYTES
+    assert f"line 2 has more than {data_files.MAX_LINE_BYTES:,} bytes" in line
+    assert peak < 3 * data_files.MAX_LINE_BYTES
 
 
 def test_a_text_of_millions_of_characters(data_copy):
-    long, limit = "x" * (files.MAX_CHARACTERS + 1), f"has 1,000,001 characters; allowed are {files.MAX_CHARACTERS:,}"
+    long, limit = "x" * (data_files.MAX_CHARACTERS + 1), "has 1,000,001 characters; allowed are 1,000,000"
     rows = {
         "hh/train.jsonl": (json.dumps({"prompt": "a", "chosen": long}), "row 0: 'chosen' "),
         "truthfulness/TruthfulQA.csv": (f"Question,Best Answer,Incorrect Answers\nq,a,b\nq,a,{long}\n", "row 3: 'Inc"),
@@ -168,7 +168,7 @@ def test_a_text_of_millions_of_characters(data_copy):
 
 
 def test_a_file_that_is_read_whole_has_a_limit(data_copy, monkeypatch):
-    monkeypatch.setattr(files, "MAX_FILE_BYTES", 500)
+    monkeypatch.setattr(data_files, "MAX_FILE_BYTES", 500)
     for file in ("bias/templates.json", "ethics/cm_train.csv", "truthfulness/TruthfulQA.csv"):
         assert "bytes; allowed are 500" in refusal(READERS[file], data_copy)
 
