@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from functools import partial
 from itertools import count
@@ -476,3 +477,13 @@ def test_the_default_output_folder_is_ignored_by_git():
         "/gradient_ascent_models/",
         "/results/",
     } <= set(ignored)
+
+
+def test_what_is_written_can_be_read_by_whom_the_umask_allows(tmp_path):
+    """safetensors makes its files for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        make_artifact(tmp_path).save_tensors(VALUES, time.monotonic())
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o640}

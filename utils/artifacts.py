@@ -190,9 +190,14 @@ class Artifact:
         return manifest
 
     def _hint(self, manifest: Mapping[str, Any]) -> str:
-        """What a fingerprint of a model is of, if that differs."""
-        is_same = "model" not in self.inputs or manifest["inputs"].get("model") == self.inputs["model"]
-        return "" if is_same else " (another model, or a file of its folder was changed, added or removed)"
+        """What the fingerprints are of that differ."""
+        meanings = {
+            "model": "another model, or a file of its folder was changed, added or removed",
+            "dataset": "other dialogues in HH_DATASET",
+        }
+        differing = [name for name in self.inputs if manifest["inputs"].get(name) != self.inputs[name]]
+        hints = [meanings[name] for name in differing if name in meanings]
+        return f" ({'; '.join(hints)})" if hints else ""
 
     def _is_there(self) -> bool:
         return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
@@ -343,7 +348,9 @@ class Artifact:
             is_ours = not has_links(self.partial_path) and read_json(marker)["fingerprint"] == self.fingerprint
         except (UserError, OSError, KeyError, TypeError):
             is_ours = False
-        if not is_ours:
+        if is_ours:
+            say(f"   going on with {shown_path(self.partial_path)}, which a stopped run left")
+        else:
             remove(self.partial_path)
             write_whole(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
 

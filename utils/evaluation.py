@@ -93,9 +93,9 @@ def require_finite_loss(model_name: str, metric: Metric, losses: Losses) -> None
     """
     loss = estimate_mean(quantities(losses)["loss"]).value
     if not math.isfinite(loss) or loss >= LARGEST_LOSS:
+        shown = "HH" if metric == "anthropic" else metric
         raise UserError(
-            f"{model_name}: the {metric} loss is {loss}; the model's weights may be broken, or a LEARNING_RATE far "
-            "too large"
+            f"{model_name}: the {shown} loss is {loss}: a LEARNING_RATE far too large, or broken weights of the model"
         )
 
 

@@ -48,6 +48,13 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def give_usual_mode(file: Path) -> None:
+    """Let others read a file as far as the umask allows: safetensors makes its own for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write to, in a folder of its own; at the end the file there becomes `path`.
@@ -61,6 +68,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder / path.name
+        give_usual_mode(folder / path.name)
         (folder / path.name).replace(path)
     finally:
         remove(folder)

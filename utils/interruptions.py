@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 STOPPED = "stopped; finished work is kept, run the same command to continue"
@@ -34,6 +34,7 @@ def end_at_once() -> None:
     for number in SIGNALS:
         signal.signal(number, _end)
     sys.unraisablehook = _unraisable
+    sys.excepthook = _exception
 
 
 def _make_usable() -> None:
@@ -78,6 +79,15 @@ def _raise(number: int, _: FrameType | None) -> NoReturn:
     for each in SIGNALS:
         signal.signal(each, _end)
     raise Interrupted(number)
+
+
+def _exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A package that is missing is a line, too."""
+    if isinstance(error, ModuleNotFoundError):
+        hint = "make demo installs all packages, into .venv: run it once, then source .venv/bin/activate"
+        sys.stderr.write(f"error: {error}; {hint}\n")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.console import UserError, say, say_read, shows_bars
-from utils.files import read_json, remove, to_json, write_whole
+from utils.files import give_usual_mode, read_json, remove, to_json, write_whole
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
 from utils.manifests import STAGING_MARKER
@@ -68,7 +68,8 @@ def locate(model: str, marker: str = "config.json") -> str:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{model}: is no folder, and a model is one that save_pretrained made")
     if folder.exists():
-        raise UserError(f"{model}: the folder has no {marker}; it must be one that save_pretrained made")
+        what = "tokenizer" if marker == TOKENIZER_MARKER else "model"
+        raise UserError(f"{model}: the folder has no {marker}; save a {what} there with save_pretrained")
     if model.startswith(".") or not may_be_hub_id(model):
         hint = "run data/make_sft_model.py first, or give" if model.startswith("data/") else "give"
         raise UserError(f"no model at {model}: {hint} a folder made by save_pretrained or a hub id like owner/name")
@@ -244,6 +245,8 @@ def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path
             remove(left)
     model.save_pretrained(folder, **keywords)
     _from_hub_or_folder("AutoTokenizer", tokenizer, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        give_usual_mode(file)
     for file in folder.glob("*config.json"):
         content = read_json(file)
         if (cleaned := _without_local_paths(content)) != content:

@@ -241,6 +241,14 @@ def _parse_words(words: Sequence[str], annotation: Any) -> Any:  # noqa: ANN401
     return [_parse_word(word, member) for word in words]
 
 
+def _repeated(value: Any, annotation: Any) -> list[Any]:  # noqa: ANN401
+    """The members of a list that are there before, where that is not allowed."""
+    distinct = [part for choice in _alternatives(annotation) for part in typing.get_args(choice)[1:]]
+    if not isinstance(value, list) or not any(isinstance(part, Distinct) for part in distinct):
+        return []
+    return [item for position, item in enumerate(value) if item in value[:position]]
+
+
 def _with_floats(value: Any, annotation: Any) -> Any:  # noqa: ANN401
     """A checked value with floats where the annotation asks for them, so that 10 and 10.0 have one fingerprint."""
     annotation = next(choice for choice in _alternatives(annotation) if _matches(value, choice))
@@ -310,7 +318,8 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
     for name, value in values.items():
         _require_writable_text(name, value)
         if not _matches(value, schema[name]):
-            raise UserError(f"{name} = {value!r}: allowed is {_allowed(schema[name])}")
+            again = next((f"{item!r} is given twice; " for item in _repeated(value, schema[name])), "")
+            raise UserError(f"{name} = {value!r}: {again}allowed is {_allowed(schema[name])}")
     return Settings(**{name: _with_floats(value, schema[name]) for name, value in values.items()})
 
 

@@ -33,10 +33,14 @@ TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; rea
 # -----------------------------------------------------------------------------------------------------------
 
 
+STEPS_BETWEEN_CHECKPOINTS = 50  # of 300
+
+
 def main(settings: Settings) -> None:
     """Make the model, repair it, and say where the results are."""
     started = time.monotonic()
-    run_script(paths.STEP_0, {"SFT_MODEL_DIR": settings.MODEL_NAME, **settings.pick("TRUST_REMOTE_CODE")})
+    training = {"SFT_MODEL_DIR": settings.MODEL_NAME, "SAVE_EVERY": STEPS_BETWEEN_CHECKPOINTS}
+    run_script(paths.STEP_0, {**training, **settings.pick("TRUST_REMOTE_CODE")})
     grid = {
         "MODEL_NAMES": [settings.MODEL_NAME],
         "OUTPUT_DIR": settings.OUTPUT_DIR,

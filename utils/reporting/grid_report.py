@@ -9,6 +9,7 @@ import torch
 
 from utils import paths
 from utils.artifacts import Artifact
+from utils.locks import locked
 from utils.manifests import software_versions
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
@@ -87,7 +88,12 @@ def _pictures(settings: Settings) -> list[Picture]:
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
     captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
-    return [Picture(caption, file) for file, caption in captions.items() if is_whole_picture(file)]
+    pictures = []
+    for file, caption in captions.items():
+        with locked(file):  # another run may be drawing it again
+            if is_whole_picture(file):
+                pictures.append(Picture(caption, file))
+    return pictures
 
 
 def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:

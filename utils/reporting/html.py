@@ -17,6 +17,7 @@ from typing import Any
 
 from utils.console import UserError, say, shown_path
 from utils.files import write_locked
+from utils.locks import locked
 from utils.reporting.tables import Table, is_missing, leading_number
 
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -133,7 +134,8 @@ def _utf8(text: str) -> bytes:
 
 def _embedded(picture: Picture) -> tuple[str, str, int, int]:
     """Caption, data URL, width and height; the size, from the PNG's header, keeps the page from jumping as it loads."""
-    png = picture.png.read_bytes()
+    with locked(picture.png):  # another run may be drawing it again
+        png = picture.png.read_bytes()
     width, height = struct.unpack(">II", png[16:24])
     return picture.caption, f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}", width, height
 
