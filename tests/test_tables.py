@@ -393,7 +393,7 @@ def test_a_killed_grid_goes_on_where_it_was(make_workspace, tabled, monkeypatch)
             ["--PRE_SFT_MODEL_NAMES", "a/pythia-demo-sft"],
             "PRE_SFT_MODEL_NAMES and MODEL_NAMES = a/pythia-demo-sft, data/demo/pythia-demo-sft: allowed are models",
         ),
-        (["--SEEDS", "42", "0", "42"], "SEEDS = [42, 0, 42]: allowed is a list of whole numbers"),
+        (["--SEEDS", "42", "0", "42"], "SEEDS = [42, 0, 42]: 42 is given twice; allowed is a list of whole numbers"),
         (["--MODEL_NAMES", "a/x", "b/x"], "MODEL_NAMES = ['a/x', 'b/x']: allowed is a list of texts that differ"),
         (["--MODEL_NAMES", "a/x", "a/x/"], "MODEL_NAMES = ['a/x', 'a/x/']: allowed is a list of texts that differ"),
         (["--TASKS", "all"], "TASKS = all: allowed is a list of 'bias', 'ethics', 'truth', 'combined'"),
