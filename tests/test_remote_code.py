@@ -88,6 +88,20 @@ def test_a_model_that_needs_its_own_code_is_refused_in_one_line(bring, capsys, s
     assert not brought.mark.exists()
 
 
+def test_a_known_type_that_is_no_decoder_without_its_own_code_is_refused_in_one_line(bring, capsys):
+    """transformers finds out only when it looks for the class, not when it reads the configuration."""
+    brought = bring("t5")
+    config = read_json(brought.model / "config.json")
+    del config["auto_map"]["AutoConfig"]
+    (brought.model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        brought.run(STEP_1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {brought.model}: needs code of its own (auto_map in config.json: ")
+    assert "own_code.OwnModel" in line
+    assert not brought.mark.exists()
+
+
 def test_fine_tuning_refuses_it_too(bring, capsys):
     brought = bring("a_new_kind")
     arguments = ["--BASE_MODEL", brought.model, "--HH_DATASET", brought.data / "hh"]

@@ -27,6 +27,7 @@ from utils.console import UserError, say, say_read, shown_path
 from utils.files import (
     fingerprint_of,
     fingerprint_of_content,
+    give_usual_mode,
     has_links,
     partial_of,
     read_json,
@@ -136,7 +137,8 @@ class Artifact:
             )
         if differences:
             return False
-        self._tidy()
+        with locked(self.path):  # another run may be about to replace it
+            self._tidy()
         if not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
         return True
@@ -362,7 +364,10 @@ class Artifact:
         """
         for leftover in self.partial_path.glob(".*"):
             remove(leftover)
-        manifest = self._manifest(started, shapes, self._files_in(self.partial_path), details)
+        files = self._files_in(self.partial_path)
+        for name in files:
+            give_usual_mode(self.partial_path / name)
+        manifest = self._manifest(started, shapes, files, details)
         write_whole(self.partial_path / MANIFEST_NAME, to_json(manifest))
         self._remove_replaced()
         if os.path.lexists(self.path):

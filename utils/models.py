@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from utils.console import UserError, say, say_read, shows_bars
-from utils.files import give_usual_mode, read_json, remove, to_json, write_whole
+from utils.files import read_json, remove, to_json, write_whole
 from utils.forward import position_limit, require_own_logits
 from utils.hub import allows_remote_code, hub_access
 from utils.manifests import STAGING_MARKER
@@ -245,8 +245,6 @@ def save_model(model: transformers.PreTrainedModel, tokenizer: str, folder: Path
             remove(left)
     model.save_pretrained(folder, **keywords)
     _from_hub_or_folder("AutoTokenizer", tokenizer, "tokenizer", marker=TOKENIZER_MARKER).save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):
-        give_usual_mode(file)
     for file in folder.glob("*config.json"):
         content = read_json(file)
         if (cleaned := _without_local_paths(content)) != content:
@@ -290,7 +288,7 @@ def _skeleton(model: str) -> transformers.PreTrainedModel:
             )
     except Exception as error:  # the constructors check little: whatever a wrong value leads to is raised
         if "trust_remote_code=True" in str(error):
-            raise _remote_code_refusal(model, locate(model), "config.json") from None
+            raise _remote_code_refusal(model, _own_code(model, locate(model), "config.json")) from None
         what = "is not a causal language model, or" if isinstance(error, ValueError) else "is known, but"
         raise UserError(
             f"{model}: model type {config.model_type!r} {what} cannot be built as config.json says "
