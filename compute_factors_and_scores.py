@@ -137,8 +137,7 @@ def make_unfinished(
     is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
     device = resolve_device(settings.DEVICE)
     unfinished = [name for name in names if not all(is_finished(output) for output in outputs[name])]
-    with locked(factors.path):
-        has_factors = is_finished(factors)
+    has_factors = is_finished(factors)
     if has_factors and not unfinished:
         return
 

@@ -168,17 +168,17 @@ def main(settings: Settings) -> None:
     """Fine-tune the model, unless that is already done."""
     banner("POST-SFT model", settings.SFT_MODEL_DIR)
     require_separate(settings)
-    choose_device(settings)  # a wrong one is found before anything is read
+    device = choose_device(settings)
     train, test = (load_dialogues(settings.HH_DATASET, split) for split in ("train", "test"))
     output = sft_artifact(settings, train.fingerprint)
     with locked(output.path):
         if not output.is_finished(settings.OVERWRITE):
-            make_model(settings, output, train, test)
+            make_model(settings, device, output, train, test)
 
 
-def make_model(settings: Settings, output: Artifact, train: Dialogues, test: Dialogues) -> None:
+def make_model(settings: Settings, device: torch.device, output: Artifact, train: Dialogues, test: Dialogues) -> None:
     """Fine-tune on the training split, measure on the test split, and save."""
-    started, device = time.monotonic(), choose_device(settings)
+    started = time.monotonic()
     micro_batch_size(settings, launched())  # refuses a wrong BATCH_SIZE before the model is loaded
     set_seed(settings.SEED)
     silence_transformers()

@@ -18,6 +18,7 @@ from process_pool import Ended, Launch
 from test_resume import ARGUMENTS, DPP, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, results
 
 from utils import locks
+from utils.artifacts import Artifact
 from utils.files import read_json
 from utils.locks import locked
 from utils.paths import PAPER_TABLES
@@ -50,27 +51,39 @@ def wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
-def test_the_second_waits_says_so_and_leaves_nothing(tmp_path, capsys):
-    path = tmp_path / "x.json"
-    pid = fork(partial(hold_and_say_so, path, 0.5))
-    wait_for(tmp_path / "held")
+def held_by_another(path: Path, seconds: float) -> int:
+    """Let a forked process hold a lock; gives its number once it does."""
+    pid = fork(partial(hold_and_say_so, path, seconds))
+    wait_for(path.with_name("held"))
+    return pid
+
+
+def assert_the_second_waits(path: Path, capsys) -> None:
+    pid = held_by_another(path, 0.5)
     with locked(path):
-        assert (tmp_path / "released").exists()
+        assert path.with_name("released").exists()
     assert os.waitpid(pid, 0)[1] == 0
     assert "waiting for another run, which works on" in capsys.readouterr().out
-    assert not list(tmp_path.glob(".*"))
+    assert not list(path.parent.glob(".*"))
+
+
+def assert_the_lock_of_a_killed_run_is_free(path: Path) -> None:
+    path.with_name("held").unlink(missing_ok=True)
+    pid = held_by_another(path, 60)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert path.with_name(".x.json.lock").exists()
+    with locked(path):
+        pass
+    assert not list(path.parent.glob(".*"))
+
+
+def test_the_second_waits_says_so_and_leaves_nothing(tmp_path, capsys):
+    assert_the_second_waits(tmp_path / "x.json", capsys)
 
 
 def test_the_lock_of_a_killed_run_is_free(tmp_path):
-    path = tmp_path / "x.json"
-    pid = fork(partial(hold_and_say_so, path, 60))
-    wait_for(tmp_path / "held")
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    assert (tmp_path / ".x.json.lock").exists()
-    with locked(path):
-        pass
-    assert not list(tmp_path.glob(".*"))
+    assert_the_lock_of_a_killed_run_is_free(tmp_path / "x.json")
 
 
 def test_what_lies_in_a_locked_folder_is_not_locked_again(tmp_path):
@@ -96,21 +109,8 @@ def test_a_disk_without_file_locks(tmp_path, monkeypatch, capsys, recwarn, numbe
 
     monkeypatch.setattr(fcntl, "flock", flock)
     monkeypatch.setattr(locks, "_has_flock_on", {})
-    path = tmp_path / "x.json"
-    pid = fork(partial(hold_and_say_so, path, 0.5))
-    wait_for(tmp_path / "held")
-    with locked(path):
-        assert (tmp_path / "released").exists()
-    assert os.waitpid(pid, 0)[1] == 0
-    assert "waiting for another run" in capsys.readouterr().out
-    (tmp_path / "held").unlink()
-    pid = fork(partial(hold_and_say_so, path, 60))
-    wait_for(tmp_path / "held")
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    with locked(path):
-        pass
-    assert not list(tmp_path.glob(".*"))
+    assert_the_second_waits(tmp_path / "x.json", capsys)
+    assert_the_lock_of_a_killed_run_is_free(tmp_path / "x.json")
     assert not recwarn.list
 
 
@@ -311,3 +311,22 @@ def test_two_equal_runs_of_prepare_end_as_one(tmp_path):
         assert_tidy(tmp_path / "data")
         prepared = (tmp_path / "data" / "truthfulness" / "TruthfulQA.csv").read_text(encoding="utf-8")
         assert prepared == source.read_text(encoding="utf-8-sig")
+
+
+def test_asking_whether_it_is_finished_leaves_the_folder_in_which_another_run_replaces_it(tmp_path):
+    artifact = Artifact(tmp_path / "factors", STEP_1, is_folder=True)
+    with artifact.staging_folder() as folder:
+        (folder / "factor").write_text("old")
+        artifact.publish_folder(time.monotonic(), {})
+
+    def replace() -> None:
+        with artifact.staging_folder() as folder:
+            (folder / "factor").write_text("new")
+            hold_and_say_so(artifact.path, 0.5)
+            artifact.publish_folder(time.monotonic(), {})
+
+    pid = fork(replace)
+    wait_for(tmp_path / "held")
+    assert artifact.is_finished()
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (artifact.path / "factor").read_text() == "new"
