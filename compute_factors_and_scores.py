@@ -33,12 +33,8 @@ from utils.console import banner, say
 from utils.devices import resolve_device
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.scores import (
-    mean_measurement_gradient,
-    precondition_with,
-    require_representable,
-    score_training_examples,
-)
+from utils.influence.preconditioning import load_preconditioner
+from utils.influence.scores import mean_measurement_gradient, require_representable, score_training_examples
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.paths import STEP_2, STEP_4, resolve_path
@@ -105,7 +101,7 @@ def preconditioned_queries(
         loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
         gradients.append(mean_measurement_gradient(traced, task, loader))
     stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    return precondition_with(factors, stacked, traced.curvature)
+    return load_preconditioner(factors, traced)(stacked)
 
 
 def trace_model(settings: Settings, model: str) -> None:

@@ -40,7 +40,8 @@ from utils.batching import LabelledSequence
 from utils.console import UserError, banner, shown_path
 from utils.devices import resolve_device
 from utils.files import fingerprint_of
-from utils.influence.scores import mean_measurement_gradient, precondition_with, require_representable
+from utils.influence.preconditioning import load_preconditioner
+from utils.influence.scores import mean_measurement_gradient, require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.paths import STEP_3, STEP_5, resolve_path
@@ -259,11 +260,12 @@ def repair_gradient(
         gradient = direct_gradient(traced, task, sources.pairs, sources.weights)
     else:
         gradient = subset_gradient(traced, task, examples, sources.indices, settings.GRADIENT_REDUCTION_TYPE)
+    precondition = load_preconditioner(factors, traced)
     if not sources.retained:
-        return precondition_with(factors, gradient, traced.curvature), facts
+        return precondition(gradient), facts
     retained = retained_gradient(traced, task, examples, sources.retained)
     both = {name: torch.cat([gradient[name], retained[name]]) for name in gradient}  # (2, out, in)
-    direction, facts["alpha"] = preserving_direction(both, precondition_with(factors, both, traced.curvature))
+    direction, facts["alpha"] = preserving_direction(both, precondition(both))
     return direction, facts
 
 

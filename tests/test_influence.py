@@ -23,12 +23,8 @@ from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
 from utils.influence import factors as factors_module
 from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
-from utils.influence.scores import (
-    mean_measurement_gradient,
-    precondition,
-    require_invertible,
-    score_training_examples,
-)
+from utils.influence.preconditioning import Preconditioner, require_invertible
+from utils.influence.scores import mean_measurement_gradient, score_training_examples
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -70,8 +66,11 @@ class Subject:
         ]
         return {module: torch.cat([gradients[module] for gradients in each]) for module in each[0]}
 
+    def precondition(self, gradients: dict[str, torch.Tensor], curvature: Curvature, factors: Path) -> dict:
+        return Preconditioner(curvature, factors, self.traced(curvature).gradient_shapes())(gradients)
+
     def scores(self, curvature: Curvature, factors: Path, budget: int = SMALL_BATCHES) -> torch.Tensor:
-        ready = precondition(self.stacked_gradients(curvature, budget), curvature, factors)
+        ready = self.precondition(self.stacked_gradients(curvature, budget), curvature, factors)
         task, loader = next(iter(self.tasks.values())), self.loader(self.train, budget)
         return score_training_examples(self.traced(curvature), task, loader, ready).examples
 
@@ -292,7 +291,7 @@ def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
     curvature = Curvature()
     task = subject.tasks["bias"]
     fit_factors(subject.traced(curvature), task, subject.loader(subject.train), tmp_path)
-    ready = precondition(subject.stacked_gradients(curvature), curvature, tmp_path)
+    ready = subject.precondition(subject.stacked_gradients(curvature), curvature, tmp_path)
     plain = score_training_examples(subject.traced(curvature), task, subject.loader(subject.train), ready)
     tokens = score_training_examples(
         subject.traced(curvature), task, subject.loader(subject.train), ready, per_token=True
@@ -364,7 +363,7 @@ def test_preconditioning_is_the_formula(tiny_models, small_data, tmp_path, strat
         for name in subject.tasks["bias"].tracked_modules
         for module in [subject.model.get_submodule(name)]
     }
-    ready = precondition(gradients, curvature, tmp_path)
+    ready = subject.precondition(gradients, curvature, tmp_path)
     factors = {file.stem: load_file(file) for file in tmp_path.glob("*.safetensors")}
     for name, gradient in gradients.items():
         value = gradient.double()

@@ -9,36 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from kronfluence.task import Task
-from kronfluence.utils.constants import (
-    ACTIVATION_EIGENVALUES_NAME,
-    ACTIVATION_EIGENVECTORS_NAME,
-    EIGENDECOMPOSITION_FACTOR_NAMES,
-    FACTOR_TYPE,
-    GRADIENT_EIGENVALUES_NAME,
-    GRADIENT_EIGENVECTORS_NAME,
-    HEURISTIC_DAMPING_SCALE,
-    LAMBDA_FACTOR_NAMES,
-    LAMBDA_MATRIX_NAME,
-    NUM_LAMBDA_PROCESSED,
-)
 
-from utils.artifacts import Artifact
 from utils.batching import Batch, BatchLoader
-from utils.console import UserError, shown_path
-from utils.influence.factor_files import factor_file, load_factors
+from utils.console import UserError
 from utils.influence.token_gradients import summed_gradient, token_scores
-from utils.influence.traced_model import Curvature, Gradients, TracedModel
-from utils.locks import locked
-from utils.paths import STEP_1
+from utils.influence.traced_model import Gradients, TracedModel
 from utils.processes import all_reduce
-from utils.tensors import require_shapes
-
-LARGEST_NORM_ERROR = 1e-2  # of an eigenvector, whose norm is 1
 
 
 def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoader) -> Gradients:
@@ -54,91 +34,6 @@ def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoad
 
     traced.backward_passes(loader, lambda batch: task.compute_measurement(batch, traced.model), add)
     return {name: total.unsqueeze(0) for name, total in totals.over_processes().items()}
-
-
-@torch.no_grad()
-def precondition(gradients: Gradients, curvature: Curvature, folder: Path) -> Gradients:
-    """(F + damping I)^-1 applied to gradients, module by module; several queries at once.
-
-    EKFAC:    Q_G ((Q_G^T V Q_A) / (Lambda + damping)) Q_A^T   (George et al. 2018; Grosse et al. 2023, eq. 21)
-    KFAC:     the same with the outer product of the covariances' eigenvalues in place of Lambda
-    diagonal: V / (Lambda + damping), Lambda in the standard basis
-    identity: V
-
-    Args:
-        gradients: V, (queries, out, in) for each module.
-        folder: of the factors.
-
-    Returns:
-        Tensors of the same shapes.
-
-    Raises:
-        UserError: the factors are broken, or do not belong to these modules; or the damping is too small for them.
-    """
-    if curvature.strategy == "identity":
-        return gradients
-    names = EIGENDECOMPOSITION_FACTOR_NAMES * curvature.has_eigenbasis + LAMBDA_FACTOR_NAMES * curvature.has_lambda
-    loaded, preconditioned = load_factors(folder, names), {}
-    require_factors(loaded, {module: tuple(v.shape[1:]) for module, v in gradients.items()}, folder)
-    for module, v in gradients.items():
-        factor = {name: by_module[module].to(v.device) for name, by_module in loaded.items()}
-        if curvature.has_lambda:
-            eigenvalues = factor[LAMBDA_MATRIX_NAME].double() / factor[NUM_LAMBDA_PROCESSED]  # (out, in)
-        else:
-            sides = (factor[name].double() for name in (GRADIENT_EIGENVALUES_NAME, ACTIVATION_EIGENVALUES_NAME))
-            eigenvalues = torch.outer(*sides)  # (out, in)
-        damping = HEURISTIC_DAMPING_SCALE * eigenvalues.mean() if curvature.damping is None else curvature.damping
-        require_invertible(eigenvalues + damping, curvature, module)
-        inverse = (eigenvalues + damping).reciprocal().to(v.dtype)
-        if curvature.has_eigenbasis:
-            q_a, q_g = (factor[name].to(v.dtype) for name in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME))
-            preconditioned[module] = q_g @ ((q_g.T @ (v @ q_a) * inverse) @ q_a.T)
-        else:
-            preconditioned[module] = v * inverse
-    return preconditioned
-
-
-def precondition_with(factors: Artifact, gradients: Gradients, curvature: Curvature) -> Gradients:
-    """As `precondition`, by factors that no other run replaces meanwhile.
-
-    Raises:
-        UserError: another run has replaced them by factors of other settings, or as `precondition`.
-    """
-    with locked(factors.path, to_read=True):
-        factors.require()
-        return precondition(gradients, curvature, factors.path)
-
-
-def require_factors(factors: FACTOR_TYPE, gradient_shapes: Mapping[str, tuple[int, int]], folder: Path) -> None:
-    """Check that factors are those of these modules: their sizes, and that eigenvectors have the norm 1.
-
-    Args:
-        factors: by kronfluence's names, each by module.
-        gradient_shapes: (out, in) of every module's gradient.
-
-    Raises:
-        UserError: names the file that is not.
-    """
-    sizes = {
-        ACTIVATION_EIGENVECTORS_NAME: lambda _, inputs: (inputs, inputs),
-        GRADIENT_EIGENVECTORS_NAME: lambda outputs, _: (outputs, outputs),
-        ACTIVATION_EIGENVALUES_NAME: lambda _, inputs: (inputs,),
-        GRADIENT_EIGENVALUES_NAME: lambda outputs, _: (outputs,),
-        LAMBDA_MATRIX_NAME: lambda *shape: shape,
-        NUM_LAMBDA_PROCESSED: lambda *_: (1,),
-    }
-    remedy = f"delete {shown_path(folder)} and run {STEP_1} again"
-    for name, by_module in factors.items():
-        file, shapes = shown_path(factor_file(folder, name)), {m: sizes[name](*s) for m, s in gradient_shapes.items()}
-        require_shapes(by_module, shapes, file, remedy, counts=shapes if name == NUM_LAMBDA_PROCESSED else ())
-        for module, factor in by_module.items():
-            is_right = True
-            if name in (ACTIVATION_EIGENVECTORS_NAME, GRADIENT_EIGENVECTORS_NAME):
-                is_right = bool((torch.linalg.vector_norm(factor, dim=0) - 1).abs().max() < LARGEST_NORM_ERROR)
-            elif name == NUM_LAMBDA_PROCESSED:
-                is_right = bool(factor > 0)
-            if not is_right:
-                raise UserError(f"{file} holds no {name.replace('_', ' ')} of module {module}; {remedy}")
 
 
 def require_representable(tensors: Iterable[torch.Tensor], what: str, constants: Mapping[str, Any]) -> None:
@@ -159,30 +54,6 @@ def require_representable(tensors: Iterable[torch.Tensor], what: str, constants:
             reason = f"change {' or '.join(blamed)}"
         dtype = str(largest.dtype).removeprefix("torch.")
         raise UserError(f"{what} are {float(largest):.0e} at most, which {dtype} cannot compute with: {reason}")
-
-
-def require_invertible(damped: torch.Tensor, curvature: Curvature, module: str) -> None:
-    """Refuse a damped curvature whose smallest eigenvalue is rounding noise: its inverse would swamp all the others.
-
-    Eigenvalues are second moments, so that rounding gradients to a relative eps leaves up to eps^2 of the largest one
-    in directions that have none: those that no example reaches, and those that a LayerNorm takes out. Rounding also
-    turns some of KFAC's negative.
-
-    Args:
-        damped: (out, in) eigenvalues + damping.
-
-    Raises:
-        UserError: an eigenvalue is at most eps^2 of the largest, eps that of the gradients' precision.
-    """
-    precision = torch.bfloat16 if curvature.half_precision else curvature.dtype
-    smallest, largest, eps = float(damped.min()), float(damped.max()), torch.finfo(precision).eps
-    if not smallest > eps**2 * largest:
-        raise UserError(
-            f"DAMPING_FACTOR = {curvature.damping}: the damped eigenvalues of {module} reach from {smallest:.0e} to "
-            f"{largest:.0e}, and the smallest are rounding noise, which the inverse would blow up; give "
-            f"{'None (0.1 x their mean) or ' if largest > 0 else ''}a larger one, such as {eps * largest or 1e-8:.0e}, "
-            "or more NUM_FACTOR_EXAMPLES"
-        )
 
 
 @dataclass(frozen=True)

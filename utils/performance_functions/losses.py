@@ -6,7 +6,7 @@ the most expensive part of a pass, and its full logits would be the largest tens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -42,6 +42,17 @@ class SequenceNLL(NamedTuple):
         return self.total / self.num_tokens.clamp(min=1)
 
 
+def logit_chunks(hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    """Stretches of hidden states (n, hidden size) whose logits, with the output embedding's weight, are small enough.
+
+    Float32 is the precision of logits, or that of the states where it is wider.
+    """
+    logit_bytes = LOGIT_BYTES_ON_GPU if hidden.is_cuda else LOGIT_BYTES_ON_CPU
+    rows = max(1, logit_bytes // (len(weight) * max(4, hidden.element_size())))
+    for start in range(0, len(hidden), rows):
+        yield slice(start, start + rows)
+
+
 class _LabelNLL(torch.autograd.Function):
     """NLL of labels straight from hidden states; the gradient is computed with the loss, chunk by chunk.
 
@@ -62,10 +73,7 @@ class _LabelNLL(torch.autograd.Function):
         at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
         nll = hidden.new_empty(len(hidden), dtype=at_least_float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        logit_bytes = LOGIT_BYTES_ON_GPU if hidden.is_cuda else LOGIT_BYTES_ON_CPU
-        rows = max(1, logit_bytes // (len(weight) * nll.element_size()))
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        for chunk in logit_chunks(hidden, weight):
             logits = mapping.apply(F.linear(hidden[chunk], weight, bias).to(at_least_float32))  # (rows, vocabulary)
             slope = mapping.slope(logits) if gradient is not None else None  # (rows, vocabulary) or a number
             logits -= logits.amax(dim=1, keepdim=True)
