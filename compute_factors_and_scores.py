@@ -5,6 +5,9 @@
 
     s_i = grad f_task^T (F + damping I)^-1 grad L(z_i)
 
+FACTOR_STRATEGY says what F is: its factors, or for "ekfac_cg" the Gauss-Newton matrix itself, whose system conjugate
+gradients solve with the inverse of the EKFAC factors as preconditioner.
+
 Reads the model, the training split of HH_DATASET and the training pairs in DATA_DIR. Writes the factors of F, shared by
 all tasks, and `all_modules` (1, N_train) for each task. Sign: a positive score means that training on the dialogue
 lowers the measurement (helps); the most negative scores are the most harmful.
@@ -28,12 +31,14 @@ from steps import next_command, run_step
 from tasks import TRUST_TASKS
 from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact
-from utils.batching import LabelledSequence
+from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
 from utils.devices import resolve_device
+from utils.influence.conjugate_gradient import Solution, conjugate_gradients
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.preconditioning import load_preconditioner
+from utils.influence.gauss_newton import gauss_newton_product
+from utils.influence.preconditioning import Preconditioner, load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, require_representable, score_training_examples
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
@@ -45,10 +50,11 @@ from utils.settings import (
     Family,
     ModelNames,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
+    ScoreStrategy,
     Seed,
     Settings,
-    Strategy,
     TraceTask,
     tasks_of,
 )
@@ -66,9 +72,11 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 
 TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)
 NUM_BLOCKS: PositiveInt = 1  # last transformer blocks whose Linears are traced
-FACTOR_STRATEGY: Strategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity"
-NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the factors are fitted on, at most
+FACTOR_STRATEGY: ScoreStrategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg"
+NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the curvature is that of, at most
 DAMPING_FACTOR: NonNegativeFloat | None = None  # added to the eigenvalues; None = 0.1 x their mean
+CG_ITERATIONS: PositiveInt = 30  # for "ekfac_cg": passes over those dialogues, at most
+CG_TOLERANCE: PositiveFloat = 0.01  # for "ekfac_cg": residual |b - A x| / |b| at which it stops before
 USE_HALF_PRECISION: bool = False  # True: bfloat16 forward and backward passes (GPU only); sums stay float32
 FISHER_POSITIONS: Literal["completion", "all"] = "completion"  # where labels are sampled; "all" as released
 COMPUTE_PER_TOKEN_SCORES: bool = False  # True also writes a score for every token
@@ -76,32 +84,61 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 # -----------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: Artifact
-) -> None:
-    """Fit the factors of F on a seeded subset of the training dialogues."""
-    started = time.monotonic()
+def curvature_loader(settings: Settings, traced: TracedModel, examples: list[LabelledSequence]) -> BatchLoader:
+    """The seeded subset of the training dialogues whose curvature F is.
+
+    Raises:
+        UserError: none of them has a label.
+    """
     count = min(settings.NUM_FACTOR_EXAMPLES, len(examples))
     indices = sorted(random.Random(settings.SEED).sample(range(len(examples)), count))
     require_labels([examples[i] for i in indices], f"NUM_FACTOR_EXAMPLES = {count} of {settings.HH_DATASET}")
     longest = min(MAX_DIALOGUE_TOKENS, traced.tokenizer.model_max_length)
     pad_to = longest if settings.FISHER_POSITIONS == "all" else None
-    loader = traced.loader(examples, cached=True, indices=indices, pad_to=pad_to)
+    return traced.loader(examples, cached=True, indices=indices, pad_to=pad_to)
+
+
+def fit(
+    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: Artifact
+) -> None:
+    """Fit the factors of F."""
+    started = time.monotonic()
+    loader = curvature_loader(settings, traced, examples)
     with output.staging_folder() as folder:
         fit_factors(traced, task, loader, folder)
-        output.publish_folder(started, factor_shapes(folder), modules=list(traced.linears), examples=count)
+        output.publish_folder(
+            started, factor_shapes(folder), modules=list(traced.linears), examples=len(loader.indices)
+        )
 
 
-def preconditioned_queries(
-    traced: TracedModel, queries: dict[TrustTask, TokenizedPairs], factors: Artifact
-) -> Gradients:
-    """(F + damping I)^-1 grad f of every task, (tasks, out, in), so that one training pass scores all of them."""
+def measurement_gradients(traced: TracedModel, queries: dict[TrustTask, TokenizedPairs]) -> Gradients:
+    """grad f of every task, (tasks, out, in), so that one training pass scores all of them."""
     gradients = []
     for task, pairs in queries.items():
         loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
         gradients.append(mean_measurement_gradient(traced, task, loader))
-    stacked = {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}  # (tasks, out, in)
-    return load_preconditioner(factors, traced)(stacked)
+    return {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}
+
+
+def solve(
+    settings: Settings,
+    traced: TracedModel,
+    examples: list[LabelledSequence],
+    gradients: Gradients,
+    precondition: Preconditioner,
+) -> Solution:
+    """(G + damping I)^-1 grad f of every task, with the Gauss-Newton matrix G and the damping that the factors have."""
+    loader = curvature_loader(settings, traced, examples)
+    is_everywhere = settings.FISHER_POSITIONS == "all"
+
+    def product(vectors: Gradients) -> Gradients:
+        products = gauss_newton_product(traced, loader, vectors, is_everywhere)
+        return {name: products[name] + precondition.dampings[name] * vectors[name] for name in vectors}
+
+    solution = conjugate_gradients(product, gradients, precondition, settings.CG_ITERATIONS, settings.CG_TOLERANCE)
+    residuals = ", ".join(f"{residual:.1e}" for residual in solution.residual)
+    say(f"   conjugate gradients: {len(solution.residuals) - 1} iterations, residuals {residuals}")
+    return solution
 
 
 def trace_model(settings: Settings, model: str) -> None:
@@ -151,7 +188,11 @@ def make_unfinished(
     if not unfinished:
         return
     started = time.monotonic()
-    gradients = preconditioned_queries(traced, queries, factors)
+    gradients, precondition = measurement_gradients(traced, queries), load_preconditioner(factors, traced)
+    solution = None
+    if settings.FACTOR_STRATEGY == "ekfac_cg":
+        solution = solve(settings, traced, examples, gradients, precondition)
+    gradients = solution.vectors if solution else precondition(gradients)
     train = traced.loader(examples, cached=True, description="training dialogues")
     scores = score_training_examples(traced, tasks[0], train, gradients, settings.COMPUTE_PER_TOKEN_SCORES)
     for query, name in enumerate(unfinished):
@@ -163,7 +204,8 @@ def make_unfinished(
             output.save_tensors({"scores": scores.tokens[query], "offsets": scores.token_offsets}, started)
         if not is_finished(of_dialogues):
             sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
-            of_dialogues.save_tensors({SCORES_TENSOR: scores.examples[query : query + 1]}, started, sign=sign)
+            facts = {"residuals": solution.of_query(query)} if solution else {}
+            of_dialogues.save_tensors({SCORES_TENSOR: scores.examples[query : query + 1]}, started, sign=sign, **facts)
 
 
 def main(settings: Settings) -> None:
@@ -173,9 +215,9 @@ def main(settings: Settings) -> None:
 
 
 def next_step(settings: Settings) -> str:
-    """The command that uses these scores; those of "identity" only rank, and step 4 preconditions with EKFAC."""
-    if settings.FACTOR_STRATEGY == "identity":
-        return next_command(STEP_4, settings, SCORES_TYPE="identity", FACTOR_STRATEGY="ekfac")
+    """The command that uses these scores; some only rank, and step 4 preconditions with EKFAC."""
+    if settings.FACTOR_STRATEGY in ("identity", "ekfac_cg"):
+        return next_command(STEP_4, settings, SCORES_TYPE=settings.FACTOR_STRATEGY, FACTOR_STRATEGY="ekfac")
     return next_command(STEP_2, settings)
 
 

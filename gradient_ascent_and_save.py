@@ -80,7 +80,7 @@ TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; rea
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
-SCORES_TYPE: ScoresType = "pure_ekfac"  # "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
+SCORES_TYPE: ScoresType = "pure_ekfac"  # as in step 4, whose docstring lists them
 BOTTOM_K: PositiveInt = 20  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
 PRESERVE_PERPLEXITY: bool = False  # as in step 4

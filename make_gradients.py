@@ -7,12 +7,15 @@
 
 Reads the factors of step 1, and what SCORES_TYPE chooses the subset S by:
 
-    pure_ekfac      the smallest influence scores (step 1)
-    dpp             the diverse subset of step 3
-    random          a seeded uniform sample
-    identity        the smallest scores without curvature: plain gradient dot products (step 1)
-    representation  the dialogues most similar to the task's untrustworthy answers (representations of step 2)
-    direct          no subset: the gradient is minus that of the measurement itself, on the training pairs
+    pure_ekfac       the smallest influence scores (step 1)
+    dpp              the diverse subset of step 3
+    random           a seeded uniform sample
+    ekfac_cg         the smallest influence scores with the Gauss-Newton matrix itself as curvature (step 1)
+    identity         the smallest scores without curvature: plain gradient dot products (step 1)
+    representation   the dialogues most similar to the task's untrustworthy answers (representations of step 2)
+    mean_difference  the dialogues that lie towards those and away from its trustworthy answers (likewise)
+    bm25             the dialogues worded like its untrustworthy and unlike its trustworthy answers
+    direct           no subset: the gradient is minus that of the measurement itself, on the training pairs
 
 With PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed. Writes one tensor
 for each traced Linear, (1, out, in) or (1, out, in + 1) with the bias last.
@@ -37,27 +40,19 @@ from steps import next_command, run_step
 from tasks import BackwardTask
 from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
-from utils.console import UserError, banner, shown_path
+from utils.console import banner
 from utils.devices import resolve_device
 from utils.files import fingerprint_of
 from utils.influence.preconditioning import load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
-from utils.paths import STEP_3, STEP_5, resolve_path
+from utils.paths import STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs, tokenize_pairs
 from utils.registry import ModelArtifacts
-from utils.selection import (
-    dissimilarity,
-    held_out_rows,
-    influence_scores,
-    most_harmful,
-    random_subset,
-    ranking_scores,
-    require_enough,
-)
+from utils.selection import choose_subset, held_out_rows
 from utils.settings import (
     Family,
     ModelNames,
@@ -76,7 +71,7 @@ from utils.settings import (
 MODEL_NAMES: ModelNames = ["data/demo/pythia-demo-sft"]  # POST-SFT models: hub ids or local folders
 MODEL_FAMILY: Family = "auto"  # architecture: "auto" (from the model's config), "pythia", "qwen"
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
-DATA_DIR: str = "data/demo"  # for "direct": folder with bias/, ethics/ and truthfulness/
+DATA_DIR: str = "data/demo"  # for "direct" and "bm25": folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
 SEED: Seed = 42  # of the random subset and the retained dialogues; as in step 1, whose factors are read
 DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for one GPU: all GPUs, CPU, disk)
@@ -85,7 +80,7 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn; the paper's tables use 100
-SCORES_TYPE: ScoresType = "pure_ekfac"  # "pure_ekfac", "dpp", "random", "identity", "representation", "direct": above
+SCORES_TYPE: ScoresType = "pure_ekfac"  # one of those above: "pure_ekfac", "dpp", "random", "ekfac_cg", ...
 IF_WEIGHT: NonNegativeFloat = 10.0  # for "dpp": weight of the influence term, as in step 3
 PRESERVE_PERPLEXITY: bool = False  # True (beyond the paper): retained dialogues keep their loss, to first order
 NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY: retained dialogues, at most
@@ -102,45 +97,6 @@ SUM_DIVISOR = 100  # makes the "sum" over the paper's 100 dialogues their mean
 
 
 # -- which dialogues ---------------------------------------------------------------------------------------------------
-
-
-def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
-    """Rows of the training dialogues to unlearn, by SCORES_TYPE; none for "direct".
-
-    Raises:
-        UserError: the scores or indices that SCORES_TYPE needs are missing or broken.
-    """
-    settings, total = artifacts.settings, len(artifacts.dialogues)
-    if settings.SCORES_TYPE == "direct":
-        return []
-    require_enough(settings.BOTTOM_K, total)
-    if settings.SCORES_TYPE == "random":
-        return random_subset(total, settings.BOTTOM_K, settings.SEED)
-    if settings.SCORES_TYPE == "dpp":
-        return diverse_subset(artifacts, task)
-    scores_of = {
-        "pure_ekfac": partial(influence_scores, artifacts),
-        "identity": partial(influence_scores, artifacts, strategy="identity"),
-        "representation": partial(dissimilarity, artifacts),
-    }[settings.SCORES_TYPE]
-    scores, _ = ranking_scores(artifacts, task, scores_of)
-    return most_harmful(scores, settings.BOTTOM_K)
-
-
-def diverse_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
-    """The indices that step 3 picked, after checking that they were picked by the scores that are there."""
-    total, bottom_k = len(artifacts.dialogues), artifacts.settings.BOTTOM_K
-    _, fingerprints = ranking_scores(artifacts, task)
-    artifact = artifacts.dpp(task, **fingerprints)
-    content = artifact.load_json()
-    indices = content.get("indices") if isinstance(content, dict) else None
-    are_indices = isinstance(indices, list) and all(index in range(total) for index in indices)
-    if not are_indices or len(set(indices)) != bottom_k:
-        raise UserError(
-            f"{shown_path(artifact.path)} does not hold {bottom_k} indices below {total}; "
-            f"delete it and run {STEP_3} again"
-        )
-    return indices
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.pairs import tokenize_pairs
 from utils.performance_functions.truth import TRUTH
-from utils.selection import min_max_normalise
+from utils.rankings import min_max_normalise
 
 PAPER_TRAIN, PAPER_TEST, PAPER_FACTORS = 96_256, 5_103, 10_000
 TRAIN_SHARE_OF_ETHICS = 0.72  # of the short pairs, in the official split

@@ -6,7 +6,7 @@
     accelerate launch --num_processes 4 data/make_sft_model.py ...
 
 Fine-tunes a causal language model on the dialogues of HH_DATASET with completion-only loss. The base is a hub id, a
-local folder, or the name of a bare architecture (ARCHITECTURES below), which starts from random weights and uses
+local folder, or the name of a bare architecture (utils/base_models.py), which starts from random weights and uses
 TOKENIZER. The final EOS is trained too, so that the model learns to stop.
 """
 
@@ -24,25 +24,23 @@ if __name__ == "__main__":  # before imports that take seconds
 import time
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPTNeoXConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    set_seed,
-)
+from transformers import set_seed
 
 from steps import next_command, run_step
 from utils.artifacts import Artifact
+from utils.base_models import ARCHITECTURES, base_fingerprints, start_model
 from utils.console import UserError, banner, say
-from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, require_finite_loss
-from utils.files import fingerprint_of, remove, write_whole
-from utils.fine_tuning import fine_tune, last_checkpoint, micro_batch_size, set_checkpoints_aside
+from utils.files import remove, write_whole
+from utils.fine_tuning import (
+    fine_tune,
+    last_checkpoint,
+    micro_batch_size,
+    set_checkpoints_aside,
+    training_device,
+)
 from utils.locks import locked
-from utils.model_fingerprints import model_fingerprint, tokenizer_fingerprint
-from utils.models import load_model, load_tokenizer, require_supported, save_model, silence_transformers
+from utils.models import save_model, silence_transformers
 from utils.paths import PROJECT_ROOT, STEP_1, resolve_path
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only, launched
@@ -50,7 +48,6 @@ from utils.registry import sft_model
 from utils.reporting.cards import sft_card
 from utils.results import summarise
 from utils.settings import PositiveFloat, PositiveInt, Seed, Settings, TrackerName
-from utils.spreading import SPREAD
 from utils.tracker import tracking
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -70,81 +67,6 @@ TRACKER: TrackerName | None = None  # also log the training curve to "trackio" o
 TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # replace a model made with other settings
 # -----------------------------------------------------------------------------------------------------------
-
-# Bare architectures: the configuration's class and sizes. The MLP is four times as wide as the hidden states.
-ARCHITECTURES = {
-    "pythia-demo": (GPTNeoXConfig, {"hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}),
-    "pythia-14m": (GPTNeoXConfig, {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}),
-    "pythia-70m": (GPTNeoXConfig, {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}),
-    "qwen-demo": (
-        Qwen2Config,
-        {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
-    ),
-}
-VOCABULARY_MULTIPLE = 64  # the vocabulary is padded to a multiple of this, which matrix units handle faster
-
-
-def start_model(settings: Settings, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model, or a bare architecture with random weights, and its tokenizer.
-
-    Raises:
-        UserError: the base or the tokenizer cannot be loaded.
-    """
-    if settings.BASE_MODEL not in ARCHITECTURES:
-        model = load_model(settings.BASE_MODEL, device)
-        return model, load_tokenizer(settings.BASE_MODEL, model)
-    tokenizer = load_tokenizer(settings.TOKENIZER)
-    config_class, sizes = ARCHITECTURES[settings.BASE_MODEL]
-    config = config_class(
-        **sizes,
-        intermediate_size=4 * sizes["hidden_size"],
-        vocab_size=-(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    config.pad_token_id, config.tie_word_embeddings = tokenizer.pad_token_id, False
-    return AutoModelForCausalLM.from_config(config).float().to(device), tokenizer
-
-
-def choose_device(settings: Settings) -> torch.device:
-    """The device of this process.
-
-    Raises:
-        UserError: DEVICE names one GPU by its number, which the Trainer would not keep to, or spreads the model.
-    """
-    if settings.DEVICE == SPREAD:
-        raise UserError(
-            f"DEVICE = {SPREAD!r}: allowed here are auto, cpu and cuda; fine-tuning changes all weights, and needs the "
-            "whole model on one device"
-        )
-    if settings.DEVICE not in ("auto", "cpu", "cuda"):
-        raise UserError(
-            f"DEVICE = {settings.DEVICE!r}: allowed here are auto, cpu and cuda; to choose a GPU, set "
-            "CUDA_VISIBLE_DEVICES in the environment"
-        )
-    return resolve_device(settings.DEVICE)
-
-
-def sft_artifact(settings: Settings, dataset: str) -> Artifact:
-    """The fine-tuned model, with the settings and inputs it depends on.
-
-    Args:
-        dataset: fingerprint of the training split.
-
-    Raises:
-        UserError: the base, or a bare architecture's tokenizer, is missing, or later steps could not repair the model.
-    """
-    if settings.BASE_MODEL not in ARCHITECTURES:
-        require_supported(settings.BASE_MODEL, "auto")
-        inputs = {"base": model_fingerprint(settings.BASE_MODEL)}
-    elif settings.TOKENIZER is None:
-        raise UserError(
-            f"TOKENIZER = None: the bare architecture {settings.BASE_MODEL} needs one; set TOKENIZER to a hub id or a "
-            "local folder"
-        )
-    else:
-        inputs = {"base": fingerprint_of(settings.BASE_MODEL), "tokenizer": tokenizer_fingerprint(settings.TOKENIZER)}
-    return sft_model(settings, **inputs, dataset=dataset)
 
 
 def require_separate(settings: Settings) -> None:
@@ -168,9 +90,9 @@ def main(settings: Settings) -> None:
     """Fine-tune the model, unless that is already done."""
     banner("POST-SFT model", settings.SFT_MODEL_DIR)
     require_separate(settings)
-    device = choose_device(settings)
+    device = training_device(settings.DEVICE)
     train, test = (load_dialogues(settings.HH_DATASET, split) for split in ("train", "test"))
-    output = sft_artifact(settings, train.fingerprint)
+    output = sft_model(settings, **base_fingerprints(settings), dataset=train.fingerprint)
     with locked(output.path):
         if not output.is_finished(settings.OVERWRITE):
             make_model(settings, device, output, train, test)

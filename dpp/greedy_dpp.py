@@ -34,8 +34,9 @@ from utils.console import UserError, banner, progress_bar
 from utils.locks import locked
 from utils.paths import STEP_4
 from utils.processes import first_process_only
+from utils.rankings import load_representations, min_max_normalise, ranking_scores
 from utils.registry import ModelArtifacts
-from utils.selection import load_representations, min_max_normalise, ranking_scores, require_enough
+from utils.selection import require_enough
 from utils.settings import (
     Family,
     NonNegativeFloat,

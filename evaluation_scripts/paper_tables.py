@@ -68,7 +68,7 @@ TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; rea
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: Choices[OneTask] = ["bias", "ethics", "truth", "combined"]  # that models are repaired for, of these four
-SCORES_TYPES: Choices[ScoresType] = [  # methods: "pure_ekfac", "dpp", "random", "identity", "representation", "direct"
+SCORES_TYPES: Choices[ScoresType] = [  # methods: those that SCORES_TYPE in make_gradients.py may be
     "pure_ekfac",
     "dpp",
     "identity",
@@ -177,10 +177,12 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     """
     scores_types = {repair.scores_type for repair in repairs}
     run_script(STEP_1, common)
-    if "identity" in scores_types:
-        run_script(STEP_1, common, FACTOR_STRATEGY="identity")
-    if scores_types & {"dpp", "representation"}:
-        run_script(STEP_2, common, ANSWERS_OF="all" if "representation" in scores_types else None)
+    for strategy in ("identity", "ekfac_cg"):
+        if strategy in scores_types:
+            run_script(STEP_1, common, FACTOR_STRATEGY=strategy)
+    by_answers = scores_types & {"representation", "mean_difference"}
+    if by_answers or "dpp" in scores_types:
+        run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
     groups: dict[str, list[RepairConfig]] = {}
     for repair in repairs:
         groups.setdefault(repair.name, []).append(repair)

@@ -4,8 +4,8 @@
     python representations/train_reps.py --ANSWERS_OF all
 
 Reads the model and the training split of HH_DATASET. Writes `representations` (N_train, hidden), float32. With
-ANSWERS_OF also the representations of a measurement's untrustworthy answers, which SCORES_TYPE "representation" of
-step 4 needs.
+ANSWERS_OF also the representations of a measurement's answers: the untrustworthy ones, which SCORES_TYPE
+"representation" of step 4 needs, and the trustworthy ones for "mean_difference".
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before imports that take seconds
     end_at_once()
 
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import all_reduce
-from utils.registry import ModelArtifacts
+from utils.registry import ModelArtifacts, Side
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
 from utils.spreading import SPREAD
 
@@ -55,7 +55,7 @@ DEVICE: str = "auto"  # "auto", "cpu", "cuda", "cuda:N", "spread" (too large for
 TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
-ANSWERS_OF: TraceTask | None = None  # also the untrustworthy training answers of: "bias", "ethics", "truth", "all"
+ANSWERS_OF: TraceTask | None = None  # also the training answers of: "bias", "ethics", "truth", "all"
 MAX_LENGTH: PositiveInt = 1_024  # tokens after which a dialogue is cut
 TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
 # -----------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def dialogue_texts(dialogues: Dialogues) -> list[str]:
     return [f"{prompt} {chosen}" for prompt, chosen in zip(dialogues.prompts, dialogues.completions, strict=True)]
 
 
-def untrustworthy_texts(pairs: AnswerPairs) -> list[str]:
-    """Every distinct prompt with a rejected answer."""
-    return list(dict.fromkeys(pair.prompt + pair.rejected for pair in pairs))
+def answer_texts(pairs: AnswerPairs, side: Side) -> list[str]:
+    """Every distinct prompt with an answer of one side."""
+    return list(dict.fromkeys(pair.prompt + getattr(pair, side) for pair in pairs))
 
 
 def main(settings: Settings) -> None:
@@ -109,8 +109,9 @@ def main(settings: Settings) -> None:
     outputs = [(artifacts.representations(), dialogue_texts(artifacts.dialogues))]
     for task in tasks_of(settings.ANSWERS_OF) if settings.ANSWERS_OF else []:
         pairs = MEASUREMENTS[task].load_pairs(resolve_path(settings.DATA_DIR), "train")
-        output = artifacts.answer_representations(task, pairs=pairs.fingerprint)
-        outputs.append((output, untrustworthy_texts(pairs)))
+        for side in get_args(Side):
+            output = artifacts.answer_representations(task, side, pairs=pairs.fingerprint)
+            outputs.append((output, answer_texts(pairs, side)))
     with locked(*(output.path for output, _ in outputs)):
         unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
         if unfinished:

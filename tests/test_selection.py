@@ -13,14 +13,8 @@ import torch
 from dpp import greedy_dpp as greedy_script
 from dpp.greedy_dpp import FourierKernel, Kernel, RBFKernel, center, greedy_dpp, median_heuristic_gamma
 from utils.console import UserError
-from utils.selection import (
-    combined_scores,
-    min_max_normalise,
-    most_harmful,
-    random_subset,
-    ranking_scores,
-    require_enough,
-)
+from utils.rankings import combined_scores, min_max_normalise, ranking_scores
+from utils.selection import most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES
 
 

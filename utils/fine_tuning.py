@@ -25,12 +25,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from utils.batching import IGNORED_LABEL, LabelledSequence
 from utils.console import UserError, progress_bar, say, shown_path
+from utils.devices import resolve_device
 from utils.files import partial_of
 from utils.forward import output_logits
 from utils.models import load_model
 from utils.performance_functions.losses import label_hidden_states
 from utils.processes import first_process_only, launched
 from utils.settings import Settings
+from utils.spreading import SPREAD
 from utils.tracker import Tracker
 
 STEPS_BETWEEN_LOGS = 10
@@ -90,6 +92,25 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.3f}")
             self.tracker.log({name: logs[name] for name in ("loss", "learning_rate", "grad_norm")}, state.global_step)
+
+
+def training_device(device: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        UserError: DEVICE names one GPU by its number, which the Trainer would not keep to, or spreads the model.
+    """
+    if device == SPREAD:
+        raise UserError(
+            f"DEVICE = {SPREAD!r}: allowed here are auto, cpu and cuda; fine-tuning changes all weights, and needs the "
+            "whole model on one device"
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(
+            f"DEVICE = {device!r}: allowed here are auto, cpu and cuda; to choose a GPU, set "
+            "CUDA_VISIBLE_DEVICES in the environment"
+        )
+    return resolve_device(device)
 
 
 def micro_batch_size(settings: Settings, num_processes: int) -> int:

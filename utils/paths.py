@@ -118,9 +118,10 @@ def representations_file(output_dir: str | Path, model_name: str) -> Path:
     return resolve_path(output_dir) / "representations" / f"{model_name}_sumreps.safetensors"
 
 
-def answer_representations_file(output_dir: str | Path, task: str, model_name: str) -> Path:
-    """Step 2, with ANSWERS_OF: tensor `representations` (U, hidden) of a task's untrustworthy answers."""
-    return resolve_path(output_dir) / "representations" / f"{task}_{model_name}_answerreps.safetensors"
+def answer_representations_file(output_dir: str | Path, task: str, side: str, model_name: str) -> Path:
+    """Step 2, with ANSWERS_OF: tensor `representations` (U, hidden) of a task's "chosen" or "rejected" answers."""
+    kind = "answerreps" if side == "rejected" else "chosenreps"
+    return resolve_path(output_dir) / "representations" / f"{task}_{model_name}_{kind}.safetensors"
 
 
 def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, if_weight: float) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from utils import paths
 from utils.artifacts import Artifact
@@ -20,10 +20,12 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.settings import Settings
+from utils.settings import Settings, factors_for
 
+Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
 SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
 FISHER_CONSTANTS = ("NUM_FACTOR_EXAMPLES", "FISHER_POSITIONS", "DAMPING_FACTOR")  # no effect where F is the identity
+SOLVER_CONSTANTS = ("CG_ITERATIONS", "CG_TOLERANCE")  # of "ekfac_cg"
 FACTOR_CONSTANTS = (
     "NUM_BLOCKS",
     "FACTOR_STRATEGY",
@@ -96,8 +98,10 @@ class ModelArtifacts:
 
     def factors(self) -> Artifact:
         """Step 1: the curvature factors."""
-        path = paths.factors_dir(self.settings.OUTPUT_DIR, self.name, *self._influence_location())
-        return Artifact(path, STEP_1, self._known(*FACTOR_CONSTANTS), self.inputs, is_folder=True)
+        strategy = factors_for(self.settings.FACTOR_STRATEGY)
+        path = paths.factors_dir(self.settings.OUTPUT_DIR, self.name, *self._influence_location(strategy))
+        constants = {**self._known(*FACTOR_CONSTANTS), "FACTOR_STRATEGY": strategy}
+        return Artifact(path, STEP_1, constants, self.inputs, is_folder=True)
 
     def scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
         """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs.
@@ -113,6 +117,8 @@ class ModelArtifacts:
 
     def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
         constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")
+        if self.settings.FACTOR_STRATEGY == "ekfac_cg":
+            constants |= self._known(*SOLVER_CONSTANTS)
         made_by = STEP_1
         if strategy:
             constants["FACTOR_STRATEGY"], made_by = strategy, f"{STEP_1} --FACTOR_STRATEGY {strategy}"
@@ -126,9 +132,9 @@ class ModelArtifacts:
         path = paths.representations_file(self.settings.OUTPUT_DIR, self.name)
         return Artifact(path, STEP_2, self._known("MAX_LENGTH"), self.inputs)
 
-    def answer_representations(self, task: str, **inputs: str) -> Artifact:
-        """Step 2, with ANSWERS_OF: those of a task's untrustworthy answers. The writer adds the pairs' fingerprint."""
-        path = paths.answer_representations_file(self.settings.OUTPUT_DIR, task, self.name)
+    def answer_representations(self, task: str, side: Side, **inputs: str) -> Artifact:
+        """Step 2, with ANSWERS_OF: those of a task's answers of one side. The writer adds the pairs' fingerprint."""
+        path = paths.answer_representations_file(self.settings.OUTPUT_DIR, task, side, self.name)
         made_by, constants = f"{STEP_2} --ANSWERS_OF {task}", self._known("MAX_LENGTH")
         return Artifact(path, made_by, constants, {"model": self.fingerprint, **inputs})
 

@@ -101,7 +101,11 @@ OneTask = Literal["bias", "ethics", "truth", "combined"]
 RepairTask = Literal["bias", "ethics", "truth", "combined", "all"]
 Family = Literal["auto", "pythia", "qwen"]
 Strategy = Literal["ekfac", "kfac", "diagonal", "identity"]
-ScoresType = Literal["pure_ekfac", "dpp", "random", "identity", "representation", "direct"]
+ScoreStrategy = Literal["ekfac", "kfac", "diagonal", "identity", "ekfac_cg"]
+RankingType = Literal["pure_ekfac", "ekfac_cg", "identity", "representation", "mean_difference", "bm25"]
+ScoresType = Literal[
+    "pure_ekfac", "dpp", "random", "ekfac_cg", "identity", "representation", "mean_difference", "bm25", "direct"
+]
 TrackerName = Literal["trackio", "wandb"]
 
 
@@ -115,6 +119,11 @@ class Settings(types.SimpleNamespace):
     def pick(self, *names: str) -> dict[str, Any]:
         """The named constants as a dictionary, for a manifest."""
         return {name: getattr(self, name) for name in names}
+
+
+def factors_for(strategy: ScoreStrategy) -> Strategy:
+    """The factors that scores of a strategy are made with: those of "ekfac" precondition the conjugate gradients."""
+    return "ekfac" if strategy == "ekfac_cg" else strategy
 
 
 def tasks_of(task_name: str) -> list[str]:

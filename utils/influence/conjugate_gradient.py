@@ -30,6 +30,10 @@ class Solution(NamedTuple):
     residuals: list[list[float]]
     residual: list[float]
 
+    def of_query(self, query: int) -> list[float]:
+        """One query's residuals after every iteration; in place of the last, the one that was computed anew."""
+        return [*(after[query] for after in self.residuals[:-1]), self.residual[query]]
+
 
 def inner_products(a: Gradients, b: Gradients) -> torch.Tensor:
     """<a_q, b_q> of each query over all modules, (queries,) float64."""

@@ -17,12 +17,12 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.batching import IGNORED_LABEL, Batch, BatchLoader
+from utils.batching import Batch, BatchLoader
 from utils.console import UserError, remedy_for
 from utils.forward import LogitMap, logit_map
 from utils.influence.token_gradients import append_ones, hook_linears, summed_gradient
 from utils.influence.traced_model import Gradients, TracedModel
-from utils.performance_functions.losses import label_hidden_states, logit_chunks
+from utils.performance_functions.losses import fisher_positions, label_hidden_states, logit_chunks
 
 
 @contextlib.contextmanager
@@ -86,10 +86,6 @@ def hidden_tangents(
     return primal, torch.stack(tangents)
 
 
-def _is_label(batch: Batch) -> torch.Tensor:
-    return batch["labels"][:, 1:] != IGNORED_LABEL
-
-
 def times_loss_curvature(
     embedding: nn.Linear, mapping: LogitMap, hidden: torch.Tensor, tangents: torch.Tensor
 ) -> torch.Tensor:
@@ -116,11 +112,14 @@ def times_loss_curvature(
 
 
 @torch.enable_grad()  # solvers run without
-def gauss_newton_product(traced: TracedModel, loader: BatchLoader, vectors: Gradients) -> Gradients:
+def gauss_newton_product(
+    traced: TracedModel, loader: BatchLoader, vectors: Gradients, all_positions: bool = False
+) -> Gradients:
     """G v for several v, in one pass over the loader's examples.
 
     Args:
         vectors: (queries, out, in) for each Linear.
+        all_positions: as for `sampled_label_loss`.
 
     Returns:
         Tensors of the same shapes. The order of the examples and their batches do not show, up to rounding.
@@ -128,8 +127,8 @@ def gauss_newton_product(traced: TracedModel, loader: BatchLoader, vectors: Grad
     totals = traced.totals({name: tuple(v.shape) for name, v in vectors.items()})
     embedding, mapping = traced.model.get_output_embeddings(), logit_map(traced.model.config)
     for batch in loader:
-        is_label = _is_label(batch)
-        hidden, tangents = hidden_tangents(traced, batch, is_label, vectors)
+        predicts_label = fisher_positions(batch, all_positions)
+        hidden, tangents = hidden_tangents(traced, batch, predicts_label, vectors)
         with torch.no_grad():
             cotangents = times_loss_curvature(embedding, mapping, hidden, tangents)
         of_batch: dict[str, list[torch.Tensor]] = {name: [] for name in traced.linears}
@@ -140,7 +139,7 @@ def gauss_newton_product(traced: TracedModel, loader: BatchLoader, vectors: Grad
 
         with hook_linears(traced.linears, add):
             with traced.curvature.autocast(traced.model.device):
-                hidden, _ = label_hidden_states(traced.model, batch, is_label)
+                hidden, _ = label_hidden_states(traced.model, batch, predicts_label)
             for query, cotangent in enumerate(cotangents):
                 hidden.backward(cotangent, retain_graph=query + 1 < len(cotangents))
         for name, of_queries in of_batch.items():

@@ -16,7 +16,7 @@ from utils.console import UserError
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
 from utils.models import load_model, load_tokenizer, traced_linear_names
-from utils.settings import Settings
+from utils.settings import Settings, factors_for
 from utils.spreading import SPREAD
 from utils.trunk import HiddenStateCache, Trunk
 
@@ -158,7 +158,9 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
     return TracedModel(
         model=trunk.tail,
         linears=linears,
-        curvature=Curvature(settings.FACTOR_STRATEGY, settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION),
+        curvature=Curvature(
+            factors_for(settings.FACTOR_STRATEGY), settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION
+        ),
         tokenizer=load_tokenizer(model, loaded),
         tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears.values())),
         cache=HiddenStateCache(trunk),

@@ -198,6 +198,12 @@ def fisher_draws(seed: int, index: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, index)).random(count)
 
 
+def fisher_positions(batch: Batch, all_positions: bool = False) -> torch.Tensor:
+    """(B, T - 1) bool: the positions whose labels the Fisher is about, those of the training loss or all."""
+    is_label = batch["labels"][:, 1:] != IGNORED_LABEL
+    return torch.ones_like(is_label) if all_positions else is_label
+
+
 def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_positions: bool = False) -> torch.Tensor:
     """Cross-entropy on labels drawn from the model itself; its gradient's covariance is the true Fisher.
 
@@ -210,9 +216,7 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
     Returns:
         Scalar, summed over the positions.
     """
-    predicts_label = torch.ones_like(batch["labels"][:, 1:], dtype=torch.bool)
-    if not all_positions:
-        predicts_label = batch["labels"][:, 1:] != IGNORED_LABEL
+    predicts_label = fisher_positions(batch, all_positions)
     hidden, rows = label_hidden_states(model, batch, predicts_label)
     counts = torch.bincount(rows, minlength=len(predicts_label)).tolist()
     draws = [fisher_draws(seed, index, n) for index, n in zip(batch["index"].tolist(), counts, strict=True)]

@@ -30,8 +30,11 @@ INTRODUCTION = (
 NOTES = {  # how each SCORES_TYPE chooses its dialogues; "direct" has none
     "pure_ekfac": "The most negative influence scores, most harmful first.",
     "dpp": "The greedy picks in order, diverse and harmful; gains are what each pick added to the objective.",
+    "ekfac_cg": "The most negative influence scores with the Gauss-Newton matrix itself as curvature.",
     "identity": "The smallest plain gradient dot products, without curvature.",
     "representation": "The dialogues most similar to the task's untrustworthy answers in representation space.",
+    "mean_difference": "The dialogues that lie towards the task's untrustworthy and away from its trustworthy answers.",
+    "bm25": "The dialogues worded like the task's untrustworthy and unlike its trustworthy answers.",
     "random": "A seeded uniform sample, for comparison.",
 }
 
