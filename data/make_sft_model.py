@@ -29,13 +29,14 @@ from transformers import set_seed
 from steps import next_command, run_step
 from utils.artifacts import Artifact
 from utils.base_models import ARCHITECTURES, base_fingerprints, start_model
-from utils.console import UserError, banner, say
+from utils.console import UserError, banner, progress_bar, say
 from utils.evaluation import EvaluationModel, require_finite_loss
 from utils.files import remove, write_whole
 from utils.fine_tuning import (
     fine_tune,
     last_checkpoint,
     micro_batch_size,
+    num_steps,
     set_checkpoints_aside,
     training_device,
 )
@@ -117,7 +118,9 @@ def make_model(settings: Settings, device: torch.device, output: Artifact, train
         losses = evaluation_model.measure("anthropic", test)
         require_finite_loss(settings.BASE_MODEL, "anthropic", losses)
         before = summarise(losses)["perplexity"]
-        fine_tune(model, tokenizer, tokenize_dialogues(train, tokenizer), settings, folder, checkpoint, tracker)
+        examples = tokenize_dialogues(train, tokenizer)
+        with progress_bar(num_steps(settings, len(examples)), "fine-tuning", "steps") as bar:
+            fine_tune(model, tokenizer, examples, settings, folder, checkpoint, bar, tracker)
         losses = evaluation_model.measure("anthropic", test)
         try:
             require_finite_loss(settings.SFT_MODEL_DIR, "anthropic", losses)

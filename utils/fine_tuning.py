@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from utils.batching import IGNORED_LABEL, LabelledSequence
-from utils.console import UserError, progress_bar, say, shown_path
+from utils.console import UserError, say, shown_path
 from utils.devices import resolve_device
 from utils.files import partial_of
 from utils.forward import output_logits
@@ -113,6 +113,11 @@ def training_device(device: str) -> torch.device:
     return resolve_device(device)
 
 
+def num_steps(settings: Settings, num_examples: int) -> int:
+    """Optimizer steps of a training."""
+    return settings.NUM_EPOCHS * -(-num_examples // settings.BATCH_SIZE)
+
+
 def micro_batch_size(settings: Settings, num_processes: int) -> int:
     """Dialogues per forward pass of one process.
 
@@ -152,13 +157,15 @@ def fine_tune(
     settings: Settings,
     folder: Path,
     checkpoint: str | None,
-    tracker: Tracker,
+    bar: tqdm,
+    tracker: Tracker | None = None,
 ) -> None:
     """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
 
     Args:
         folder: where the last checkpoint is kept during training.
         checkpoint: the one to resume from, if any.
+        bar: over optimizer steps, of which this training takes `num_steps`.
     """
     is_cuda = model.device.type == "cuda"
     size = micro_batch_size(settings, launched())
@@ -202,9 +209,7 @@ def fine_tune(
         say(f"   resuming from {shown_path(Path(checkpoint))}")
         # The Trainer looks for the tensors' names in memory, but some models save them under other names.
         model.load_state_dict(load_model(checkpoint, model.device).state_dict())
-    num_steps = settings.NUM_EPOCHS * -(-len(examples) // settings.BATCH_SIZE)
-    with progress_bar(num_steps, "fine-tuning", "steps") as bar:
-        trainer.add_callback(Progress(tracker, bar))
-        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.add_callback(Progress(tracker or Tracker(), bar))
+    trainer.train(resume_from_checkpoint=checkpoint)
     del model.forward  # restores the class's own
     model.eval()

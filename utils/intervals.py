@@ -14,6 +14,7 @@ small.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,12 @@ def estimate_mean(sums: ClusterSums) -> Estimate:
     residuals = sums.total - mean * sums.count  # 0 where there is no value
     variance = num_clusters / (num_clusters - 1) * residuals.square().sum()
     return Estimate(float(mean), float(variance.sqrt() / num_values), num_clusters)
+
+
+def estimate_values(values: Sequence[float]) -> Estimate:
+    """The mean of independent values, each a cluster of its own."""
+    total = torch.as_tensor(values, dtype=torch.float64)
+    return estimate_mean(ClusterSums(total, torch.ones_like(total)))
 
 
 def estimate_difference(minuend: ClusterSums, subtrahend: ClusterSums) -> Estimate:

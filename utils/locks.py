@@ -49,7 +49,21 @@ def locked(*paths: Path, to_read: bool = False) -> Iterator[None]:
     Args:
         to_read: make no folder, and lock nothing where nothing may be written.
     """
-    acquired = _acquire(paths, to_read)
+    with _held_by_us(_acquire(paths, to_read)):
+        yield
+
+
+@contextlib.contextmanager
+def locked_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or folder, or go on without where another run holds it; says which."""
+    acquired = _acquire([path], waits=False)
+    with _held_by_us(acquired or []):
+        yield acquired is not None
+
+
+@contextlib.contextmanager
+def _held_by_us(acquired: Sequence[Path]) -> Iterator[None]:
+    """Release the locks at the end."""
     try:
         yield
     except BaseException:
@@ -60,14 +74,18 @@ def locked(*paths: Path, to_read: bool = False) -> Iterator[None]:
 
 
 @first_process_only
-def _acquire(paths: Sequence[Path], to_read: bool) -> list[Path]:
+def _acquire(paths: Sequence[Path], to_read: bool = False, waits: bool = True) -> list[Path] | None:
+    """The locks that were taken; None where another run holds one and this one does not wait."""
     acquired: list[Path] = []
     try:
         for path in sorted({path.absolute() for path in paths}):
             if _held.keys() & {path, *path.parents} or (to_read and not os.access(path.parent, os.W_OK)):
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = _lock_of(path)
+            lock = _lock_of(path, waits)
+            if lock is None:
+                _release(acquired)
+                return None
             _held[path] = _Held(lock, Path(lock.lock_file).lstat().st_ino)
             acquired.append(path)
     except BaseException:
@@ -76,13 +94,15 @@ def _acquire(paths: Sequence[Path], to_read: bool) -> list[Path]:
     return acquired
 
 
-def _lock_of(path: Path) -> BaseFileLock:
-    """The lock of a path, once this process holds it."""
+def _lock_of(path: Path, waits: bool) -> BaseFileLock | None:
+    """The lock of a path, once this process holds it; None where another run does and this one does not wait."""
     file, has_flock = path.with_name(f".{path.name}.lock"), _has_flock(path.parent)
     lock = FileLock(file, mode=FOR_ALL_USERS) if has_flock else SoftFileLock(file, mode=FOR_ALL_USERS)
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        if not waits:
+            return None
         hint = "" if has_flock else f" (if there is none, on no machine, delete {shown_path(file)})"
         say(f"   waiting for another run, which works on {shown_path(path)}{hint}")
         lock.acquire(poll_interval=SECONDS_BETWEEN_TRIES)

@@ -26,6 +26,7 @@ STEP_6 = {  # by metric
     "truth": "evaluation_scripts/truth_loss.py",
 }
 PAPER_TABLES = "evaluation_scripts/paper_tables.py"
+VALIDATION = "evaluation_scripts/validate_scores.py"
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -149,6 +150,16 @@ def results_dir(output_dir: str | Path) -> Path:
 def tables_dir(output_dir: str | Path) -> Path:
     """The tables and ablations of a grid of repairs."""
     return results_dir(output_dir) / "tables"
+
+
+def validation_dir(output_dir: str | Path, model_name: str) -> Path:
+    """evaluation_scripts/validate_scores.py: tables and picture of one model's scores."""
+    return results_dir(output_dir) / "validation" / model_name
+
+
+def retraining_dir(output_dir: str | Path, model_name: str, retraining: str) -> Path:
+    """evaluation_scripts/validate_scores.py: what one retraining measured, in the manifest of a folder."""
+    return validation_dir(output_dir, model_name) / "retrainings" / retraining
 
 
 def overview_figure(output_dir: str | Path) -> Path:

@@ -20,7 +20,7 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.settings import Settings, factors_for
+from utils.settings import TASK_NAMES, RankingType, Settings, factors_for
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
 SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
@@ -172,6 +172,23 @@ class ModelArtifacts:
         path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name)
         constants = {**self._known("PPL_BUDGET"), **self._combination(task)}
         return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
+
+    def retraining(self, name: str, constants: dict[str, Any], inputs: dict[str, str]) -> Artifact:
+        """evaluation_scripts/validate_scores.py: a fine-tuning on some of the dialogues, of which numbers are kept."""
+        path = paths.retraining_dir(self.settings.OUTPUT_DIR, self.name, name)
+        return Artifact(path, paths.VALIDATION, constants, inputs, is_folder=True, quiet=True)
+
+    def seconds_for(self, scores_type: RankingType) -> float | None:
+        """What all tasks' scores took in steps 1 and 2, from their manifests; None where no step makes them."""
+        if scores_type == "bm25":
+            return None
+        if scores_type in ("representation", "mean_difference"):
+            sides = ("rejected",) if scores_type == "representation" else ("chosen", "rejected")
+            answers = [self.answer_representations(task, side) for task in TASK_NAMES for side in sides]
+            return sum(artifact.require()["seconds"] for artifact in [self.representations(), *answers])
+        strategy = None if scores_type == "pure_ekfac" else scores_type
+        in_one_pass = max(self.scores(task, strategy).require()["seconds"] for task in TASK_NAMES)
+        return in_one_pass + (0 if scores_type == "identity" else self.factors().require()["seconds"])
 
     def report(self, checkpoint: Artifact, content: str) -> Artifact:
         """Step 5: what a repair did, saved or not; `content` is the report's fingerprint."""

@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
     "pure_ekfac": ("#e76f51", "o"),
     "dpp": ("#264653", "s"),
+    "ekfac_cg": ("#c1121f", "h"),
     "identity": ("#8a5fbf", "D"),
     "representation": ("#3a86c8", "v"),
+    "mean_difference": ("#5c7cfa", "<"),
+    "bm25": ("#b08900", "X"),
     "direct": ("#2a9d8f", "P"),
     "random": ("#999999", "^"),
 }
@@ -58,7 +61,8 @@ def _line_style(label: str) -> dict[str, Any]:
 
 
 @first_process_only
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     with locked(path), written_whole(path) as partial:
         figure.savefig(partial, dpi=130, format="png")
 
@@ -94,7 +98,7 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     figure.suptitle(f"Repairs with 95 % intervals; shaded: at most {budget_percent:g} % more perplexity")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _bars(numbers: Sequence[WithInterval]) -> tuple[list[float], list[list[float]]]:
@@ -137,4 +141,4 @@ def ablation_figure(repairs: Sequence[Row], varied: str, path: Path) -> None:
         panel.set_ylabel(label)
     panels[0, 0].legend(frameon=False, fontsize=8)
     figure.suptitle("Means over seeds; bars: 95 % intervals over the test split", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,164 @@
+"""Fine-tuning a model again on some of its training dialogues, and measuring what comes out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tqdm import tqdm
+from transformers import set_seed
+
+from utils import paths
+from utils.artifacts import Artifact
+from utils.base_models import base_fingerprints, start_model
+from utils.console import UserError, progress_bar, say
+from utils.evaluation import Data, EvaluationModel, require_finite_loss
+from utils.files import fingerprint_of
+from utils.fine_tuning import (
+    fine_tune,
+    last_checkpoint,
+    micro_batch_size,
+    num_steps,
+    set_checkpoints_aside,
+    training_device,
+)
+from utils.locks import locked, locked_if_free
+from utils.manifests import MANIFEST_NAME, differing_values
+from utils.models import load_tokenizer, silence_transformers
+from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.processes import launched
+from utils.registry import ModelArtifacts, sft_model
+from utils.results import Metric, quantities
+from utils.settings import Settings
+
+RECIPE = ("NUM_EPOCHS", "BATCH_SIZE", "LEARNING_RATE", "BASE_SEED")
+Split = Literal["train", "test"]
+Measured = dict[str, float]  # "bias_test" and the like -> loss in nats per token
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """A fine-tuning on some of the training dialogues.
+
+    Attributes:
+        name: of its folder.
+        rows: of the training dialogues that it keeps, in dataset order.
+        seed: of their order in the training.
+    """
+
+    name: str
+    rows: list[int]
+    seed: int
+
+
+class Retrainer:
+    """Fine-tunes the base again, by the recipe of the POST-SFT model, and measures the result on both splits.
+
+    Args:
+        settings: of evaluation_scripts/validate_scores.py.
+        artifacts: of the POST-SFT model.
+
+    Raises:
+        UserError: the recipe is not that of the POST-SFT model.
+    """
+
+    def __init__(self, settings: Settings, artifacts: ModelArtifacts) -> None:
+        self.settings, self.artifacts = settings, artifacts
+        micro_batch_size(settings, launched())  # refuses a wrong BATCH_SIZE before anything is computed
+        require_recipe(settings, artifacts)
+        silence_transformers()
+        self.device = training_device(settings.DEVICE)
+        data_dir = paths.resolve_path(settings.DATA_DIR)
+        self.data: dict[tuple[Metric, Split], Data] = {
+            ("anthropic", "test"): load_dialogues(settings.HH_DATASET, "test")
+        }
+        for task, measurement in MEASUREMENTS.items():
+            for split in ("train", "test"):
+                self.data[task, split] = measurement.load_pairs(data_dir, split)
+        self.inputs = {**base_fingerprints(settings), "dataset": artifacts.dialogues.fingerprint}
+        self.inputs["measured"] = fingerprint_of([data.fingerprint for data in self.data.values()])
+        tokenizer = load_tokenizer(settings.MODEL_NAME)
+        self.examples = tokenize_dialogues(artifacts.dialogues, tokenizer)
+
+    def artifact(self, retraining: Retraining) -> Artifact:
+        """Where a retraining's measurements are kept."""
+        constants = {**self.settings.pick(*RECIPE), "seed": retraining.seed, "rows": fingerprint_of(retraining.rows)}
+        return self.artifacts.retraining(retraining.name, constants, self.inputs)
+
+    def run_all(self, retrainings: Sequence[Retraining], description: str) -> dict[str, Measured]:
+        """What every retraining measured, by name. Those that other runs are at come last."""
+        steps = {one.name: num_steps(self.settings, len(one.rows)) for one in retrainings}
+        measured: dict[str, Measured] = {}
+        with progress_bar(sum(steps.values()), description, "steps") as bar:
+            waiting = list(retrainings)
+            while waiting:
+                left = []
+                for position, one in enumerate(waiting):
+                    is_last_chance = len(left) == position and position == len(waiting) - 1
+                    before = bar.n
+                    found = self.run(one, bar, waits=is_last_chance)
+                    if found is None:
+                        left.append(one)
+                        continue
+                    measured[one.name] = found
+                    bar.update(before + steps[one.name] - bar.n)
+                waiting = left
+        return measured
+
+    def run(self, retraining: Retraining, bar: tqdm, waits: bool) -> Measured | None:
+        """What one retraining measured; None where another run is at it and this one does not wait."""
+        output = self.artifact(retraining)
+        if waits:
+            with locked(output.path):
+                return self._finished(retraining, output, bar)
+        with locked_if_free(output.path) as is_ours:
+            return self._finished(retraining, output, bar) if is_ours else None
+
+    def _finished(self, retraining: Retraining, output: Artifact, bar: tqdm) -> Measured:
+        if not output.is_finished(self.settings.OVERWRITE):
+            self._retrain(retraining, output, bar)
+        return output.require()["measured"]
+
+    def _retrain(self, retraining: Retraining, output: Artifact, bar: tqdm) -> None:
+        started = time.monotonic()
+        set_seed(self.settings.BASE_SEED)
+        model, tokenizer = start_model(self.settings, self.device)
+        recipe = Settings(**{**vars(self.settings), "SEED": retraining.seed})
+        examples = [self.examples[row] for row in retraining.rows]
+        with output.staging_folder() as folder:
+            fine_tune(model, tokenizer, examples, recipe, folder, last_checkpoint(folder), bar)
+            evaluation, measured = EvaluationModel(model, tokenizer), {}
+            for (metric, split), data in self.data.items():
+                losses = evaluation.measure(metric, data, quiet=True)
+                require_finite_loss(retraining.name, metric, losses)
+                sums = quantities(losses)["loss"]
+                measured[f"{metric}_{split}"] = float(sums.total.sum() / sums.count.sum())
+            set_checkpoints_aside(folder)
+            output.publish_folder(started, {}, measured=measured, rows=retraining.rows)
+
+
+def require_recipe(settings: Settings, artifacts: ModelArtifacts) -> None:
+    """Check that a model that data/make_sft_model.py made is fine-tuned again as it was then.
+
+    Raises:
+        UserError: names the constants that differ, or says that the dialogues do.
+    """
+    folder = paths.resolve_path(artifacts.model)
+    if not (folder / MANIFEST_NAME).is_file():
+        say(f"   {artifacts.model} has no record of how it was fine-tuned: the recipe's constants are taken as given")
+        return
+    made = Artifact(folder, paths.STEP_0, is_folder=True).require()
+    recipe = sft_model(
+        Settings(**{**vars(settings), "SEED": settings.BASE_SEED, "SFT_MODEL_DIR": artifacts.model}),
+        dataset=artifacts.dialogues.fingerprint,
+    )
+    differences = differing_values(made["settings"], recipe.settings)
+    differences += differing_values({"dataset": made["inputs"]["dataset"]}, recipe.inputs)
+    if differences:
+        raise UserError(
+            f"MODEL_NAME = {artifacts.model!r} was fine-tuned with other settings: {'; '.join(differences)}; make the "
+            "constants (BASE_SEED is SEED there) and HH_DATASET agree"
+        )
