@@ -40,7 +40,7 @@ from utils.rankings import task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.validation import lds_table, removal_table, validation_figure
 from utils.retraining import Measured, Retrainer, Retraining
-from utils.selection import most_harmful, random_subset, require_enough
+from utils.selection import most_harmful, random_subset
 from utils.settings import (
     TASK_NAMES,
     Choices,
@@ -276,12 +276,16 @@ def make_scores(settings: Settings, artifacts: ModelArtifacts) -> tuple[dict[str
     return scores, seconds
 
 
-def require_types(settings: Settings) -> None:
-    """Check that what is removed is among what is scored.
+def require_possible(settings: Settings, total: int) -> None:
+    """Check that what is removed is among what is scored, and that enough is left of the `total` dialogues.
 
     Raises:
-        UserError: names the constant and the SCORES_TYPE that is not.
+        UserError: names the constant.
     """
+    if settings.BOTTOM_K > total // 2:
+        raise UserError(
+            f"BOTTOM_K = {settings.BOTTOM_K}: there are {total} training dialogues; allowed: 1 to {total // 2}"
+        )
     for name in ("REMOVED_TYPES", "HELPFUL_TYPES"):
         if unknown := [one for one in getattr(settings, name) if one not in settings.SCORES_TYPES]:
             raise UserError(f"{name} has {unknown[0]!r}; allowed are those of SCORES_TYPES: {settings.SCORES_TYPES}")
@@ -290,10 +294,9 @@ def require_types(settings: Settings) -> None:
 def main(settings: Settings) -> None:
     """Retrain, score, and compare."""
     banner("validation of the scores", settings.MODEL_NAME)
-    require_types(settings)
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME).with_constants({"FACTOR_STRATEGY": "ekfac"})
     total = len(artifacts.dialogues)
-    require_enough(2 * settings.BOTTOM_K, total)
+    require_possible(settings, total)
     retrainer, halves = Retrainer(settings, artifacts), random_halves(settings, total)
     on_halves = retrainings_on_halves(settings, halves)
     measured = retrainer.run_all([one for repeat in on_halves for one in repeat], "retrainings on halves")

@@ -199,6 +199,8 @@ def bm25_scores(dialogues: Dialogues, pairs: AnswerPairs) -> torch.Tensor:
     from scipy.sparse import csc_matrix
 
     completions = bm25s.tokenize(dialogues.completions, stopwords=None, show_progress=False)
+    if not any(completions.ids):
+        return torch.zeros(len(dialogues), dtype=torch.float64)
     index = bm25s.BM25()
     index.index(completions, show_progress=False)
     parts = (index.scores[name] for name in ("data", "indices", "indptr"))

@@ -106,7 +106,7 @@ def validation_figure(lds: Sequence[Row], changes: Sequence[Row], path: Path) ->
         }
         values = [with_interval(of_task[task], f"{task}_beyond_random") for task in TASK_NAMES]
         _draw(right, number - len(kinds) / 2, f"{scores_type}, {direction} removed", values)
-    title = "improvement of the test loss beyond random removal (nats per token)"
+    title = "Improvement of the test loss (nats per token)\nbeyond that of removing random dialogues"
     right.set(title=title, xticks=range(len(TASK_NAMES)), xticklabels=TASK_NAMES)
     for panel in (left, right):
         panel.axhline(0, color="#444444", lw=0.8)
