@@ -40,6 +40,7 @@ from utils.influence.factors import fit_factors
 from utils.influence.gauss_newton import gauss_newton_product
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, require_representable, score_training_examples
+from utils.influence.token_scores import score_tokens
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
 from utils.paths import STEP_2, STEP_4, resolve_path
@@ -52,9 +53,9 @@ from utils.settings import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    ScoreStrategy,
     Seed,
     Settings,
+    Strategy,
     TraceTask,
     tasks_of,
 )
@@ -72,14 +73,14 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 
 TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)
 NUM_BLOCKS: PositiveInt = 1  # last transformer blocks whose Linears are traced
-FACTOR_STRATEGY: ScoreStrategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg"
+FACTOR_STRATEGY: Strategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg"
 NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the curvature is that of, at most
 DAMPING_FACTOR: NonNegativeFloat | None = None  # added to the eigenvalues; None = 0.1 x their mean
 CG_ITERATIONS: PositiveInt = 30  # for "ekfac_cg": passes over those dialogues, at most
 CG_TOLERANCE: PositiveFloat = 0.01  # for "ekfac_cg": residual |b - A x| / |b| at which it stops before
 USE_HALF_PRECISION: bool = False  # True: bfloat16 forward and backward passes (GPU only); sums stay float32
 FISHER_POSITIONS: Literal["completion", "all"] = "completion"  # where labels are sampled; "all" as released
-COMPUTE_PER_TOKEN_SCORES: bool = False  # True also writes a score for every token
+COMPUTE_PER_TOKEN_SCORES: bool = False  # True also writes a score for every token's loss
 TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
 # -----------------------------------------------------------------------------------------------------------
 
@@ -194,18 +195,20 @@ def make_unfinished(
         solution = solve(settings, traced, examples, gradients, precondition)
     gradients = solution.vectors if solution else precondition(gradients)
     train = traced.loader(examples, cached=True, description="training dialogues")
-    scores = score_training_examples(traced, tasks[0], train, gradients, settings.COMPUTE_PER_TOKEN_SCORES)
+    scores = score_training_examples(traced, tasks[0], train, gradients)
     for query, name in enumerate(unfinished):
         constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}
-        require_representable([scores.examples[query]], f"the influence scores for {name}", constants)
+        require_representable([scores[query]], f"the influence scores for {name}", constants)
+    if settings.COMPUTE_PER_TOKEN_SCORES:
+        tokens = score_tokens(traced, train.described("tokens of the training dialogues"), gradients)
     for query, name in enumerate(unfinished):
         of_dialogues, *of_tokens = outputs[name]
         for output in of_tokens:
-            output.save_tensors({"scores": scores.tokens[query], "offsets": scores.token_offsets}, started)
+            output.save_tensors({"scores": tokens.scores[query], "offsets": tokens.offsets}, started)
         if not is_finished(of_dialogues):
             sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
             facts = {"residuals": solution.of_query(query)} if solution else {}
-            of_dialogues.save_tensors({SCORES_TENSOR: scores.examples[query : query + 1]}, started, sign=sign, **facts)
+            of_dialogues.save_tensors({SCORES_TENSOR: scores[query : query + 1]}, started, sign=sign, **facts)
 
 
 def main(settings: Settings) -> None:

@@ -83,6 +83,7 @@ TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their we
 SCORES_TYPE: ScoresType = "pure_ekfac"  # as in step 4, whose docstring lists them
 BOTTOM_K: PositiveInt = 20  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
+HARMFUL_TOKENS_ONLY: bool = False  # as in step 4
 PRESERVE_PERPLEXITY: bool = False  # as in step 4
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # as in step 4
 LEARNING_RATE: Literal["auto"] | NonNegativeFloat | Choices[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
@@ -292,9 +293,8 @@ def checkpoint_names(settings: Settings) -> list[str]:
     """The names of the checkpoints to come; a rate that is yet to be searched for stands there at its longest."""
     rates = LONGEST_RATE if settings.LEARNING_RATE == "auto" else settings.LEARNING_RATE
     model = paths.model_short_name(settings.MODEL_NAME)
-    repair = paths.repair_name(
-        settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, settings.PRESERVE_PERPLEXITY
-    )
+    choices = (settings.PRESERVE_PERPLEXITY, settings.HARMFUL_TOKENS_ONLY)
+    repair = paths.repair_name(settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, *choices)
     return [
         paths.repaired_model_dir(settings.OUTPUT_DIR, task, model, repair, rate).name
         for task in tasks_of(settings.TASK_NAME)
@@ -325,7 +325,8 @@ def main(settings: Settings) -> None:
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
-    same = {name: [getattr(settings, name)] for name in ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY")}
+    own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "HARMFUL_TOKENS_ONLY")
+    same = {name: [getattr(settings, name)] for name in own}
     same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
 

@@ -17,7 +17,8 @@ Reads the factors of step 1, and what SCORES_TYPE chooses the subset S by:
     bm25             the dialogues worded like its untrustworthy and unlike its trustworthy answers
     direct           no subset: the gradient is minus that of the measurement itself, on the training pairs
 
-With PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed. Writes one tensor
+With HARMFUL_TOKENS_ONLY, Lbar is the mean over those tokens of a chosen dialogue whose own scores are negative. With
+PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed. Writes one tensor
 for each traced Linear, (1, out, in) or (1, out, in + 1) with the bias last.
 """
 
@@ -29,7 +30,7 @@ if __name__ == "__main__":  # before imports that take seconds
     end_at_once()
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ from steps import next_command, run_step
 from tasks import BackwardTask
 from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
-from utils.console import banner
+from utils.console import UserError, banner
 from utils.devices import resolve_device
 from utils.files import fingerprint_of
 from utils.influence.preconditioning import load_preconditioner
@@ -51,6 +52,7 @@ from utils.paths import STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs, tokenize_pairs
+from utils.rankings import token_scores
 from utils.registry import ModelArtifacts
 from utils.selection import choose_subset, held_out_rows
 from utils.settings import (
@@ -80,14 +82,15 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn; the paper's tables use 100
-SCORES_TYPE: ScoresType = "pure_ekfac"  # one of those above: "pure_ekfac", "dpp", "random", "ekfac_cg", ...
+SCORES_TYPE: ScoresType = "pure_ekfac"  # how they are chosen, see above
 IF_WEIGHT: NonNegativeFloat = 10.0  # for "dpp": weight of the influence term, as in step 3
+HARMFUL_TOKENS_ONLY: bool = False  # True (beyond the paper): of chosen dialogues, only tokens with negative scores
 PRESERVE_PERPLEXITY: bool = False  # True (beyond the paper): retained dialogues keep their loss, to first order
 NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY: retained dialogues, at most
 GRADIENT_REDUCTION_TYPE: Literal["mean", "sum"] = "mean"  # over the subset: "mean", "sum" (divided by 100)
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
 
-FACTOR_STRATEGY: Strategy = "ekfac"  # which factors of step 1: "ekfac", "kfac", "diagonal", "identity"
+FACTOR_STRATEGY: Strategy = "ekfac"  # of step 1: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg" (scores alone)
 USE_HALF_PRECISION: bool = False  # which factors of step 1
 DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1: added to the eigenvalues; None = 0.1 x their mean
 TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a batch: a number or "auto"
@@ -108,12 +111,15 @@ class GradientSources:
         indices: rows of the training dialogues to unlearn.
         retained: rows of the training dialogues whose loss must not change, for PRESERVE_PERPLEXITY.
         pairs: training pairs by measurement, for "direct".
+        tokens: for HARMFUL_TOKENS_ONLY, the scores of all tokens and where each dialogue's begin.
     """
 
     weights: dict[str, float]
     indices: list[int]
     retained: list[int]
     pairs: dict[str, AnswerPairs]
+    tokens: tuple[torch.Tensor, torch.Tensor] | None
+    token_fingerprints: dict[str, str]
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -121,22 +127,63 @@ class GradientSources:
         retained = {"retained": fingerprint_of(self.retained)} if self.retained else {}
         of_pairs = {name: pairs.fingerprint for name, pairs in self.pairs.items()}
         subset = {"pairs": fingerprint_of(of_pairs)} if self.pairs else {"subset": fingerprint_of(self.indices)}
-        return {**subset, **retained}
+        return {**subset, **retained, **self.token_fingerprints}
 
 
 def choose_sources(artifacts: ModelArtifacts, task: str) -> GradientSources:
     """The dialogues, and for "direct" the answer pairs, that the gradient is computed from."""
     settings, total, pairs, retained = artifacts.settings, len(artifacts.dialogues), {}, []
+    tokens, token_fingerprints = None, {}
+    if settings.HARMFUL_TOKENS_ONLY:
+        if settings.SCORES_TYPE == "direct":
+            raise UserError("HARMFUL_TOKENS_ONLY = True: SCORES_TYPE 'direct' has no dialogues; choose another")
+        *tokens, token_fingerprints = token_scores(artifacts, task)
     weights, indices = task_weights(settings, task), choose_subset(artifacts, task)
     if settings.SCORES_TYPE == "direct":
         data_dir = resolve_path(settings.DATA_DIR)
         pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
     if settings.PRESERVE_PERPLEXITY:
         retained = held_out_rows("retain", indices, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
-    return GradientSources(weights, indices, retained, pairs)
+    return GradientSources(weights, indices, retained, pairs, tokens, token_fingerprints)
 
 
 # -- their gradient ----------------------------------------------------------------------------------------------------
+
+
+def with_harmful_tokens(
+    examples: list[LabelledSequence], indices: list[int], scores: torch.Tensor, offsets: torch.Tensor
+) -> tuple[dict[int, LabelledSequence], dict[str, int]]:
+    """The chosen dialogues that have tokens with negative scores, with those alone as labels (as in IF-Guide, 2025).
+
+    Args:
+        scores: (total tokens,) of all dialogues.
+        offsets: (N + 1,) where each dialogue's tokens begin.
+
+    Returns:
+        The dialogues by their row, and for the manifest how many of their labels are harmful.
+
+    Raises:
+        UserError: no chosen dialogue has a harmful token, or the scores are of other dialogues.
+    """
+    chosen, num_labels = {}, 0
+    for row in indices:
+        example, begin = examples[row], int(offsets[row])
+        if int(offsets[row + 1]) - begin != len(example.input_ids):
+            raise UserError(
+                f"the token scores are of a dialogue {row} with {int(offsets[row + 1]) - begin} tokens, and it has "
+                f"{len(example.input_ids)}: run compute_factors_and_scores.py again with OVERWRITE = True"
+            )
+        labels = slice(begin + example.label_start, begin + example.label_end)
+        harmful = replace(example, is_counted=(scores[labels] < 0).numpy())
+        num_labels += example.num_labels
+        if harmful.num_labels:
+            chosen[row] = harmful
+    if not chosen:
+        raise UserError(
+            f"HARMFUL_TOKENS_ONLY = True: no token of the {len(indices)} chosen dialogues has a negative score; "
+            "set it to False, or choose by another SCORES_TYPE"
+        )
+    return chosen, {"harmful": sum(example.num_labels for example in chosen.values()), "of": num_labels}
 
 
 def subset_gradient(
@@ -215,7 +262,11 @@ def repair_gradient(
     if settings.SCORES_TYPE == "direct":
         gradient = direct_gradient(traced, task, sources.pairs, sources.weights)
     else:
-        gradient = subset_gradient(traced, task, examples, sources.indices, settings.GRADIENT_REDUCTION_TYPE)
+        indices, chosen = sources.indices, examples
+        if sources.tokens:
+            harmful, facts["tokens"] = with_harmful_tokens(examples, indices, *sources.tokens)
+            indices, chosen = list(harmful), [harmful.get(row, example) for row, example in enumerate(examples)]
+        gradient = subset_gradient(traced, task, chosen, indices, settings.GRADIENT_REDUCTION_TYPE)
     precondition = load_preconditioner(factors, traced)
     if not sources.retained:
         return precondition(gradient), facts
@@ -232,7 +283,7 @@ def make_model_gradients(settings: Settings, model: str) -> None:
     """The repair gradients of one model, which is loaded when the first of them is to be computed."""
     device, artifacts = resolve_device(settings.DEVICE), ModelArtifacts(settings, model)
     made_with = artifacts.factors().require()["settings"]  # NUM_BLOCKS and the like
-    artifacts = artifacts.with_constants(made_with)
+    artifacts = artifacts.with_constants({**made_with, **settings.pick("FACTOR_STRATEGY")})
     traced: TracedModel | None = None
     for task_name in tasks_of(settings.TASK_NAME):
         banner("step 4: repair gradient", f"{task_name}, {settings.SCORES_TYPE}, {model}")

@@ -65,7 +65,7 @@ KERNEL: Literal["rbf", "rff"] = "rbf"  # "rbf" (exact), "rff" (random Fourier fe
 NUM_FEATURES: PositiveInt = 2_048  # random Fourier features, for "rff"
 GAMMA: PositiveFloat | None = None  # kernel width; None = 1 / median(pairwise distance)^2
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
-FACTOR_STRATEGY: Strategy = "ekfac"  # of the scores, as in step 1: "ekfac", "kfac", "diagonal", "identity"
+FACTOR_STRATEGY: Strategy = "ekfac"  # which scores: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg"
 USE_HALF_PRECISION: bool = False  # of the scores, as in step 1
 # -----------------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; rea
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
 TASKS: Choices[OneTask] = ["bias", "ethics", "truth", "combined"]  # that models are repaired for, of these four
-SCORES_TYPES: Choices[ScoresType] = [  # methods: those that SCORES_TYPE in make_gradients.py may be
+SCORES_TYPES: Choices[ScoresType] = [  # methods, as in step 4
     "pure_ekfac",
     "dpp",
     "identity",
@@ -76,6 +76,7 @@ SCORES_TYPES: Choices[ScoresType] = [  # methods: those that SCORES_TYPE in make
     "direct",
     "random",
 ]
+HARMFUL_TOKENS_ONLY: Choices[bool] = [False]  # True: of chosen dialogues, only tokens with negative scores
 PRESERVE_PERPLEXITY: Choices[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
 BOTTOM_K: Choices[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
 IF_WEIGHT: Choices[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
@@ -85,6 +86,7 @@ PPL_BUDGET: PositiveFloat = 0.01  # perplexity that a repair may cost, as a frac
 SWEPT_RATES: Choices[PositiveFloat] | None = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3]  # of the first seed's sweep pictures
 NUM_COMPLETIONS: NonNegativeInt = 2  # prompts of each task whose completions the report shows
 
+COMPUTE_PER_TOKEN_SCORES: bool = True  # as in step 1; the report colours the words of dialogues by them
 NUM_BLOCKS: PositiveInt = 1  # as in step 1
 DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1
 USE_HALF_PRECISION: bool = False  # as in step 1
@@ -92,6 +94,7 @@ USE_HALF_PRECISION: bool = False  # as in step 1
 
 STEP_CONSTANTS = ("MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "DEVICE", "OVERWRITE", "PPL_BUDGET", "NUM_COMPLETIONS")
 STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION", "TRUST_REMOTE_CODE")
+STEP_CONSTANTS += ("COMPUTE_PER_TOKEN_SCORES",)
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
@@ -106,16 +109,18 @@ class RepairConfig:
     preserve_perplexity: bool
     bottom_k: int
     if_weight: float
+    harmful_tokens_only: bool = False
 
     @property
     def name(self) -> str:
         """The repair's name in paths."""
-        return paths.repair_name(self.scores_type, self.bottom_k, self.if_weight, self.preserve_perplexity)
+        choices = (self.preserve_perplexity, self.harmful_tokens_only)
+        return paths.repair_name(self.scores_type, self.bottom_k, self.if_weight, *choices)
 
     @property
     def method(self) -> str:
         """The method's name in tables."""
-        return self.scores_type + (" + preserve" if self.preserve_perplexity else "")
+        return self.scores_type + " + tokens" * self.harmful_tokens_only + " + preserve" * self.preserve_perplexity
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a `repair_row` is of this repair."""
@@ -127,6 +132,7 @@ class RepairConfig:
         return {
             "SCORES_TYPE": self.scores_type,
             "PRESERVE_PERPLEXITY": self.preserve_perplexity,
+            "HARMFUL_TOKENS_ONLY": self.harmful_tokens_only,
             "BOTTOM_K": self.bottom_k,
             "IF_WEIGHT": self.if_weight,
         }
@@ -138,8 +144,9 @@ def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
     ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
     grid = {
         "main": [
-            RepairConfig(task, scores_type, preserves, bottom_k, if_weight)
+            RepairConfig(task, scores_type, preserves, bottom_k, if_weight, tokens)
             for scores_type in settings.SCORES_TYPES
+            for tokens in (settings.HARMFUL_TOKENS_ONLY if scores_type != "direct" else [False])
             for preserves in settings.PRESERVE_PERPLEXITY
             for task in settings.TASKS
         ]

@@ -64,9 +64,7 @@ DEVICE: str = "auto"  # "auto", "cpu", "cuda"
 TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
-SCORES_TYPES: Choices[
-    RankingType
-] = [  # "pure_ekfac", "ekfac_cg", "identity", "representation", ... (make_gradients.py)
+SCORES_TYPES: Choices[RankingType] = [  # those that give each dialogue a score, as in step 4
     "pure_ekfac",
     "ekfac_cg",
     "identity",
@@ -79,7 +77,7 @@ NUM_REPEATS: PositiveInt = 2  # retrainings of each half, with other orders; fro
 REMOVED_TYPES: Choices[RankingType] = ["pure_ekfac", "ekfac_cg", "bm25"]  # of SCORES_TYPES: most harmful removed
 HELPFUL_TYPES: Choices[RankingType] = ["pure_ekfac"]  # of SCORES_TYPES: most helpful removed
 BOTTOM_K: PositiveInt = 20  # dialogues to remove
-TRAINING_SEEDS: Choices[Seed] = [0, 1, 2, 3, 4]  # orders of the dialogues in the retrainings without some of them
+TRAINING_SEEDS: Choices[Seed] = [0, 1, 2, 3, 4]  # orders of the dialogues in those retrainings
 
 NUM_BLOCKS: PositiveInt = 1  # as in step 1
 DAMPING_FACTOR: NonNegativeFloat | None = None  # as in step 1
@@ -282,7 +280,7 @@ def require_possible(settings: Settings, total: int) -> None:
     Raises:
         UserError: names the constant.
     """
-    if settings.BOTTOM_K > total // 2:
+    if total < 2 * settings.BOTTOM_K:
         raise UserError(
             f"BOTTOM_K = {settings.BOTTOM_K}: there are {total} training dialogues; allowed: 1 to {total // 2}"
         )

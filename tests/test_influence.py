@@ -25,6 +25,7 @@ from utils.influence import factors as factors_module
 from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
 from utils.influence.preconditioning import Preconditioner, require_invertible
 from utils.influence.scores import mean_measurement_gradient, score_training_examples
+from utils.influence.token_scores import score_tokens
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -72,7 +73,7 @@ class Subject:
     def scores(self, curvature: Curvature, factors: Path, budget: int = SMALL_BATCHES) -> torch.Tensor:
         ready = self.precondition(self.stacked_gradients(curvature, budget), curvature, factors)
         task, loader = next(iter(self.tasks.values())), self.loader(self.train, budget)
-        return score_training_examples(self.traced(curvature), task, loader, ready).examples
+        return score_training_examples(self.traced(curvature), task, loader, ready)
 
 
 def make_subject(model_path: Path, data: Path, num_blocks: int = 1, dtype: torch.dtype = torch.float32) -> Subject:
@@ -286,23 +287,44 @@ def test_all_positions_bring_padding_into_the_fisher(tiny_models, small_data, tm
     assert counts["all"] > 2 * counts["completion"]
 
 
-def test_per_token_scores_sum_to_the_scores(tiny_models, small_data, tmp_path):
-    subject = make_subject(tiny_models["pythia"], small_data)
-    curvature = Curvature()
-    task = subject.tasks["bias"]
-    fit_factors(subject.traced(curvature), task, subject.loader(subject.train), tmp_path)
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_token_scores_are_those_of_each_tokens_own_loss(tiny_models, small_data, tmp_path, family, num_blocks):
+    """Against plain autograd of every token's loss by itself; and they add up to the dialogues' scores."""
+    subject = make_subject(tiny_models[family], small_data, num_blocks)
+    curvature, task = Curvature(), subject.tasks["bias"]
+    traced, loader = subject.traced(curvature), subject.loader(subject.train)
+    fit_factors(traced, task, loader, tmp_path)
     ready = subject.precondition(subject.stacked_gradients(curvature), curvature, tmp_path)
-    plain = score_training_examples(subject.traced(curvature), task, subject.loader(subject.train), ready)
-    tokens = score_training_examples(
-        subject.traced(curvature), task, subject.loader(subject.train), ready, per_token=True
-    )
-    assert torch.norm(tokens.examples - plain.examples) <= 1e-5 * torch.norm(plain.examples)
+    tokens = score_tokens(traced, loader, ready)
+    smallest = 1e-4 * float(tokens.scores.abs().max())
+    again = score_tokens(traced, subject.loader(subject.train, ONE_BATCH), ready)
+    torch.testing.assert_close(tokens.scores, again.scores, rtol=1e-3, atol=smallest)
+    examples = score_training_examples(traced, task, loader, ready)
     for position, sequence in enumerate(subject.train):
-        begin, end = tokens.token_offsets[position : position + 2]
+        begin, end = tokens.offsets[position : position + 2]
         assert end - begin == len(sequence.input_ids)
-        torch.testing.assert_close(
-            tokens.tokens[:, begin:end].sum(1), plain.examples[:, position], rtol=1e-3, atol=1e-3
-        )
+        of_tokens = tokens.scores[:, begin:end]
+        torch.testing.assert_close(of_tokens.sum(1), examples[:, position], rtol=1e-3, atol=1e-3)
+        assert not of_tokens[:, : max(sequence.label_start, 1)].any()
+        assert not of_tokens[:, sequence.label_end :].any()
+    parameters = {
+        name: [part for part in (linear.weight, linear.bias) if part is not None]
+        for name, linear in traced.linears.items()
+    }
+    for parameter in (one for some in parameters.values() for one in some):
+        parameter.requires_grad_(True)
+    for position, sequence in enumerate(subject.train[:2]):
+        ids = torch.from_numpy(sequence.input_ids).long()[None]
+        losses = torch.nn.functional.cross_entropy(subject.model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+        for t in range(max(sequence.label_start, 1), sequence.label_end):
+            expected = torch.zeros(len(tokens.scores))
+            for name, some in parameters.items():
+                gradients = torch.autograd.grad(losses[t - 1], some, retain_graph=True)
+                whole = torch.cat([gradient.reshape(len(gradient), -1) for gradient in gradients], dim=1)
+                expected += (ready[name] * whole).flatten(1).sum(1)
+            actual = tokens.scores[:, tokens.offsets[position] + t]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=smallest)
 
 
 @pytest.mark.parametrize("strategy", ["ekfac", "kfac", "diagonal"])

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import Workspace
 from safetensors.torch import load_file
 
 from make_gradients import inner_product, preserving_direction
+from steps import load_script
+from utils.batching import LabelledSequence
+from utils.console import UserError
 from utils.files import read_json
+from utils.influence.preconditioning import Preconditioner
+from utils.influence.traced_model import Curvature
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -165,3 +171,62 @@ def test_what_a_method_needs_is_named_where_it_is_missing(make_workspace, capsys
     with pytest.raises(SystemExit):
         workspace.run(STEP_4, "--TASK_NAME", "bias", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 3)
     assert f"{told} first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["ethics", "combined"])
+def test_harmful_tokens_alone_are_ascended(traced, task):
+    """G is the preconditioned mean, over dialogues that have any, of the mean loss of tokens with negative scores."""
+    traced.run(STEP_1, "--COMPUTE_PER_TOKEN_SCORES", True)
+    traced.run(STEP_4, "--TASK_NAME", task, "--BOTTOM_K", 6, "--HARMFUL_TOKENS_ONLY", True)
+    gradient, manifest = gradient_of(traced, task, "pure_ekfac_bottom6_tokens")
+    folder, total = traced.output / "ekfac_experiments" / "influence_results", 0
+    for name in ("bias", "ethics", "truth") if task == "combined" else (task,):
+        scores = folder / f"{name}_{traced.model.name}" / "scores_ekfac"
+        tokens = load_file(scores / "per_token_scores.safetensors")
+        of_dialogues = load_file(scores / "pairwise_scores.safetensors")["all_modules"].double()
+        total = total + tokens["scores"].double() / float(of_dialogues.max() - of_dialogues.min())
+    model, tokenizer = load_model(str(traced.model), CPU), load_tokenizer(str(traced.model))
+    examples = tokenize_dialogues(load_dialogues(str(traced.data / "hh"), "train"), tokenizer)
+    means, harmful, of = [], 0, 0
+    for row in manifest["indices"]:
+        losses, example = token_losses(model, examples[row]), examples[row]
+        begin = tokens["offsets"][row]
+        is_harmful = total[begin + max(example.label_start, 1) : begin + example.label_end] < 0
+        harmful, of = harmful + int(is_harmful.sum()), of + len(is_harmful)
+        means += [losses[is_harmful].mean()] * bool(is_harmful.any())
+    assert manifest["tokens"] == {"harmful": harmful, "of": of}
+    assert 0 < harmful < of
+    plain = autograd(model, torch.stack(means).mean(), gradient)
+    shapes = {name: tuple(value.shape[1:]) for name, value in plain.items()}
+    expected = Preconditioner(Curvature(), folder / traced.model.name / "factors_ekfac", shapes)(plain)
+    assert relative_difference(gradient, expected) <= 1e-4
+
+
+def test_harmful_tokens_need_token_scores_and_dialogues(traced, capsys, tmp_path):
+    output = tmp_path / "fresh"
+    fresh = type(traced)(traced.model, traced.data, output)
+    fresh.run(STEP_1, "--TASK_NAME", "bias")
+    common = ["--TASK_NAME", "bias", "--BOTTOM_K", 5, "--HARMFUL_TOKENS_ONLY", True]
+    for more, line in (
+        ([], "per_token_scores.safetensors is missing or incomplete; run compute_factors_and_scores.py"),
+        (["--SCORES_TYPE", "direct"], "HARMFUL_TOKENS_ONLY = True: SCORES_TYPE 'direct' has no dialogues"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            fresh.run(STEP_4, *common, *more)
+        assert stop.value.code == 1
+        assert line in capsys.readouterr().err
+    assert not list(output.rglob("query_grads*"))
+
+
+def test_without_a_harmful_token_there_is_nothing_to_ascend():
+    example = LabelledSequence(np.arange(6, dtype=np.int32), 2, 5)
+    step = load_script(STEP_4)
+    offsets = torch.tensor([0, 6])
+    scores = torch.tensor([-1.0, -1.0, 0.5, 0.0, -2.0, -1.0])
+    harmful, counts = step.with_harmful_tokens([example], [0], scores, offsets)
+    assert harmful[0].is_counted.tolist() == [False, False, True]
+    assert counts == {"harmful": 1, "of": 3}
+    with pytest.raises(UserError, match="no token of the 1 chosen dialogues has a negative score"):
+        step.with_harmful_tokens([example], [0], scores.abs(), offsets)
+    with pytest.raises(UserError, match="7 tokens, and it has 6"):
+        step.with_harmful_tokens([example], [0], scores, torch.tensor([0, 7]))

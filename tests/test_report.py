@@ -326,7 +326,7 @@ def test_a_text_of_several_subsets_is_stored_once():
     subsets = [Subset(name, "", [make_example(prompt="the same prompt")]) for name in "abc"]
     page = render(Report("t", "", {}, [], [], subsets, []))
     assert page.count("the same prompt") == 1
-    assert [example[-1] for example in page_data(page)["examples"]] == [0, 0, 0]
+    assert [example[-2] for example in page_data(page)["examples"]] == [0, 0, 0]
 
 
 def test_lone_surrogates_and_zero_bytes_can_be_written(tmp_path):

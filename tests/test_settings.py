@@ -32,7 +32,7 @@ COMMON = {"MODEL_FAMILY", "HH_DATASET", "OUTPUT_DIR", "TRUST_REMOTE_CODE", "OVER
 PROMISED = {
     1: {
         *{"MODEL_NAMES", "DATA_DIR", "SEED", "DEVICE", "TASK_NAME", *FACTORS, "FISHER_POSITIONS"},
-        *{"COMPUTE_PER_TOKEN_SCORES", "TOKENS_PER_BATCH"},
+        *{"COMPUTE_PER_TOKEN_SCORES", "TOKENS_PER_BATCH", "CG_ITERATIONS", "CG_TOLERANCE"},
     },
     2: {"MODEL_NAME", "DATA_DIR", "DEVICE", "MAX_LENGTH", "TOKENS_PER_BATCH"},
     3: {"MODEL_NAME", "SEED", "TASK_NAME", "BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA"},
@@ -46,6 +46,7 @@ PROMISED = {
         *{"PUSH_TO_HUB", "HUB_USERNAME", "COMPUTE_ANTHROPIC_EVAL", "COMPUTE_TASK_EVAL"},
     },
 }
+AFTER = ["evaluation_scripts/paper_tables.py", "evaluation_scripts/validate_scores.py"]
 FAKE_TOKEN = "hf_not_a_real_token"
 
 
@@ -268,14 +269,17 @@ def test_step_4_reads_from_the_factors_manifest_what_the_factors_were_made_with(
     assert not {"NUM_BLOCKS", "NUM_FACTOR_EXAMPLES", "FISHER_POSITIONS"} & set(schema_of(STEPS[4]))
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "evaluation_scripts/paper_tables.py", "data/prepare.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *AFTER, "data/prepare.py"])
 def test_the_comment_of_a_constant_shows_its_choices(script):
     """The file is what people edit."""
     for name, annotation in schema_of(script).items():
         comment = constant_comments(script)[name]
-        as_elsewhere = re.search("as in step|of SCORES_TYPES", comment)
+        as_elsewhere = re.search("as in (step|data)|of SCORES_TYPES", comment)
         line = next(line for line in (PROJECT_ROOT / script).read_text().splitlines() if line.startswith(f"{name}:"))
         missing = [choice for choice in literal_choices(annotation) if f'"{choice}"' not in line]
+        if "see above" in comment:
+            above = load_script(script).__doc__
+            missing = [choice for choice in missing if not re.search(rf"^    {choice} ", above, flags=re.MULTILINE)]
         assert not missing or as_elsewhere, f"{script}: {name} does not show {missing}"
 
 
@@ -304,8 +308,14 @@ def test_an_evaluation_has_the_constants_it_promises(script):
     [
         ("TASK_NAME", {"bias", "ethics", "truth", "combined", "all"}),
         ("MODEL_FAMILY", {"auto", "pythia", "qwen"}),
-        ("FACTOR_STRATEGY", {"ekfac", "kfac", "diagonal", "identity"}),
-        ("SCORES_TYPE", {"pure_ekfac", "dpp", "random", "identity", "representation", "direct"}),
+        ("FACTOR_STRATEGY", {"ekfac", "kfac", "diagonal", "identity", "ekfac_cg"}),
+        (
+            "SCORES_TYPE",
+            {
+                *{"pure_ekfac", "dpp", "random", "ekfac_cg", "identity"},
+                *{"representation", "mean_difference", "bm25", "direct"},
+            },
+        ),
         ("GRADIENT_REDUCTION_TYPE", {"mean", "sum"}),
         ("FISHER_POSITIONS", {"completion", "all"}),
     ],

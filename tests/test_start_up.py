@@ -73,7 +73,7 @@ class RecordingSettings(Settings):
 
 COMBINED = ["--TASK_NAME", "combined", "--BOTTOM_K", "4"]
 RUNS = {  # together they take every branch that reads a constant
-    STEP_1: [["--COMPUTE_PER_TOKEN_SCORES", "True"]],
+    STEP_1: [["--COMPUTE_PER_TOKEN_SCORES", "True"], ["--FACTOR_STRATEGY", "ekfac_cg", "--CG_ITERATIONS", "2"]],
     STEP_2: [["--ANSWERS_OF", "bias"]],
     STEP_3: [[*COMBINED, "--KERNEL", "rff"]],
     STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "direct"]],

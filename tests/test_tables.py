@@ -265,6 +265,7 @@ def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_pa
         **{"MODEL_NAMES": ["o/m"], "HH_DATASET": str(tmp_path / "hh"), "OUTPUT_DIR": str(tmp_path)},
         **{"SEEDS": [42, 0], "BOTTOM_K": [3], "IF_WEIGHT": [10.0], "TASKS": ["bias", "truth"]},
         **{"LEARNING_RATE": "auto", "PPL_BUDGET": 0.01, "USE_HALF_PRECISION": False},
+        COMPUTE_PER_TOKEN_SCORES=False,
     )
     scores = torch.arange(5.0)[None] / 8
     for task in ("bias", "truth"):

@@ -32,15 +32,19 @@ class LabelledSequence:
         input_ids: (T,) int32.
         label_start: first position whose token is a label.
         label_end: one past the last such position.
+        is_counted: (label_end - label_start,) which tokens of the stretch count after all; None for all of them.
     """
 
     input_ids: np.ndarray
     label_start: int
     label_end: int
+    is_counted: np.ndarray | None = None
 
     @property
     def num_labels(self) -> int:
         """Number of tokens that count in a loss; the first token of a text has nothing that predicts it."""
+        if self.is_counted is not None:
+            return int(self.is_counted[max(0, 1 - self.label_start) :].sum())
         return max(0, self.label_end - max(self.label_start, 1))
 
 
@@ -156,6 +160,8 @@ class BatchLoader:
             attention_mask[row, :length] = 1
             counted = slice(sequence.label_start, sequence.label_end)
             labels[row, counted] = sequence.input_ids[counted]
+            if sequence.is_counted is not None:
+                labels[row, counted][~sequence.is_counted] = IGNORED_LABEL
         arrays = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

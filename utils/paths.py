@@ -83,14 +83,20 @@ def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
 
 
-def repair_name(scores_type: str, bottom_k: int, if_weight: float, preserve_perplexity: bool = False) -> str:
+def repair_name(
+    scores_type: str,
+    bottom_k: int,
+    if_weight: float,
+    preserve_perplexity: bool = False,
+    harmful_tokens_only: bool = False,
+) -> str:
     """The part of a name that identifies a repair of a task: `dpp_ifweight10_bottom100`, `direct_preserve`.
 
     Only dpp depends on the weight of the influence term; "direct" has no subset.
     """
     weight = f"_ifweight{if_weight:g}" if scores_type == "dpp" else ""
     subset = "" if scores_type == "direct" else f"_bottom{bottom_k}"
-    return f"{scores_type}{weight}{subset}{'_preserve' if preserve_perplexity else ''}"
+    return f"{scores_type}{weight}{subset}{'_tokens' * harmful_tokens_only}{'_preserve' * preserve_perplexity}"
 
 
 def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
@@ -109,7 +115,7 @@ def scores_file(
 def token_scores_file(
     output_dir: str | Path, task: str, model_name: str, strategy: str, half_precision: bool, seed: int
 ) -> Path:
-    """Step 1, with COMPUTE_PER_TOKEN_SCORES: one score for every token, beside the scores."""
+    """Step 1, with COMPUTE_PER_TOKEN_SCORES: a score for the loss of every token, beside the scores."""
     scores = scores_file(output_dir, task, model_name, strategy, half_precision, seed)
     return scores.with_name("per_token_scores.safetensors")
 

@@ -7,7 +7,7 @@ scores are the most harmful. Influence scores come from step 1; the others are b
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -100,6 +100,42 @@ def influence_scores(artifacts: ModelArtifacts, task: str, strategy: str | None 
             f"delete it and run {artifact.made_by} again"
         )
     return scores, {f"scores_{task}": fingerprint}
+
+
+def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, torch.Tensor, dict[str, str]]:
+    """The scores of single tokens by which `task` ranks them, negative harmful.
+
+    Returns:
+        (total tokens,) float64 and (N + 1,) where each dialogue's tokens begin; for "combined" the sum weighted by
+        TASK_WEIGHTS, each task's scores divided by the span of its dialogues' scores, so that tokens add up to what
+        ranks dialogues but for a constant. And the fingerprints of what they come from.
+
+    Raises:
+        UserError: they are missing, broken, made from something else, or not of these dialogues.
+    """
+    of_tokens, of_dialogues, offsets, fingerprints = {}, {}, torch.zeros(()), {}
+    strategy = {"identity": "identity", "ekfac_cg": "ekfac_cg"}.get(artifacts.settings.SCORES_TYPE)
+    weights = task_weights(artifacts.settings, task)
+    for name in weights:
+        artifact = artifacts.token_scores(name, strategy)
+        fingerprints[f"tokens_{name}"] = artifact.require()["fingerprint"]
+        shapes = {"scores": (None,), "offsets": (len(artifacts.dialogues) + 1,)}
+        tensors = artifact.load_tensors(shapes, ["offsets"], fingerprints[f"tokens_{name}"])
+        of_tokens[name], offsets = tensors["scores"].double(), tensors["offsets"]
+        of_dialogues[name], _ = influence_scores(artifacts, name, strategy)
+    return combined_token_scores(of_tokens, of_dialogues, weights), offsets, fingerprints
+
+
+def combined_token_scores(
+    of_tokens: Mapping[str, torch.Tensor],
+    of_dialogues: Mapping[str, torch.Tensor],
+    weights: Mapping[str, float] | None = None,
+) -> torch.Tensor:
+    """Weighted sum of the tasks' token scores (total tokens,), each divided by the span of its dialogues' scores."""
+    spans = {name: float(scores.max() - scores.min()) or 1.0 for name, scores in of_dialogues.items()}
+    return torch.stack(
+        [(weights[name] if weights else 1.0) / spans[name] * tokens for name, tokens in of_tokens.items()]
+    ).sum(dim=0)
 
 
 # -- representations ---------------------------------------------------------------------------------------------------

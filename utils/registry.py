@@ -79,7 +79,8 @@ class ModelArtifacts:
     def repair_name(self) -> str:
         """The name of the repair that the settings describe."""
         s = self.settings
-        return paths.repair_name(s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, s.PRESERVE_PERPLEXITY)
+        choices = (s.PRESERVE_PERPLEXITY, s.HARMFUL_TOKENS_ONLY)
+        return paths.repair_name(s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, *choices)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -111,9 +112,10 @@ class ModelArtifacts:
         """
         return self._scored(paths.scores_file, task, strategy, inputs)
 
-    def token_scores(self, task: str, **inputs: str) -> Artifact:
+    def token_scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
         """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
-        return self._scored(paths.token_scores_file, task, None, inputs)
+        scored = self._scored(paths.token_scores_file, task, strategy, inputs)
+        return replace(scored, made_by=f"{scored.made_by} --COMPUTE_PER_TOKEN_SCORES True")
 
     def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
         constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")

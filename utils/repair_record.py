@@ -110,6 +110,7 @@ class RepairRecord:
             "if_weight": settings.IF_WEIGHT if settings.SCORES_TYPE == "dpp" else None,
             "bottom_k": len(self.gradient["indices"]),
             "preserve_perplexity": settings.PRESERVE_PERPLEXITY,
+            "harmful_tokens_only": settings.HARMFUL_TOKENS_ONLY,
             "learning_rate": learning_rate,
             "num_blocks": self.num_blocks,
             "seconds": self.gradient["seconds"] + (search["seconds"] if search else 0),

@@ -100,8 +100,7 @@ TraceTask = Literal["bias", "ethics", "truth", "all"]
 OneTask = Literal["bias", "ethics", "truth", "combined"]
 RepairTask = Literal["bias", "ethics", "truth", "combined", "all"]
 Family = Literal["auto", "pythia", "qwen"]
-Strategy = Literal["ekfac", "kfac", "diagonal", "identity"]
-ScoreStrategy = Literal["ekfac", "kfac", "diagonal", "identity", "ekfac_cg"]
+Strategy = Literal["ekfac", "kfac", "diagonal", "identity", "ekfac_cg"]
 RankingType = Literal["pure_ekfac", "ekfac_cg", "identity", "representation", "mean_difference", "bm25"]
 ScoresType = Literal[
     "pure_ekfac", "dpp", "random", "ekfac_cg", "identity", "representation", "mean_difference", "bm25", "direct"
@@ -121,7 +120,7 @@ class Settings(types.SimpleNamespace):
         return {name: getattr(self, name) for name in names}
 
 
-def factors_for(strategy: ScoreStrategy) -> Strategy:
+def factors_for(strategy: Strategy) -> Strategy:
     """The factors that scores of a strategy are made with: those of "ekfac" precondition the conjugate gradients."""
     return "ekfac" if strategy == "ekfac_cg" else strategy
 

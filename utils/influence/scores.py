@@ -8,7 +8,6 @@ scores of the training data                     (tasks, N) in one pass
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from kronfluence.task import Task
 
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError
-from utils.influence.token_gradients import summed_gradient, token_scores
+from utils.influence.token_gradients import row_scores, summed_gradient
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.processes import all_reduce
 
@@ -56,24 +55,9 @@ def require_representable(tensors: Iterable[torch.Tensor], what: str, constants:
         raise UserError(f"{what} are {float(largest):.0e} at most, which {dtype} cannot compute with: {reason}")
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Influence scores; positive means that training on the example lowers the measurement (helps).
-
-    Attributes:
-        examples: (queries, N) in dataset order.
-        tokens: (queries, total tokens) scores of single tokens, example after example, or None.
-        token_offsets: (N + 1,) where each example's tokens begin, or None.
-    """
-
-    examples: torch.Tensor
-    tokens: torch.Tensor | None = None
-    token_offsets: torch.Tensor | None = None
-
-
 def score_training_examples(
-    traced: TracedModel, task: Task, loader: BatchLoader, preconditioned: Gradients, per_token: bool = False
-) -> Scores:
+    traced: TracedModel, task: Task, loader: BatchLoader, preconditioned: Gradients
+) -> torch.Tensor:
     """Influence of every training example on every query, in one pass over the training data.
 
     s_i = grad f^T (F + damping I)^-1 grad L(z_i)   (Koh and Liang 2017; Grosse et al. 2023, eq. 5)
@@ -82,23 +66,17 @@ def score_training_examples(
         task: gives the training loss L, which is the same for all trust tasks.
         loader: the training examples.
         preconditioned: (queries, out, in) for each module, one query for each trust task.
-        per_token: also split each score over the tokens of the example.
+
+    Returns:
+        (queries, N) in dataset order; positive means that training on the example lowers the measurement (helps).
     """
-    num_queries = len(next(iter(preconditioned.values())))
-    lengths = torch.tensor([len(sequence.input_ids) for sequence in loader.sequences])
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    scores = traced.zeros(num_queries, len(loader.sequences))
-    of_tokens = torch.zeros(num_queries, int(offsets[-1]) if per_token else 0, dtype=scores.dtype)
+    scores = traced.zeros(len(next(iter(preconditioned.values()))), len(loader.sequences))
 
     def add_scores(batch: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
         rows = traced.active_rows(name, inputs, gradients)
-        of_rows = token_scores(preconditioned[name], rows)  # (queries, n)
-        row, position = rows.is_active.nonzero(as_tuple=True)
-        example = batch["index"][row]
-        scores.index_add_(1, example, of_rows)
-        if per_token:
-            of_tokens.index_add_(1, offsets[example.cpu()] + position.cpu(), of_rows.cpu())
+        row, _ = rows.is_active.nonzero(as_tuple=True)
+        scores.index_add_(1, batch["index"][row], row_scores(preconditioned[name], rows))
 
     traced.backward_passes(loader, lambda batch: task.compute_train_loss(batch, traced.model), add_scores)
-    all_reduce(scores, of_tokens)
-    return Scores(scores.cpu(), of_tokens, offsets) if per_token else Scores(scores.cpu())
+    all_reduce(scores)
+    return scores.cpu()

@@ -103,8 +103,8 @@ def summed_squared_gradients(rows: TokenRows) -> torch.Tensor:
     return total
 
 
-def token_scores(queries: torch.Tensor, rows: TokenRows) -> torch.Tensor:
-    """g_t^T V_q a_t for every query gradient V_q and row: each token's share of the inner product <V_q, G_i>.
+def row_scores(queries: torch.Tensor, rows: TokenRows) -> torch.Tensor:
+    """g_t^T V_q a_t for every query gradient V_q and row: the row's share of the inner product <V_q, G_i>.
 
     Args:
         queries: (queries, out, in).

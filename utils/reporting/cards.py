@@ -40,8 +40,9 @@ def _step_in_words(report: dict[str, Any]) -> str:
     if report["scores_type"] == "direct":
         step = "One natural-gradient step down the measurement itself, without any training dialogue"
     else:
+        what = "the tokens with negative scores of " if report.get("harmful_tokens_only") else ""
         step = (
-            f"One natural-gradient step up the loss of {report['bottom_k']} training dialogues, chosen by "
+            f"One natural-gradient step up the loss of {what}{report['bottom_k']} training dialogues, chosen by "
             f"`{report['scores_type']}`"
         )
     kept = " To first order it leaves the loss of other training dialogues unchanged." * report["preserve_perplexity"]

@@ -11,11 +11,13 @@ from utils import paths
 from utils.artifacts import Artifact
 from utils.locks import locked
 from utils.manifests import software_versions
+from utils.models import load_tokenizer
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.hh import Dialogues, load_dialogues
+from utils.rankings import combined_token_scores
 from utils.registry import SCORES_TENSOR
 from utils.reporting.figures import is_whole_picture
-from utils.reporting.html import Completion, Example, Picture, Report, Subset
+from utils.reporting.html import STRONGEST, Completion, Example, Picture, Report, Subset
 from utils.reporting.tables import Row, Table
 from utils.settings import Settings
 
@@ -99,6 +101,45 @@ def _pictures(settings: Settings) -> list[Picture]:
     return pictures
 
 
+class _TokenColours:
+    """The token scores of one model, as they are shown on a completion's text; nothing where there are none.
+
+    Args:
+        model: short name.
+        scores: (N,) of every task, for "combined".
+    """
+
+    def __init__(
+        self, settings: Settings, model: str, scores: Mapping[str, torch.Tensor], dialogues: Dialogues
+    ) -> None:
+        self.dialogues, self._of_task, self._offsets, self._tokenizer = dialogues, {}, None, None
+        for task in scores if settings.COMPUTE_PER_TOKEN_SCORES else ():
+            where = (task, model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
+            file = Artifact(paths.token_scores_file(settings.OUTPUT_DIR, *where), paths.STEP_1, quiet=True)
+            tensors = file.load_tensors({"scores": (None,), "offsets": (len(dialogues) + 1,)}, ["offsets"])
+            self._of_task[task], self._offsets = tensors["scores"].double(), tensors["offsets"]
+        if self._of_task:
+            self._of_task["combined"] = combined_token_scores(self._of_task, scores)
+            names = {paths.model_short_name(name): name for name in settings.MODEL_NAMES}
+            self._tokenizer = load_tokenizer(names[model])
+
+    def pieces(self, task: str, row: int) -> list[tuple[int, int]]:
+        """As `Example.pieces`."""
+        if task not in self._of_task or not self._tokenizer.is_fast:
+            return []
+        scores = self._of_task[task][self._offsets[row] : self._offsets[row + 1]]
+        prompt, text = self.dialogues.prompts[row], self.dialogues.prompts[row] + self.dialogues.completions[row]
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ends = [end - len(prompt) for _, end in encoded["offset_mapping"]]
+        largest, pieces, start = float(scores.abs().max()), [], 0
+        for end, score in zip(ends, scores.tolist(), strict=False):  # a dialogue may be cut, or end with an EOS
+            if end > start:
+                level = round(STRONGEST * score / largest) if largest else 0
+                pieces.append((end - start, level))
+                start = end
+        return pieces
+
+
 def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:
     """Scores (N,) of every task, for a model that was traced with SEEDS[0]."""
     where = (model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
@@ -114,6 +155,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
     dialogues = load_dialogues(settings.HH_DATASET, "train")
     kind_of = {index: kind for kind, some in known_harm.items() for index in some}
     scores = {model: _influence_scores(settings, model) for model in dict.fromkeys(row["model"] for row in rows)}
+    colours = {model: _TokenColours(settings, model, scores[model], dialogues) for model in scores}
     subsets = []
     for row in rows:
         gains: dict[str, list[float]] = {}
@@ -130,6 +172,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
                 known_harm=kind_of.get(index),
                 prompt=dialogues.prompts[index],
                 completion=dialogues.completions[index],
+                pieces=colours[row["model"]].pieces(row["task"], index),
             )
             for position, index in enumerate(row["indices"])
         ]

@@ -11,7 +11,7 @@ import json
 import re
 import struct
 from bisect import bisect_left
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from utils.reporting.tables import Table, is_missing, leading_number
 TEMPLATE = Path(__file__).with_name("report_template.html")
 LARGEST_BYTES = 3_000_000  # of the whole file, so that it can be mailed and opened on a phone
 CUT_MARK = " […]"
+STRONGEST = 9  # the score of a dialogue's strongest token, as the page has it
 # What could end a script element, open a comment, or (the last two) end a line of JavaScript in old browsers.
 JSON_ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
@@ -45,6 +46,8 @@ class Example:
         scores: task -> influence score, negative is harmful; tasks may be missing.
         gains: what the pick added to the objective, "diversity" and "influence"; empty unless dpp picked it.
         known_harm: the kind of harm that the dialogue is known to contain, None where nothing is known.
+        pieces: the completion's tokens one after the other: how many characters, and the score from -STRONGEST to
+            STRONGEST, relative to the dialogue's largest; none where token scores are not known.
     """
 
     rank: int
@@ -54,6 +57,7 @@ class Example:
     known_harm: str | None
     prompt: str
     completion: str
+    pieces: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def render(report: Report) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.globals |= {
+        "STRONGEST": STRONGEST,
         "report": report,
         "paragraphs": re.split(r"\n\s*\n", report.introduction.strip()),
         "pictures": [_embedded(picture) for picture in report.pictures],
@@ -196,7 +201,8 @@ def _dialogues(report: Report) -> dict[str, Any]:
         for example in subset.examples:
             values = [_rounded(example.scores, tasks), _rounded(example.gains, gains)]
             number = numbers.setdefault((example.prompt, example.completion), len(numbers))
-            examples.append([subset_number, example.rank, example.row, *values, example.known_harm, number])
+            pieces = [number for piece in example.pieces for number in piece]
+            examples.append([subset_number, example.rank, example.row, *values, example.known_harm, number, pieces])
     subsets = [[subset.title, subset.note] for subset in report.subsets]
     return {"tasks": tasks, "gains": gains, "subsets": subsets, "texts": list(numbers), "examples": examples}
 
