@@ -403,7 +403,7 @@ def be_told_to_stop(error: type[BaseException], rank: int) -> None:
         raise error("on purpose")
 
     if rank == 1:
-        load_script(STEP_1).preconditioned_queries = stop
+        load_script(STEP_1).measurement_gradients = stop
 
 
 @pytest.mark.parametrize(

@@ -872,3 +872,37 @@ def test_the_page_prints(browser, demo):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     assert hidden == ["none", "none"]
     assert overflow == "visible"
+
+
+def test_the_words_of_a_completion_are_coloured_by_their_token_scores(browser, tmp_path):
+    """Orange for harmful, blue for helpful, nothing for 0; by characters, not UTF-16; a search marks instead."""
+    pieces = [(3, 0), (5, -9), (1, 4), (2, 9)]
+    example = make_example(completion=" So 𝒃adly! ok", pieces=pieces)
+    report = make_report(tmp_path, subsets=[Subset("s", "", [example, make_example(2)])])
+    write_report(report, tmp_path / "report.html")
+    open_page(browser, tmp_path / "report.html")
+    assert any("Colour on the words" in note for note in texts_of(browser, "ul.notes li"))
+    browser.execute_script("document.querySelectorAll('#list details').forEach((each) => { each.open = true; })")
+    WebDriverWait(browser, 5).until(lambda _: texts_of(browser, ".unlearned .text"))
+    coloured = browser.execute_script(
+        "return [...document.querySelectorAll('#list .token')].map((each) => "
+        "[each.className, each.textContent, each.title, getComputedStyle(each).backgroundColor])"
+    )
+    assert [one[:2] for one in coloured] == [
+        ["token harmful", " 𝒃adl"],
+        ["token helpful", "y"],
+        ["token helpful", "! "],
+    ]
+    assert coloured[0][2] == "harmful: -1.0 of the largest score in this dialogue"
+    assert coloured[0][3].startswith("rgba(230, 97, 1")
+    assert coloured[1][3] != coloured[2][3]
+    assert texts_of(browser, ".unlearned .text")[0] == "So 𝒃adly! ok"
+    open_page(browser, tmp_path / "report.html", "#dialogues?search=adly")
+    browser.execute_script("document.querySelectorAll('#list details').forEach((each) => { each.open = true; })")
+    WebDriverWait(browser, 5).until(lambda _: texts_of(browser, ".unlearned mark"))
+    assert not texts_of(browser, "#list .token")
+
+
+def test_without_token_scores_nothing_is_said_of_colour(tmp_path):
+    page = render(make_report(tmp_path, subsets=[Subset("s", "", [make_example()])]))
+    assert "Colour on the words" not in page
