@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from dpp.greedy_dpp import center
-from utils.batching import IGNORED_LABEL
+from utils.batching import IGNORED_LABEL, LabelledSequence
 from utils.models import load_tokenizer
 from utils.paths import PROJECT_ROOT
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -100,6 +100,14 @@ def make_greedy_inputs(folder: Path, num_examples: int, hidden: int) -> None:
     save_file({"representations": center(representations), "quality": quality}, folder / "greedy.safetensors")
 
 
+def labelled_row(sequence: LabelledSequence) -> dict[str, list[int] | int]:
+    """One sequence as bergson takes it: ids, labels of the same length, and that length."""
+    labels = [IGNORED_LABEL] * len(sequence.input_ids)
+    counted = slice(sequence.label_start, sequence.label_end)
+    labels[counted] = sequence.input_ids[counted].tolist()
+    return {"input_ids": sequence.input_ids.tolist(), "labels": labels, "length": len(labels)}
+
+
 def save_tokenized(work: Workload) -> None:
     """Write the training dialogues and the truth task's chosen answers as token ids and labels, for bergson_side.py."""
     from datasets import Dataset
@@ -111,13 +119,9 @@ def save_tokenized(work: Workload) -> None:
         "queries": [pairs.sequences[position] for position in pairs.chosen],
     }
     for name, sequences in texts.items():
-        rows = []
-        for sequence in sequences:
-            labels = [IGNORED_LABEL] * len(sequence.input_ids)
-            counted = slice(sequence.label_start, sequence.label_end)
-            labels[counted] = sequence.input_ids[counted].tolist()
-            rows.append({"input_ids": sequence.input_ids.tolist(), "labels": labels, "length": len(labels)})
-        Dataset.from_list(rows).save_to_disk(work.folder / f"tokenized_{name}")
+        Dataset.from_list([labelled_row(sequence) for sequence in sequences]).save_to_disk(
+            work.folder / f"tokenized_{name}"
+        )
 
 
 def make_workload(
