@@ -37,7 +37,7 @@ from utils.devices import resolve_device
 from utils.influence.conjugate_gradient import Solution, conjugate_gradients
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
-from utils.influence.gauss_newton import gauss_newton_product
+from utils.influence.gauss_newton import gauss_newton_product, require_forward_mode
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, require_representable, score_training_examples
 from utils.influence.token_scores import score_tokens
@@ -139,6 +139,8 @@ def solve(
     solution = conjugate_gradients(product, gradients, precondition, settings.CG_ITERATIONS, settings.CG_TOLERANCE)
     residuals = ", ".join(f"{residual:.1e}" for residual in solution.residual)
     say(f"   conjugate gradients: {len(solution.residuals) - 1} iterations, residuals {residuals}")
+    if max(solution.residual) > settings.CG_TOLERANCE:
+        say(f"   stopped by CG_ITERATIONS = {settings.CG_ITERATIONS}, above CG_TOLERANCE = {settings.CG_TOLERANCE:g}")
     return solution
 
 
@@ -177,6 +179,8 @@ def make_unfinished(
 
     traced = load_traced_model(settings, artifacts.model, device)
     examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
+    if settings.FACTOR_STRATEGY == "ekfac_cg" or settings.COMPUTE_PER_TOKEN_SCORES:
+        require_forward_mode(traced, examples)
     say(f"   {len(examples)} dialogues, {len(traced.linears)} Linears, {traced.tokens_per_batch} tokens per batch")
     tasks = [
         TRUST_TASKS[name](list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
@@ -199,16 +203,17 @@ def make_unfinished(
     for query, name in enumerate(unfinished):
         constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}
         require_representable([scores[query]], f"the influence scores for {name}", constants)
-    if settings.COMPUTE_PER_TOKEN_SCORES:
-        tokens = score_tokens(traced, train.described("tokens of the training dialogues"), gradients)
     for query, name in enumerate(unfinished):
-        of_dialogues, *of_tokens = outputs[name]
-        for output in of_tokens:
-            output.save_tensors({"scores": tokens.scores[query], "offsets": tokens.offsets}, started)
+        of_dialogues, *_ = outputs[name]
         if not is_finished(of_dialogues):
             sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
             facts = {"residuals": solution.of_query(query)} if solution else {}
             of_dialogues.save_tensors({SCORES_TENSOR: scores[query : query + 1]}, started, sign=sign, **facts)
+    if settings.COMPUTE_PER_TOKEN_SCORES:
+        tokens = score_tokens(traced, train.described("tokens of the training dialogues"), gradients)
+        for query, name in enumerate(unfinished):
+            _, of_tokens = outputs[name]
+            of_tokens.save_tensors({"scores": tokens.scores[query], "offsets": tokens.offsets}, started)
 
 
 def main(settings: Settings) -> None:

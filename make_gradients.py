@@ -44,11 +44,12 @@ from utils.batching import LabelledSequence
 from utils.console import UserError, banner
 from utils.devices import resolve_device
 from utils.files import fingerprint_of
+from utils.influence.conjugate_gradient import inner_products
 from utils.influence.preconditioning import load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
-from utils.paths import STEP_5, resolve_path
+from utils.paths import STEP_1, STEP_5, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs, tokenize_pairs
@@ -112,6 +113,7 @@ class GradientSources:
         retained: rows of the training dialogues whose loss must not change, for PRESERVE_PERPLEXITY.
         pairs: training pairs by measurement, for "direct".
         tokens: for HARMFUL_TOKENS_ONLY, the scores of all tokens and where each dialogue's begin.
+        token_fingerprints: of those scores, by task.
     """
 
     weights: dict[str, float]
@@ -171,7 +173,7 @@ def with_harmful_tokens(
         if int(offsets[row + 1]) - begin != len(example.input_ids):
             raise UserError(
                 f"the token scores are of a dialogue {row} with {int(offsets[row + 1]) - begin} tokens, and it has "
-                f"{len(example.input_ids)}: run compute_factors_and_scores.py again with OVERWRITE = True"
+                f"{len(example.input_ids)}: run {STEP_1} --COMPUTE_PER_TOKEN_SCORES True --OVERWRITE True"
             )
         labels = slice(begin + example.label_start, begin + example.label_end)
         harmful = replace(example, is_counted=(scores[labels] < 0).numpy())
@@ -221,7 +223,7 @@ def direct_gradient(
 
 def inner_product(a: Gradients, b: Gradients) -> float:
     """<a, b> over all modules, summed in float64."""
-    return float(sum((a[name].double() * b[name].double()).sum() for name in a))
+    return float(inner_products(a, b).sum())
 
 
 def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tuple[Gradients, float]:

@@ -3,8 +3,8 @@
     ANOTHER_ENVIRONMENT/bin/python benchmarks/bergson_side.py runs/bench 3
 
 A comparison, never a dependency: it runs in an environment of its own that has bergson, on texts that bench.py has
-tokenized. Its query is the mean loss of the truth task's chosen answers, since bergson has no difference of mean
-losses: half of our query, which is a small part of the work. Prints the same JSON line as measure.py.
+tokenized. Its query is the mean loss of the truth task's chosen answers, half of our query, which is a small part of
+the work (bergson_scores.py asks for the difference). Prints the same JSON line as measure.py.
 """
 
 from __future__ import annotations

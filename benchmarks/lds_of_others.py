@@ -28,6 +28,7 @@ from steps import load_script, run_step
 from utils import paths
 from utils.batching import LabelledSequence
 from utils.console import say, shown_path
+from utils.files import fingerprint_of
 from utils.models import load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -35,7 +36,9 @@ from utils.performance_functions.pairs import tokenize_pairs
 from utils.rankings import task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.validation import lds_table
+from utils.retraining import Measured, Retraining
 from utils.settings import TASK_NAMES, Family, PositiveInt, Seed, Settings
+from utils.tensors import require_shapes
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # as in validate_scores.py
@@ -69,11 +72,19 @@ def tokenize(settings: Settings) -> None:
     say(f"tokenized: {shown_path(folder)}")
 
 
+def measurements_of(artifacts: ModelArtifacts, retraining: Retraining) -> Measured:
+    """What a retraining of validate_scores.py measured."""
+    constants = {"rows": fingerprint_of(retraining.rows), "seed": retraining.seed}
+    return artifacts.retraining(retraining.name, constants, {}).require()["measured"]
+
+
 def compare(settings: Settings) -> None:
     """Print the LDS of the file's scores and of pure_ekfac's, on both splits."""
     constants = {"FACTOR_STRATEGY": "ekfac", "USE_HALF_PRECISION": False}
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME).with_constants(constants)
     theirs = load_file(paths.resolve_path(settings.SCORES_FILE))
+    shapes = dict.fromkeys(TASK_NAMES, (len(artifacts.dialogues),))
+    require_shapes(theirs, shapes, settings.SCORES_FILE, "give a file as bergson_scores.py writes it")
     ours = [task_scores(artifacts, "pure_ekfac", task)[0] for task in TASK_NAMES]
     name = Path(settings.SCORES_FILE).stem
     scores = {"pure_ekfac": torch.stack(ours), name: torch.stack([theirs[task].float() for task in TASK_NAMES])}
@@ -83,7 +94,7 @@ def compare(settings: Settings) -> None:
     validation = load_script(paths.VALIDATION)
     halves = validation.random_halves(settings, len(artifacts.dialogues))
     measured = [
-        [artifacts.retraining(one.name, {}, {}).require()["measured"] for one in repeat]
+        [measurements_of(artifacts, one) for one in repeat]
         for repeat in validation.retrainings_on_halves(settings, halves)
     ]
     rows = list(validation.lds_rows(settings, scores, halves, measured))

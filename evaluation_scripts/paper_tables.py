@@ -53,6 +53,7 @@ from utils.settings import (
     Seed,
     Settings,
     require_distinct_models,
+    strategy_of,
 )
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -141,6 +142,7 @@ class RepairConfig:
 def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
     """The repairs of the main table, at the first value of each list, and of each ablation over several values."""
     bottom_k, if_weight, preserve = settings.BOTTOM_K[0], settings.IF_WEIGHT[0], settings.PRESERVE_PERPLEXITY[0]
+    tokens_only = settings.HARMFUL_TOKENS_ONLY[0]
     ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
     grid = {
         "main": [
@@ -153,14 +155,14 @@ def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
     }
     if len(settings.BOTTOM_K) > 1:
         grid["bottom_k"] = [
-            RepairConfig(task, scores_type, preserve, k, if_weight)
+            RepairConfig(task, scores_type, preserve, k, if_weight, tokens_only and scores_type != "direct")
             for scores_type in settings.ABLATED_SCORES_TYPES
             for k in settings.BOTTOM_K
             for task in ablated_tasks
         ]
     if len(settings.IF_WEIGHT) > 1:
         grid["if_weight"] = [
-            RepairConfig(task, "dpp", preserve, bottom_k, weight)
+            RepairConfig(task, "dpp", preserve, bottom_k, weight, tokens_only)
             for weight in settings.IF_WEIGHT
             for task in ablated_tasks
         ]
@@ -184,9 +186,8 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     """
     scores_types = {repair.scores_type for repair in repairs}
     run_script(STEP_1, common)
-    for strategy in ("identity", "ekfac_cg"):
-        if strategy in scores_types:
-            run_script(STEP_1, common, FACTOR_STRATEGY=strategy)
+    for strategy in sorted({*filter(None, map(strategy_of, scores_types))} - {"ekfac"}):
+        run_script(STEP_1, common, FACTOR_STRATEGY=strategy)
     by_answers = scores_types & {"representation", "mean_difference"}
     if by_answers or "dpp" in scores_types:
         run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
@@ -340,6 +341,8 @@ def main(settings: Settings) -> None:
     """Run the grid, then write tables, figures and the report."""
     banner("tables", ", ".join(settings.MODEL_NAMES))
     num_dialogues = len(load_dialogues(settings.HH_DATASET, "train"))
+    if any(settings.HARMFUL_TOKENS_ONLY) and not settings.COMPUTE_PER_TOKEN_SCORES:
+        raise UserError("HARMFUL_TOKENS_ONLY = True needs COMPUTE_PER_TOKEN_SCORES = True, and that is False")
     known_harm, grid = read_known_harm(settings.HH_DATASET, num_dialogues), plan_grid(settings)
     chosen = [repair for part in grid.values() for repair in part if repair.scores_type != "direct"]
     require_enough(max((repair.bottom_k for repair in chosen), default=0), num_dialogues)

@@ -1,7 +1,7 @@
 """After the steps: does the tracing find what did the harm? The model is fine-tuned again without some dialogues.
 
     python evaluation_scripts/validate_scores.py
-    python evaluation_scripts/validate_scores.py --SCORES_TYPES pure_ekfac bm25 --NUM_SUBSETS 20 --TRAINING_SEEDS 0 1
+    python evaluation_scripts/validate_scores.py --SCORES_TYPES pure_ekfac bm25 --REMOVED_TYPES bm25 --NUM_SUBSETS 20
 
 Linear datamodelling score (LDS): over NUM_SUBSETS random halves of the dialogues, how well the summed scores of a half
 rank the measurement of the model that was fine-tuned on it. Counterfactual: the measurement after fine-tuning without
@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
+import itertools
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,7 @@ from utils.intervals import estimate_values
 from utils.locks import locked
 from utils.rankings import task_scores
 from utils.registry import ModelArtifacts
-from utils.reporting.validation import lds_table, removal_table, validation_figure
+from utils.reporting.validation import TRAINED_AGAIN, lds_table, removal_table, validation_figure
 from utils.retraining import Measured, Retrainer, Retraining
 from utils.selection import most_harmful, random_subset
 from utils.settings import (
@@ -51,6 +52,7 @@ from utils.settings import (
     RankingType,
     Seed,
     Settings,
+    strategy_of,
 )
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -95,6 +97,7 @@ BASE_SEED: Seed = 42  # SEED there: of a bare architecture's random weights
 # -----------------------------------------------------------------------------------------------------------
 
 NUM_RESAMPLES = 2_000  # of the bootstrap
+FEWEST_SUBSETS = 5  # a rank correlation of fewer says nothing
 STEP_CONSTANTS = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "OVERWRITE")
 STEP_CONSTANTS += ("NUM_BLOCKS", "DAMPING_FACTOR", "USE_HALF_PRECISION", "TRUST_REMOTE_CODE")
 Direction = Literal["harmful", "helpful"]
@@ -112,7 +115,7 @@ def random_halves(settings: Settings, total: int) -> list[list[int]]:
 
 
 def retrainings_on_halves(settings: Settings, halves: Sequence[list[int]]) -> list[list[Retraining]]:
-    """A retraining of every half, for each repeat; no two have the same order."""
+    """A retraining of every half, for each repeat, in another order."""
     return [
         [
             Retraining(f"half-{number}-{repeat}", rows, seed=1_000 * (repeat + 1) + number)
@@ -175,8 +178,8 @@ def lds_rows(
 ) -> Iterator[dict[str, Any]]:
     """The LDS of every SCORES_TYPE and its difference from pure_ekfac's, on the pairs of both splits; then the ceiling.
 
-    The ceiling is the rank correlation of two retrainings of the same subsets: no prediction of the mean of many can do
-    better than its square root, and one retraining predicts another with the ceiling itself.
+    The ceiling is the rank correlation r of two retrainings of the same halves, a mean over all pairs of repeats. Even
+    the expected measurement would predict a single retraining with a correlation of about sqrt(r) only.
 
     Args:
         scores: (tasks, N) by SCORES_TYPE.
@@ -196,8 +199,10 @@ def lds_rows(
                 row["against_pure_ekfac"] = with_bootstrap(*(a - b for a, b in against))[-1]
             yield row
         if len(measured) > 1:
-            again = resampled_spearman(goodness[1], goodness[:1], settings.SEED)
-            yield {"split": split, "predicted_by": "the same halves, trained again", "lds": with_bootstrap(*again)}
+            pairs = itertools.combinations(goodness, 2)
+            again = [resampled_spearman(one, other[None], settings.SEED) for one, other in pairs]
+            mean = (np.mean(part, axis=0) for part in zip(*again, strict=True))
+            yield {"split": split, "predicted_by": TRAINED_AGAIN, "lds": with_bootstrap(*mean)}
 
 
 # -- counterfactuals ---------------------------------------------------------------------------------------------------
@@ -260,9 +265,8 @@ def removal_rows(
 def make_scores(settings: Settings, artifacts: ModelArtifacts) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The scores (tasks, N) of every SCORES_TYPE, from steps 1 and 2, and the seconds that they took for all tasks."""
     common = settings.pick(*STEP_CONSTANTS)
-    for scores_type, strategy in (("pure_ekfac", "ekfac"), ("ekfac_cg", "ekfac_cg"), ("identity", "identity")):
-        if scores_type in settings.SCORES_TYPES:
-            run_script(paths.STEP_1, common, FACTOR_STRATEGY=strategy)
+    for strategy in filter(None, map(strategy_of, settings.SCORES_TYPES)):
+        run_script(paths.STEP_1, common, FACTOR_STRATEGY=strategy)
     if {"representation", "mean_difference"} & {*settings.SCORES_TYPES}:
         run_script(paths.STEP_2, common, ANSWERS_OF="all")
     scores, seconds = {}, {}
@@ -284,6 +288,8 @@ def require_possible(settings: Settings, total: int) -> None:
         raise UserError(
             f"BOTTOM_K = {settings.BOTTOM_K}: there are {total} training dialogues; allowed: 1 to {total // 2}"
         )
+    if settings.NUM_SUBSETS < FEWEST_SUBSETS:
+        raise UserError(f"NUM_SUBSETS = {settings.NUM_SUBSETS}: allowed are whole numbers from {FEWEST_SUBSETS}")
     for name in ("REMOVED_TYPES", "HELPFUL_TYPES"):
         if unknown := [one for one in getattr(settings, name) if one not in settings.SCORES_TYPES]:
             raise UserError(f"{name} has {unknown[0]!r}; allowed are those of SCORES_TYPES: {settings.SCORES_TYPES}")
@@ -296,11 +302,9 @@ def main(settings: Settings) -> None:
     total = len(artifacts.dialogues)
     require_possible(settings, total)
     retrainer, halves = Retrainer(settings, artifacts), random_halves(settings, total)
-    on_halves = retrainings_on_halves(settings, halves)
-    measured = retrainer.run_all([one for repeat in on_halves for one in repeat], "retrainings on halves")
     scores, seconds = make_scores(settings, artifacts)
-    planned = removals(settings, scores, total)
-    measured |= retrainer.run_all([one for some in planned.values() for one in some], "retrainings without some")
+    on_halves, planned = retrainings_on_halves(settings, halves), removals(settings, scores, total)
+    measured = retrainer.run_all([one for some in (*on_halves, *planned.values()) for one in some])
 
     of_halves = [[measured[one.name] for one in repeat] for repeat in on_halves]
     rows = list(lds_rows(settings, scores, halves, of_halves))

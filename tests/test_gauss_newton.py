@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from utils.batching import IGNORED_LABEL
 from utils.console import UserError
 from utils.influence.conjugate_gradient import conjugate_gradients, inner_products
 from utils.influence.factors import fit_factors
-from utils.influence.gauss_newton import gauss_newton_product, hidden_tangents
+from utils.influence.gauss_newton import gauss_newton_product, hidden_tangents, require_forward_mode
 from utils.influence.preconditioning import Preconditioner
 from utils.influence.traced_model import Curvature
 
@@ -31,17 +33,21 @@ def small_subject(model, data, linear: str, dtype: torch.dtype = torch.float32) 
     return subject
 
 
-def dense_gauss_newton(subject: Subject) -> torch.Tensor:
-    """1/N sum over labels of J^T (diag(p) - p p^T) J, J the Jacobian of the model's own logits, row by row; float64."""
+def dense_gauss_newton(subject: Subject, pad_to: int | None = None) -> torch.Tensor:
+    """1/N sum over labels of J^T (diag(p) - p p^T) J, J the Jacobian of the model's own logits, row by row; float64.
+
+    With `pad_to`, over all positions of texts that are padded to this length.
+    """
     (name, linear), *_ = subject.linears.items()
     size = linear.out_features * (linear.in_features + (linear.bias is not None))
     total = torch.zeros(size, size, dtype=torch.float64)
     weights = [parameter for parameter in (linear.weight, linear.bias) if parameter is not None]
     for parameter in weights:
         parameter.requires_grad_(True)
-    for batch in subject.loader(subject.train, 1):
-        hidden = subject.model.base_model(input_ids=batch["input_ids"]).last_hidden_state[0, :-1]
-        hidden = hidden[batch["labels"][0, 1:] != IGNORED_LABEL]
+    for batch in subject.loader(subject.train, 1, pad_to=pad_to):
+        mask = batch.get("padding_mask")
+        hidden = subject.model.base_model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state[0, :-1]
+        hidden = hidden if pad_to else hidden[batch["labels"][0, 1:] != IGNORED_LABEL]
         logits = subject.model.get_output_embeddings()(hidden).double()
         for row, token in zip(hidden, logits.softmax(dim=1), strict=True):
             jacobian = []
@@ -162,6 +168,7 @@ def test_more_iterations_never_end_farther_from_the_solution():
     matrix = basis @ torch.linspace(0.01, 10, 30, dtype=torch.float64).diag() @ basis.T
     right = torch.randn(2, 30, 1, generator=generator, dtype=torch.float64)
     right[0] = basis[:, :1]  # an eigenvector: solved in one iteration
+    right = torch.cat([right, torch.zeros(1, 30, 1, dtype=torch.float64)])
     expected = torch.linalg.solve(matrix, right)
 
     def product(v: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -175,19 +182,20 @@ def test_more_iterations_never_end_farther_from_the_solution():
     distances = torch.stack(distances)
     assert (distances[1:, 1] <= distances[:-1, 1]).all()
     assert distances[-1, 1] <= 1e-12
-    assert (distances[:, 0] <= 1e-12).all()
+    assert (distances[:, [0, 2]] <= 1e-12).all()
 
 
 def test_a_model_without_forward_mode_is_refused_in_one_line(tiny_models, small_data, monkeypatch):
     subject = make_subject(tiny_models["pythia"], small_data)
-    (batch, *_) = subject.loader(subject.train[:3], ONE_BATCH)
+    traced = dataclasses.replace(subject.traced(Curvature()), tokenizer=SimpleNamespace(pad_token_id=0))
+    require_forward_mode(traced, subject.train)
 
     def broken(*_: object, **__: object) -> None:
         raise NotImplementedError("Trying to use forward AD with some_kernel that does not support it")
 
     monkeypatch.setattr(subject.model.base_model, "forward", broken)
-    with pytest.raises(UserError, match="gpt_neox.*no derivative in forward mode.*some_kernel"):
-        hidden_tangents(subject.traced(Curvature()), batch, batch["labels"][:, 1:] >= 0, random_vectors(subject, 1))
+    with pytest.raises(UserError, match="gpt_neox.*no derivative in forward mode; set FACTOR_STRATEGY.*some_kernel"):
+        require_forward_mode(traced, subject.train)
 
 
 def test_step_1_solves_and_reports_its_residuals(make_workspace):
@@ -210,8 +218,21 @@ def test_step_1_solves_and_reports_its_residuals(make_workspace):
     workspace.run("make_gradients.py", "--SCORES_TYPE", "ekfac_cg", "--BOTTOM_K", 5)
 
 
-def test_the_curvature_at_all_positions_can_be_solved_too(make_workspace):
-    workspace = make_workspace("pythia")
-    few = ["--FISHER_POSITIONS", "all", "--NUM_FACTOR_EXAMPLES", 2, "--TASK_NAME", "truth"]
-    workspace.run(STEP_1, *few, "--FACTOR_STRATEGY", "ekfac_cg", "--CG_ITERATIONS", "2")
-    assert list((workspace.output / "ekfac_experiments").rglob("scores_ekfac_cg/pairwise_scores.safetensors"))
+def test_the_product_at_all_positions_is_that_of_the_dense_matrix(tiny_models, small_data):
+    """As FISHER_POSITIONS = "all": labels at prompt and padding too, of texts padded to one length."""
+    subject = small_subject(tiny_models["pythia"], small_data, "attention.dense")
+    subject.train = subject.train[:2]
+    vectors, longest = random_vectors(subject, 2), max(len(sequence.input_ids) for sequence in subject.train) + 3
+    padded = subject.loader(subject.train, ONE_BATCH, pad_to=longest)
+    products = gauss_newton_product(subject.traced(Curvature()), padded, vectors, all_positions=True)
+    everywhere = dense_gauss_newton(subject, longest)
+    for name, product in products.items():
+        assert relative(product.flatten(1), vectors[name].flatten(1).double() @ everywhere) <= 1e-4
+        at_labels = gauss_newton_product(subject.traced(Curvature()), subject.loader(subject.train), vectors)
+        assert relative(at_labels[name], product) > 0.1
+
+
+def test_a_residual_that_is_not_finite_is_refused():
+    vectors = {"w": torch.ones(1, 3, 1)}
+    with pytest.raises(UserError, match="set DAMPING_FACTOR to more"):
+        conjugate_gradients(lambda v: {"w": v["w"] * float("nan")}, vectors, dict, 5, 1e-3)

@@ -906,3 +906,12 @@ def test_the_words_of_a_completion_are_coloured_by_their_token_scores(browser, t
 def test_without_token_scores_nothing_is_said_of_colour(tmp_path):
     page = render(make_report(tmp_path, subsets=[Subset("s", "", [make_example()])]))
     assert "Colour on the words" not in page
+
+
+def test_pieces_of_cut_texts_are_cut_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "LARGEST_BYTES", 100_000)
+    long = make_example(completion=" word" * 20_000, pieces=[(5, -3)] * 20_000)
+    data = page_data(render(Report("t", "", {}, [], [], [Subset("s", "", [long])], [])))
+    assert data["longest"] is not None
+    shown = data["examples"][0][-1]
+    assert data["longest"] <= sum(shown[::2]) <= data["longest"] + 5

@@ -21,6 +21,8 @@ from utils import artifacts, paths
 from utils.artifacts import Artifact
 from utils.console import UserError
 from utils.files import read_json
+from utils.models import load_tokenizer
+from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import draw_overview, earlier_rates, write_sweep
@@ -443,3 +445,40 @@ def test_the_constants_pass_their_own_check_and_the_demo_runs_a_part_of_them():
     assert [demo.MODEL_NAME] == tables.MODEL_NAMES
     assert set(demo.SCORES_TYPES) <= set(tables.SCORES_TYPES)
     assert tables.BOTTOM_K[0] == demo.BOTTOM_K
+
+
+def test_token_pieces_follow_the_completions_characters(tiny_models, tmp_path):
+    """Each token's level stands on its own characters, whatever the tokenizer makes of emoji and newlines."""
+    prompt, completion = "\n\nHuman: hi\n\nAssistant:", " So 😀 bad\n\nthings, really"
+    write_rows(tmp_path / "hh" / "train.jsonl", [{"prompt": prompt, "chosen": completion}])
+    model = str(tiny_models["pythia"])
+    tokenizer, dialogues = load_tokenizer(model), load_dialogues(str(tmp_path / "hh"), "train")
+    (example,) = tokenize_dialogues(dialogues, tokenizer)
+    length, name = len(example.input_ids), paths.model_short_name(model)
+    first, last = example.label_start, example.label_end - 1
+    scores = torch.zeros(length)
+    scores[first], scores[last] = -2.0, 1.0
+    file = paths.token_scores_file(tmp_path, "bias", name, "ekfac", False, 42)
+    Artifact(file, STEP_1).save_tensors({"scores": scores, "offsets": torch.tensor([0, length])}, 0.0)
+    settings = Settings(MODEL_NAMES=[model], OUTPUT_DIR=str(tmp_path), USE_HALF_PRECISION=False, SEEDS=[42])
+    settings.COMPUTE_PER_TOKEN_SCORES = True
+    colours = grid_report._TokenColours(settings, name, {"bias": torch.tensor([-1.0, 1.0])}, dialogues)
+    pieces, words, start = colours.pieces("bias", 0), [], 0
+    assert sum(size for size, _ in pieces) == len(completion)
+    for size, level in pieces:
+        words.append((completion[start : start + size], level))
+        start += size
+    decoded = [tokenizer.decode([int(example.input_ids[position])]) for position in (first, last)]
+    assert [word for word in words if word[1]] == [(decoded[0], -9), (decoded[1], 4)]
+    assert colours.pieces("combined", 0)[0][1] == -9
+    assert colours.pieces("truth", 0) == []
+
+
+def test_harmful_tokens_are_an_axis_of_the_grid():
+    defaults = {name: getattr(paper_tables, name) for name in paper_tables.__annotations__}
+    chosen = {"HARMFUL_TOKENS_ONLY": [True, False], "SCORES_TYPES": ["pure_ekfac", "direct"]}
+    grid = paper_tables.plan_grid(Settings(**{**defaults, **chosen}))
+    tokens = {(repair.scores_type, repair.harmful_tokens_only) for repair in grid["main"]}
+    assert tokens == {("pure_ekfac", True), ("pure_ekfac", False), ("direct", False)}
+    assert all(repair.harmful_tokens_only for repair in grid["bottom_k"])
+    assert {repair.method for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}

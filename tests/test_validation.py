@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,16 +13,21 @@ import numpy as np
 import pytest
 import torch
 from conftest import Workspace, run_process, run_script
+from datasets import load_from_disk
+from safetensors.torch import load_file, save_file
 from scipy import stats
 
 from steps import load_script
+from utils import fine_tuning
+from utils import retraining as retraining_module
 from utils.locks import locked, locked_if_free
 from utils.paths import PROJECT_ROOT
 
 SCRIPT = "evaluation_scripts/validate_scores.py"
 SFT = "data/make_sft_model.py"
 RECIPE = ["--NUM_EPOCHS", "1", "--LEARNING_RATE", "1e-3", "--BATCH_SIZE", "16"]
-SMALL = ["--NUM_SUBSETS", "3", "--NUM_REPEATS", "2", "--BOTTOM_K", "5", "--TRAINING_SEEDS", "0", "1"]
+SMALL = ["--NUM_SUBSETS", "5", "--NUM_REPEATS", "2", "--BOTTOM_K", "5", "--TRAINING_SEEDS", "0", "1"]
+NUM_RETRAININGS = 5 * 2 + 2 * (1 + 1 + 3 + 3)
 TYPES = ["--SCORES_TYPES", "pure_ekfac", "bm25", "--REMOVED_TYPES", "pure_ekfac", "--HELPFUL_TYPES", "bm25"]
 
 
@@ -165,7 +171,7 @@ def test_a_whole_validation(prepared):
     workspace, arguments = prepared
     workspace.run(SCRIPT, *arguments)
     made = retrainings(workspace)
-    assert len(made) == 3 * 2 + 2 * (1 + 1 + 3 + 3)
+    assert len(made) == NUM_RETRAININGS
     folder = workspace.output / "results" / "validation" / workspace.model.name
     table = (folder / "lds_train.md").read_text(encoding="utf-8")
     assert "| pure_ekfac" in table
@@ -179,7 +185,7 @@ def test_a_whole_validation(prepared):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("manifest.json")} == before
 
 
-def test_a_retraining_is_the_fine_tuning_of_step_0(prepared, tiny_models, small_data, tmp_path, validate):
+def test_a_retraining_is_the_fine_tuning_of_step_0(prepared):
     """On all dialogues, with the seed of the model, the measurements are those of the POST-SFT model itself."""
     workspace, arguments = prepared
     workspace.run(SCRIPT, *arguments, "--TRAINING_SEEDS", 42, 0)
@@ -201,25 +207,81 @@ def test_a_killed_validation_goes_on_with_the_next_retraining(prepared):
     process.kill()
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("half-*/manifest.json")}
-    assert 2 <= len(finished) < 6
+    assert 2 <= len(finished) < 10
     workspace.run(SCRIPT, *arguments)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert len(retrainings(workspace)) == 3 * 2 + 2 * (1 + 1 + 3 + 3)
+    assert len(retrainings(workspace)) == NUM_RETRAININGS
     assert not list(folder.glob("*.partial"))
 
 
 def test_two_runs_share_the_retrainings(prepared):
-    """Both end well, no retraining is computed twice, and each run does some."""
+    """Both end well with one result, no retraining is computed twice, and each run does some."""
     workspace, arguments = prepared
-    command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *workspace.arguments(SCRIPT), *arguments]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    code = (
+        "import sys; from steps import load_script; from utils import retraining\n"
+        "script = load_script(sys.argv.pop(1))\n"
+        "train = retraining.Retrainer._retrain\n"
+        "def counted(self, one, *rest):\n    print('computes', one.name, flush=True); train(self, one, *rest)\n"
+        "retraining.Retrainer._retrain = counted\n"
+        "script.run_step(script.main, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, SCRIPT, *workspace.arguments(SCRIPT), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": PROJECT_ROOT}
+    runs = [subprocess.Popen(command, **pipes) for _ in range(2)]
     outputs = [run.communicate(timeout=300)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
-    made = retrainings(workspace)
-    assert len(made) == 3 * 2 + 2 * (1 + 1 + 3 + 3)
+    computed = [re.findall("computes (.*)$", output, flags=re.MULTILINE) for output in outputs]
+    assert all(computed)
+    assert sorted(computed[0] + computed[1]) == sorted(retrainings(workspace))
+    assert len(retrainings(workspace)) == NUM_RETRAININGS
     assert not list(workspace.output.rglob(".*.lock"))
-    tables = [output[output.index("Linear datamodelling") :] for output in outputs]
-    assert "pure_ekfac" in tables[0]
+    tables = [re.findall(r"^\| (?:harmful|helpful|any).*$", output, flags=re.MULTILINE) for output in outputs]
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 7
+
+
+def test_several_processes_train_one_model_together(prepared):
+    """Started by torchrun, the same retrainings come out, but for what rounding makes of a training."""
+    workspace, arguments = prepared
+    workspace.run(SCRIPT, *arguments)
+    alone = {name: manifest["measured"] for name, manifest in retrainings(workspace).items()}
+    other = Workspace(workspace.model, workspace.data, workspace.output.with_name("together"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(PROJECT_ROOT / SCRIPT)]
+    command = [*launcher, *other.arguments(SCRIPT), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    together = retrainings(other)
+    assert together.keys() == alone.keys()
+    for name, manifest in together.items():
+        assert manifest["processes"] == 2
+        assert manifest["measured"] == pytest.approx(alone[name], rel=0.02, abs=0.02)
+
+
+def test_a_retraining_that_was_killed_goes_on_from_its_checkpoint(prepared, monkeypatch):
+    """Killed between optimizer steps and at its very end, it measures what it would have."""
+    workspace, arguments = prepared
+    arguments = [*arguments, "--SAVE_EVERY", "1"]
+    workspace.run(SCRIPT, *arguments)
+    undisturbed = {name: manifest["measured"] for name, manifest in retrainings(workspace).items()}
+    other = Workspace(workspace.model, workspace.data, workspace.output.with_name("killed"))
+    for attribute, owner in (("on_step_end", fine_tuning.Progress), ("set_checkpoints_aside", retraining_module)):
+        with monkeypatch.context() as patch:
+            original, calls = getattr(owner, attribute), []
+
+            def killed(*positional: object, original=original, calls=calls, **keywords: object) -> object:
+                calls.append(1)
+                if len(calls) == 4:  # in the second retraining of two steps
+                    raise KeyboardInterrupt
+                return original(*positional, **keywords)
+
+            patch.setattr(owner, attribute, killed)
+            with pytest.raises(SystemExit) as stop:
+                other.run(SCRIPT, *arguments)
+            assert stop.value.code == 130
+        assert list((other.output / "results").rglob("*.partial/checkpoint-*"))
+    other.run(SCRIPT, *arguments)
+    for name, manifest in retrainings(other).items():
+        assert manifest["measured"] == pytest.approx(undisturbed[name], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +291,7 @@ def test_two_runs_share_the_retrainings(prepared):
         (["--LEARNING_RATE", "5e-4"], "LEARNING_RATE = 0.001 there, 0.0005 now"),
         (["--BASE_SEED", "7"], "SEED = 42 there, 7 now"),
         (["--BOTTOM_K", "31"], "BOTTOM_K = 31: there are 60 training dialogues; allowed: 1 to 30"),
+        (["--NUM_SUBSETS", "4"], "NUM_SUBSETS = 4: allowed are whole numbers from 5"),
         (["--REMOVED_TYPES", "identity"], "REMOVED_TYPES has 'identity'; allowed are those of SCORES_TYPES"),
         (["--SCORES_TYPES", "random"], "SCORES_TYPES = random: allowed is a list of"),
         (["--DEVICE", "spread"], "DEVICE = 'spread': allowed here are auto, cpu and cuda"),
@@ -244,6 +307,38 @@ def test_bad_constants_are_one_line(prepared, capsys, arguments, line):
     (error,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error:")]
     assert line in error
     assert not (workspace.output / "results" / "validation").exists()
+
+
+def test_a_bare_architecture_starts_from_its_own_random_weights(small_data, tmp_path):
+    model = tmp_path / "bare-sft"
+    bare = ["--BASE_MODEL", "qwen-demo", *RECIPE]
+    run_script(SFT, *bare, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", model, "--SEED", 7)
+    workspace = Workspace(model, small_data, tmp_path / "output")
+    workspace.run(SCRIPT, *bare, *SMALL, *TYPES, "--BASE_SEED", 7, "--TRAINING_SEEDS", 7, 0)
+    workspace.run("evaluation_scripts/ethics_loss.py")
+    file = workspace.output / "results" / "bare-sft_ethics_test.json"
+    whole = retrainings(workspace)["whole-7"]["measured"]
+    assert whole["ethics_test"] == pytest.approx(json.loads(file.read_text())["loss"], rel=1e-5)
+
+
+def test_a_repaired_model_is_not_fine_tuned_again(prepared, capsys):
+    workspace, arguments = prepared
+    workspace.run("compute_factors_and_scores.py")
+    workspace.run("make_gradients.py", "--TASK_NAME", "bias", "--BOTTOM_K", 5)
+    workspace.run("gradient_ascent_and_save.py", "--TASK_NAME", "bias", "--BOTTOM_K", 5)
+    (repaired,) = (workspace.output / "gradient_ascent_models").glob("bias_*")
+    other = Workspace(repaired, workspace.data, workspace.output)
+    with pytest.raises(SystemExit):
+        other.run(SCRIPT, *arguments)
+    assert "was made by gradient_ascent_and_save.py, and only a fine-tuning" in capsys.readouterr().err
+
+
+def test_the_picture_of_a_perfect_score(validate, tmp_path):
+    """A value at the very end of its interval, or outside of it, is no error."""
+    interval = {"value": 1.0, "low": 1.0 + 1e-16, "high": 0.99}
+    rows = [{"split": "train", "predicted_by": "bm25", "lds": [interval] * 4}]
+    validate.validation_figure(rows, [], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1_000
 
 
 def test_other_dialogues_than_those_of_the_model_are_refused(prepared, data_copy, capsys):
@@ -282,3 +377,30 @@ def test_help_lists_the_constants():
     shown = run_process(SCRIPT, "--help")
     assert shown.returncode == 0
     assert "NUM_SUBSETS = 60" in shown.stdout
+
+
+def test_other_libraries_scores_are_compared_on_the_same_retrainings(prepared, tmp_path, capsys):
+    """Given this project's own scores in a file, the LDS is its own; and the texts for others are its own tokens."""
+    workspace, arguments = prepared
+    workspace.run(SCRIPT, *arguments)
+    own = {
+        task: load_file(next(workspace.output.rglob(f"{task}_*/scores_ekfac/pairwise_scores.safetensors")))
+        for task in ("bias", "ethics", "truth")
+    }
+    file = tmp_path / "theirs.safetensors"
+    save_file({task: scores["all_modules"][0].clone() for task, scores in own.items()}, file)
+    capsys.readouterr()
+    comparison = "benchmarks/lds_of_others.py"
+    workspace.run(comparison, "--SCORES_FILE", file, "--NUM_SUBSETS", 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rpartition(" ")[2] for line in lines if "correlation of the two" in line] == ["1.000"] * 3
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if re.match(r"\| (pure_ekfac|theirs) ", line)]
+    assert len(rows) == 4
+    assert rows[0][3:7] == rows[1][3:7]
+    assert rows[2][3:7] == rows[3][3:7]
+    workspace.run(comparison, "--TOKENIZED", tmp_path / "tokenized")
+    train = load_from_disk(tmp_path / "tokenized" / "train")
+    assert len(train) == 60
+    assert sum(label != -100 for label in train[3]["labels"]) > 0
+    chosen, rejected = (load_from_disk(tmp_path / "tokenized" / f"truth_{side}") for side in ("chosen", "rejected"))
+    assert len(chosen) == len(rejected) == 16

@@ -196,8 +196,11 @@ class Artifact:
         meanings = {
             "model": "another model, or a file of its folder was changed, added or removed",
             "dataset": "other dialogues in HH_DATASET",
+            "measured": "other pairs in DATA_DIR, or other test dialogues",
+            "rows": "other dialogues are left out: another SEED or BOTTOM_K, or other scores",
         }
-        differing = [name for name in self.inputs if manifest["inputs"].get(name) != self.inputs[name]]
+        ours, theirs = {**self.settings, **self.inputs}, {**manifest["settings"], **manifest["inputs"]}
+        differing = [name for name, value in ours.items() if theirs.get(name) != value]
         hints = [meanings[name] for name in differing if name in meanings]
         return f" ({'; '.join(hints)})" if hints else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -127,6 +128,12 @@ class EvaluationModel:
         if known.pairs is None:
             return evaluate_dialogues(self._tail, loader)
         return evaluate_pairs(self._tail, loader, known.pairs)
+
+    def like(self, model: PreTrainedModel) -> EvaluationModel:
+        """Another model with the same tokenizer, for which no data set is tokenized again."""
+        other = copy.copy(self)
+        other.model = other._tail = model
+        return other
 
     def release(self, metric: Metric, data: Data) -> None:
         """Free the cached hidden states of data that will not be measured again."""

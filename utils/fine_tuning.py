@@ -133,6 +133,7 @@ def micro_batch_size(settings: Settings, num_processes: int) -> int:
     return size
 
 
+@first_process_only
 def set_checkpoints_aside(folder: Path) -> None:
     """Give the Trainer's checkpoints temporary names, under which they go when the finished model is published."""
     for checkpoint in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):

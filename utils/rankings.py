@@ -19,9 +19,15 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts, Side
-from utils.settings import RankingType, task_weights
+from utils.settings import RankingType, Strategy, strategy_of, task_weights
 
+INFLUENCE_TYPES = ("pure_ekfac", "ekfac_cg", "identity")
 Scored = tuple[torch.Tensor, dict[str, str]]  # scores (N,), fingerprints of what they come from
+
+
+def own_strategy(scores_type: str) -> Strategy | None:
+    """The FACTOR_STRATEGY whose scores a SCORES_TYPE takes whatever FACTOR_STRATEGY is; None if it takes that one's."""
+    return None if scores_type in ("pure_ekfac", "dpp") else strategy_of(scores_type)
 
 
 def task_scores(artifacts: ModelArtifacts, scores_type: RankingType, task: str) -> Scored:
@@ -31,9 +37,7 @@ def task_scores(artifacts: ModelArtifacts, scores_type: RankingType, task: str) 
         UserError: what they are computed from is missing, broken, made from something else, or of another length.
     """
     score: dict[RankingType, Callable[[ModelArtifacts, str], Scored]] = {
-        "pure_ekfac": influence_scores,
-        "ekfac_cg": partial(influence_scores, strategy="ekfac_cg"),
-        "identity": partial(influence_scores, strategy="identity"),
+        **{name: partial(influence_scores, strategy=own_strategy(name)) for name in INFLUENCE_TYPES},
         "representation": dissimilarity_scores,
         "mean_difference": mean_difference_scores,
         "bm25": text_scores,
@@ -114,7 +118,7 @@ def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, to
         UserError: they are missing, broken, made from something else, or not of these dialogues.
     """
     of_tokens, of_dialogues, offsets, fingerprints = {}, {}, torch.zeros(()), {}
-    strategy = {"identity": "identity", "ekfac_cg": "ekfac_cg"}.get(artifacts.settings.SCORES_TYPE)
+    strategy = own_strategy(artifacts.settings.SCORES_TYPE)
     weights = task_weights(artifacts.settings, task)
     for name in weights:
         artifact = artifacts.token_scores(name, strategy)

@@ -20,7 +20,7 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.settings import TASK_NAMES, RankingType, Settings, factors_for
+from utils.settings import TASK_NAMES, RankingType, Settings, factors_for, strategy_of
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
 SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
@@ -114,7 +114,8 @@ class ModelArtifacts:
 
     def token_scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
         """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
-        scored = self._scored(paths.token_scores_file, task, strategy, inputs)
+        meaning = {"token_scores": "of each token's own loss"}  # those of earlier versions were of activations
+        scored = self._scored(paths.token_scores_file, task, strategy, {**inputs, **meaning})
         return replace(scored, made_by=f"{scored.made_by} --COMPUTE_PER_TOKEN_SCORES True")
 
     def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
@@ -188,7 +189,7 @@ class ModelArtifacts:
             sides = ("rejected",) if scores_type == "representation" else ("chosen", "rejected")
             answers = [self.answer_representations(task, side) for task in TASK_NAMES for side in sides]
             return sum(artifact.require()["seconds"] for artifact in [self.representations(), *answers])
-        strategy = None if scores_type == "pure_ekfac" else scores_type
+        strategy = strategy_of(scores_type)
         in_one_pass = max(self.scores(task, strategy).require()["seconds"] for task in TASK_NAMES)
         return in_one_pass + (0 if scores_type == "identity" else self.factors().require()["seconds"])
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import torch
 from tqdm import tqdm
 from transformers import set_seed
 
 from utils import paths
 from utils.artifacts import Artifact
 from utils.base_models import base_fingerprints, start_model
+from utils.batching import LabelledSequence
 from utils.console import UserError, progress_bar, say
 from utils.evaluation import Data, EvaluationModel, require_finite_loss
-from utils.files import fingerprint_of
+from utils.files import fingerprint_of, remove
 from utils.fine_tuning import (
     fine_tune,
     last_checkpoint,
@@ -26,10 +30,10 @@ from utils.fine_tuning import (
 )
 from utils.locks import locked, locked_if_free
 from utils.manifests import MANIFEST_NAME, differing_values
-from utils.models import load_tokenizer, silence_transformers
+from utils.models import silence_transformers
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
-from utils.processes import launched
+from utils.processes import first_process_only, launched
 from utils.registry import ModelArtifacts, sft_model
 from utils.results import Metric, quantities
 from utils.settings import Settings
@@ -80,19 +84,27 @@ class Retrainer:
                 self.data[task, split] = measurement.load_pairs(data_dir, split)
         self.inputs = {**base_fingerprints(settings), "dataset": artifacts.dialogues.fingerprint}
         self.inputs["measured"] = fingerprint_of([data.fingerprint for data in self.data.values()])
-        tokenizer = load_tokenizer(settings.MODEL_NAME)
-        self.examples = tokenize_dialogues(artifacts.dialogues, tokenizer)
+
+    @cached_property
+    def _base(self) -> EvaluationModel:
+        """The base with its tokenizer, made or loaded when the first retraining needs it."""
+        set_seed(self.settings.BASE_SEED)
+        return EvaluationModel(*start_model(self.settings, torch.device("cpu")))
+
+    @cached_property
+    def _examples(self) -> list[LabelledSequence]:
+        return tokenize_dialogues(self.artifacts.dialogues, self._base.tokenizer)
 
     def artifact(self, retraining: Retraining) -> Artifact:
         """Where a retraining's measurements are kept."""
         constants = {**self.settings.pick(*RECIPE), "seed": retraining.seed, "rows": fingerprint_of(retraining.rows)}
         return self.artifacts.retraining(retraining.name, constants, self.inputs)
 
-    def run_all(self, retrainings: Sequence[Retraining], description: str) -> dict[str, Measured]:
+    def run_all(self, retrainings: Sequence[Retraining]) -> dict[str, Measured]:
         """What every retraining measured, by name. Those that other runs are at come last."""
         steps = {one.name: num_steps(self.settings, len(one.rows)) for one in retrainings}
         measured: dict[str, Measured] = {}
-        with progress_bar(sum(steps.values()), description, "steps") as bar:
+        with progress_bar(sum(steps.values()), "retrainings", "steps") as bar:
             waiting = list(retrainings)
             while waiting:
                 left = []
@@ -124,20 +136,33 @@ class Retrainer:
 
     def _retrain(self, retraining: Retraining, output: Artifact, bar: tqdm) -> None:
         started = time.monotonic()
-        set_seed(self.settings.BASE_SEED)
-        model, tokenizer = start_model(self.settings, self.device)
+        base = self._base
+        model = copy.deepcopy(base.model).to(self.device)
         recipe = Settings(**{**vars(self.settings), "SEED": retraining.seed})
-        examples = [self.examples[row] for row in retraining.rows]
+        examples = [self._examples[row] for row in retraining.rows]
         with output.staging_folder() as folder:
-            fine_tune(model, tokenizer, examples, recipe, folder, last_checkpoint(folder), bar)
-            evaluation, measured = EvaluationModel(model, tokenizer), {}
-            for (metric, split), data in self.data.items():
-                losses = evaluation.measure(metric, data, quiet=True)
-                require_finite_loss(retraining.name, metric, losses)
-                sums = quantities(losses)["loss"]
-                measured[f"{metric}_{split}"] = float(sums.total.sum() / sums.count.sum())
+            fine_tune(model, base.tokenizer, examples, recipe, folder, last_checkpoint(folder), bar)
+            try:
+                measured = self._measure(retraining, base.like(model))
+            except UserError:
+                first_process_only(remove)(folder)  # nothing there is worth resuming from
+                raise
             set_checkpoints_aside(folder)
             output.publish_folder(started, {}, measured=measured, rows=retraining.rows)
+
+    def _measure(self, retraining: Retraining, model: EvaluationModel) -> Measured:
+        """The loss of every measurement, in nats per token.
+
+        Raises:
+            UserError: one is not finite.
+        """
+        measured = {}
+        for (metric, split), data in self.data.items():
+            losses = model.measure(metric, data, quiet=True)
+            require_finite_loss(retraining.name, metric, losses)
+            sums = quantities(losses)["loss"]
+            measured[f"{metric}_{split}"] = float(sums.total.sum() / sums.count.sum())
+        return measured
 
 
 def require_recipe(settings: Settings, artifacts: ModelArtifacts) -> None:
@@ -151,12 +176,18 @@ def require_recipe(settings: Settings, artifacts: ModelArtifacts) -> None:
         say(f"   {artifacts.model} has no record of how it was fine-tuned: the recipe's constants are taken as given")
         return
     made = Artifact(folder, paths.STEP_0, is_folder=True).require()
+    if made["made_by"] != paths.STEP_0:
+        raise UserError(
+            f"MODEL_NAME = {artifacts.model!r} was made by {made['made_by']}, and only a fine-tuning can be repeated; "
+            f"give a model of {paths.STEP_0}, or one from elsewhere with its recipe"
+        )
     recipe = sft_model(
         Settings(**{**vars(settings), "SEED": settings.BASE_SEED, "SFT_MODEL_DIR": artifacts.model}),
+        **base_fingerprints(settings),
         dataset=artifacts.dialogues.fingerprint,
     )
     differences = differing_values(made["settings"], recipe.settings)
-    differences += differing_values({"dataset": made["inputs"]["dataset"]}, recipe.inputs)
+    differences += differing_values(made["inputs"], recipe.inputs)
     if differences:
         raise UserError(
             f"MODEL_NAME = {artifacts.model!r} was fine-tuned with other settings: {'; '.join(differences)}; make the "

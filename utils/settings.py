@@ -125,6 +125,11 @@ def factors_for(strategy: Strategy) -> Strategy:
     return "ekfac" if strategy == "ekfac_cg" else strategy
 
 
+def strategy_of(scores_type: ScoresType) -> Strategy | None:
+    """The FACTOR_STRATEGY of step 1 whose scores a SCORES_TYPE ranks by, unless told another; None if by none."""
+    return {"pure_ekfac": "ekfac", "dpp": "ekfac", "ekfac_cg": "ekfac_cg", "identity": "identity"}.get(scores_type)
+
+
 def tasks_of(task_name: str) -> list[str]:
     """The tasks that TASK_NAME stands for; "all" is bias, ethics and truth."""
     return list(TASK_NAMES) if task_name == "all" else [task_name]

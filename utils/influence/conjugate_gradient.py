@@ -15,6 +15,10 @@ import torch
 
 from utils.console import progress_bar
 from utils.influence.traced_model import Gradients
+from utils.processes import first_process_only
+from utils.tensors import require_finite
+
+SMALLEST_NORM = 1e-300  # in place of 0, whose solution is 0
 
 
 class Solution(NamedTuple):
@@ -40,6 +44,10 @@ def inner_products(a: Gradients, b: Gradients) -> torch.Tensor:
     return sum((a[name].double() * b[name].double()).flatten(1).sum(dim=1) for name in a)
 
 
+def _norms(vectors: Gradients) -> torch.Tensor:
+    return inner_products(vectors, vectors).sqrt()
+
+
 def _add(a: Gradients, factors: torch.Tensor, b: Gradients) -> Gradients:
     """a_q + factor_q b_q for each query."""
     scaled = {name: factors.to(v)[:, None, None] * v for name, v in b.items()}
@@ -60,28 +68,36 @@ def conjugate_gradients(
 
     Args:
         product: A applied to (queries, out, in) for each module.
-        right_sides: b, likewise; none is 0.
+        right_sides: b, likewise.
         precondition: an approximate inverse of A, symmetric and positive definite as well.
         tolerance: of |b - A x| / |b|.
+
+    Raises:
+        UserError: a residual is not finite.
     """
-    norms = inner_products(right_sides, right_sides).sqrt()
+    norms = _norms(right_sides).clamp(min=SMALLEST_NORM)
     zeros = torch.zeros_like(norms)
     x = {name: torch.zeros_like(b) for name, b in right_sides.items()}
-    residual, history = right_sides, [(norms / norms).tolist()]
+    residual, history = right_sides, [(_norms(right_sides) / norms).tolist()]
+
+    @first_process_only  # where machines round differently, one of them decides for all
+    def goes_on() -> bool:
+        require_finite({"residual": torch.tensor(history[-1])}, "conjugate gradients (set DAMPING_FACTOR to more)")
+        return max(history[-1]) > tolerance and len(history) <= max_iterations
+
     direction = preconditioned = precondition(residual)
     decrease = inner_products(residual, preconditioned)
     with progress_bar(max_iterations, "conjugate gradients", "iterations") as bar:
-        while max(history[-1]) > tolerance and len(history) <= max_iterations:
+        while goes_on():
             rests = torch.tensor(history[-1], device=norms.device) <= tolerance
             image = product(direction)
             step = torch.where(rests, zeros, decrease / inner_products(direction, image))
             x, residual = _add(x, step, direction), _add(residual, -step, image)
-            history.append((inner_products(residual, residual).sqrt() / norms).tolist())
+            history.append((_norms(residual) / norms).tolist())
             preconditioned, previous = precondition(residual), decrease
             decrease = inner_products(residual, preconditioned)
             direction = _add(preconditioned, torch.where(rests, zeros, decrease / previous), direction)
             bar.set_postfix_str(f"residual {max(history[-1]):.1e}")
             bar.update()
     remainder = _add(right_sides, -torch.ones_like(norms), product(x))
-    final = (inner_products(remainder, remainder).sqrt() / norms).tolist()
-    return Solution(x, history, final)
+    return Solution(x, history, (_norms(remainder) / norms).tolist())

@@ -10,14 +10,15 @@ alone.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from utils.batching import Batch, BatchLoader
+from utils.batching import Batch, BatchLoader, LabelledSequence
 from utils.console import UserError, remedy_for
 from utils.forward import LogitMap, logit_map
 from utils.influence.token_gradients import append_ones, hook_linears, summed_gradient
@@ -64,26 +65,35 @@ def hidden_tangents(
 
     Returns:
         (n, hidden size) and (queries, n, hidden size).
-
-    Raises:
-        UserError: something in the model has no derivative in forward mode.
     """
     tangents = []
     for query in range(len(next(iter(directions.values())))):
         one = {name: of_module[query : query + 1] for name, of_module in directions.items()}
-        try:
-            with _tangents(traced, one), traced.curvature.autocast(traced.model.device):
-                hidden, _ = label_hidden_states(traced.model, batch, predicts_label)
-                primal, tangent = forward_ad.unpack_dual(hidden)
-        except (NotImplementedError, RuntimeError) as error:
-            if remedy_for(error):  # out of memory
-                raise
-            raise UserError(
-                f"{traced.model.config.name_or_path}: model type {traced.model.config.model_type!r} has no derivative "
-                f"in forward mode, which FACTOR_STRATEGY = 'ekfac_cg' and COMPUTE_PER_TOKEN_SCORES need ({error})"
-            ) from error
+        with _tangents(traced, one), traced.curvature.autocast(traced.model.device):
+            hidden, _ = label_hidden_states(traced.model, batch, predicts_label)
+            primal, tangent = forward_ad.unpack_dual(hidden)
         tangents.append(torch.zeros_like(primal) if tangent is None else tangent)
     return primal, torch.stack(tangents)
+
+
+def require_forward_mode(traced: TracedModel, examples: Sequence[LabelledSequence]) -> None:
+    """Check on one short example, before hours of work, that the traced blocks have derivatives in forward mode.
+
+    Raises:
+        UserError: something in the model has none.
+    """
+    shortest = min(range(len(examples)), key=lambda row: len(examples[row].input_ids))
+    (batch,) = map(traced.loader([examples[shortest]])._collate, [[0]])
+    directions = {name: traced.zeros(1, *shape) for name, shape in traced.gradient_shapes().items()}
+    try:
+        hidden_tangents(traced, batch, fisher_positions(batch, all_positions=True), directions)
+    except (NotImplementedError, RuntimeError) as error:
+        if remedy_for(error):  # out of memory
+            raise
+        raise UserError(
+            f"{traced.model.config.name_or_path}: model type {traced.model.config.model_type!r} has no derivative in "
+            f"forward mode; set FACTOR_STRATEGY to 'ekfac' and COMPUTE_PER_TOKEN_SCORES to False ({error})"
+        ) from error
 
 
 def times_loss_curvature(
@@ -101,13 +111,16 @@ def times_loss_curvature(
         (queries, n, hidden size).
     """
     result = torch.empty_like(tangents)
+    at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
     for rows in logit_chunks(hidden, embedding.weight):
-        logits = mapping.apply(embedding(hidden[rows]).float())  # (rows, vocabulary)
+        logits = mapping.apply(embedding(hidden[rows]).to(at_least_float32))  # (rows, vocabulary)
         slope, probabilities = mapping.slope(logits), logits.softmax(dim=1)
         for query, tangent in enumerate(tangents):
-            change = slope * (tangent[rows] @ embedding.weight.T).float()  # of the logits
+            change = slope * F.linear(tangent[rows], embedding.weight).to(at_least_float32)  # of the logits
             change -= (probabilities * change).sum(dim=1, keepdim=True)
-            result[query, rows] = (slope * probabilities * change).to(tangent.dtype) @ embedding.weight
+            result[query, rows] = ((slope * probabilities * change).to(embedding.weight.dtype) @ embedding.weight).to(
+                result.dtype
+            )
     return result
 
 
@@ -126,22 +139,20 @@ def gauss_newton_product(
     """
     totals = traced.totals({name: tuple(v.shape) for name, v in vectors.items()})
     embedding, mapping = traced.model.get_output_embeddings(), logit_map(traced.model.config)
+    query = 0  # whose backward pass it is
+
+    def add(name: str, *tokens: torch.Tensor) -> None:
+        rows = traced.active_rows(name, *(part.reshape(1, -1, part.shape[-1]) for part in tokens))
+        totals.add(name, summed_gradient(rows), query)
+
     for batch in loader:
         predicts_label = fisher_positions(batch, all_positions)
         hidden, tangents = hidden_tangents(traced, batch, predicts_label, vectors)
-        with torch.no_grad():
+        with torch.no_grad(), traced.curvature.autocast(traced.model.device):
             cotangents = times_loss_curvature(embedding, mapping, hidden, tangents)
-        of_batch: dict[str, list[torch.Tensor]] = {name: [] for name in traced.linears}
-
-        def add(name: str, *tokens: torch.Tensor, of_batch: dict[str, list[torch.Tensor]] = of_batch) -> None:
-            rows = traced.active_rows(name, *(part.reshape(1, -1, part.shape[-1]) for part in tokens))
-            of_batch[name].append(summed_gradient(rows))
-
         with hook_linears(traced.linears, add):
             with traced.curvature.autocast(traced.model.device):
                 hidden, _ = label_hidden_states(traced.model, batch, predicts_label)
             for query, cotangent in enumerate(cotangents):
                 hidden.backward(cotangent, retain_graph=query + 1 < len(cotangents))
-        for name, of_queries in of_batch.items():
-            totals.add(name, torch.stack(of_queries))
     return {name: total / len(loader.indices) for name, total in totals.over_processes().items()}

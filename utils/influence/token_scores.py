@@ -48,10 +48,11 @@ def score_tokens(traced: TracedModel, loader: BatchLoader, preconditioned: Gradi
         is_label = fisher_positions(batch)
         hidden, tangents = hidden_tangents(traced, batch, is_label, preconditioned)
         hidden = hidden.detach().requires_grad_()
-        losses = label_nll(embedding, hidden, batch["labels"][:, 1:][is_label], mapping=mapping)
+        with traced.curvature.autocast(traced.model.device):
+            losses = label_nll(embedding, hidden, batch["labels"][:, 1:][is_label], mapping=mapping)
         (gradient,) = torch.autograd.grad(losses.sum(), hidden)  # (n, hidden size)
         row, position = is_label.nonzero(as_tuple=True)
         places = offsets[batch["index"][row].cpu()] + position.cpu() + 1
-        scores[:, places] = torch.einsum("nh,qnh->qn", gradient, tangents).to(scores)
+        scores[:, places] = torch.einsum("nh,qnh->qn", gradient, tangents.to(gradient)).to(scores)
     all_reduce(scores)
     return TokenScores(scores, offsets)

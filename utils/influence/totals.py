@@ -25,9 +25,10 @@ class Totals:
         self._totals = {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in shapes.items()}
         self._dtype = dtype
 
-    def add(self, name: str, of_batch: torch.Tensor) -> None:
-        """Add a batch's sum."""
-        self._totals[name] += of_batch
+    def add(self, name: str, of_batch: torch.Tensor, row: int | None = None) -> None:
+        """Add a batch's sum, to one row of the whole if so said."""
+        total = self._totals[name]
+        (total if row is None else total[row]).add_(of_batch)
 
     def over_processes(self) -> dict[str, torch.Tensor]:
         """The sums over all batches of all processes; the end of a pass, which every process comes to."""

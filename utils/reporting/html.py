@@ -7,6 +7,7 @@ JSON, which the template's script turns into text nodes. So no text, however hos
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
 import struct
@@ -164,7 +165,8 @@ def _fitting_json(data: dict[str, Any], room: int) -> str:
 
     def encoded(longest: int | None) -> bytes:
         texts = [[cut(text, longest) for text in dialogue] for dialogue in data["texts"]]
-        shown = {**data, "texts": texts, "longest": longest}
+        examples = [[*others, _cut_pieces(pieces, longest)] for *others, pieces in data["examples"]]
+        shown = {**data, "texts": texts, "examples": examples, "longest": longest}
         as_json = json.dumps(shown, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         return _utf8(as_json.translate(JSON_ESCAPES))
 
@@ -187,6 +189,14 @@ def cut(text: str, longest: int | None) -> str:
     return text[: max(longest - len(CUT_MARK), 0)].rstrip() + CUT_MARK
 
 
+def _cut_pieces(pieces: list[int], longest: int | None) -> list[int]:
+    """Those pieces, a length and a score each, that a text cut to `longest` characters may still show."""
+    if longest is None:
+        return pieces
+    ends = list(itertools.accumulate(pieces[::2]))
+    return pieces[: 2 * (bisect_left(ends, longest) + 1)]
+
+
 def _dialogues(report: Report) -> dict[str, Any]:
     """What the template's script reads, with whole texts.
 
@@ -201,7 +211,7 @@ def _dialogues(report: Report) -> dict[str, Any]:
         for example in subset.examples:
             values = [_rounded(example.scores, tasks), _rounded(example.gains, gains)]
             number = numbers.setdefault((example.prompt, example.completion), len(numbers))
-            pieces = [number for piece in example.pieces for number in piece]
+            pieces = [part for piece in example.pieces for part in piece]
             examples.append([subset_number, example.rank, example.row, *values, example.known_harm, number, pieces])
     subsets = [[subset.title, subset.note] for subset in report.subsets]
     return {"tasks": tasks, "gains": gains, "subsets": subsets, "texts": list(numbers), "examples": examples}

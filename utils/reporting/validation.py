@@ -12,6 +12,7 @@ from utils.reporting.tables import Row, Table, WithInterval, with_interval
 from utils.settings import TASK_NAMES, Settings
 
 CEILING_STYLE = ("#999999", "_")
+TRAINED_AGAIN = "the same halves, trained again"
 
 
 def _lds(row: Row) -> list[WithInterval]:
@@ -43,10 +44,19 @@ def lds_table(rows: Sequence[Row], split: str, seconds: Mapping[str, float], set
     caption = (
         "Linear datamodelling score: Spearman's correlation of summed scores with the measurement after fine-tuning on "
         f"{settings.NUM_SUBSETS} random halves, on the {pairs}, with 95 % bootstrap intervals over the halves; mean of "
-        f"{settings.NUM_REPEATS} retrainings of each half taken one at a time"
+        f"{settings.NUM_REPEATS} retrainings of each half taken one at a time{_ceiling(shown)}"
     )
     header = ["scores", "seconds", *TASK_NAMES, "mean", "mean - pure_ekfac"]
     return Table(caption, header, cells, [_flat_lds(row, seconds) for row in shown])
+
+
+def _ceiling(rows: Sequence[Row]) -> str:
+    """What a perfect prediction could reach, in words; nothing where no half was trained again."""
+    again = next((row["lds"][-1]["value"] for row in rows if row["predicted_by"] == TRAINED_AGAIN), None)
+    if again is None:
+        return ""
+    reach = f"about {math.sqrt(again):.2f}" if again > 0 else "nothing that can be told"
+    return f". Two retrainings of a half agree as the last row says, so a perfect prediction would reach {reach}"
 
 
 def _flat_lds(row: Row, seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -54,7 +64,8 @@ def _flat_lds(row: Row, seconds: Mapping[str, float]) -> dict[str, Any]:
     flat["seconds"] = seconds.get(row["predicted_by"])
     for name, interval in zip([*TASK_NAMES, "mean"], row["lds"], strict=True):
         flat |= {f"{name}_{part}".removesuffix("_value"): number for part, number in interval.items()}
-    return flat
+    against = row.get("against_pure_ekfac", {})
+    return flat | {f"mean_less_pure_ekfac_{part}".removesuffix("_value"): number for part, number in against.items()}
 
 
 def removal_table(rows: Sequence[Row], settings: Settings) -> Table:
@@ -119,7 +130,8 @@ def _draw(panel: Any, offset: float, label: str, values: Sequence[WithInterval])
     name = next((name for name in FIGURE_STYLES if label.startswith(name)), None)
     colour, marker = FIGURE_STYLES[name] if name else CEILING_STYLE
     places = [task + 0.09 * offset for task in range(len(values))]
-    margins = list(zip(*(value.margins for value in values), strict=True))
+    # A percentile interval need not hold the value.
+    margins = [[max(0.0, margin) for margin in side] for side in zip(*(v.margins for v in values), strict=True)]
     hollow = "white" if "helpful" in label else colour
     style = {"color": colour, "marker": marker, "markerfacecolor": hollow, "ls": "none", "ms": 6, "capsize": 2}
     panel.errorbar(places, [value.value for value in values], yerr=margins, label=label, **style)
