@@ -104,7 +104,7 @@ def validation_figure(lds: Sequence[Row], changes: Sequence[Row], path: Path) ->
     """Left the LDS on the training pairs of each task, right each task's own improvement beyond random removal."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     lines = [(row["predicted_by"], _lds(row)) for row in lds if row["split"] == "train"]
     for number, (label, values) in enumerate(lines):
@@ -121,7 +121,7 @@ def validation_figure(lds: Sequence[Row], changes: Sequence[Row], path: Path) ->
     right.set(title=title, xticks=range(len(TASK_NAMES)), xticklabels=TASK_NAMES)
     for panel in (left, right):
         panel.axhline(0, color="#444444", lw=0.8)
-        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)
+        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
 
