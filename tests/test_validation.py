@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import re
 import subprocess
 import sys
@@ -27,6 +29,7 @@ SCRIPT = "evaluation_scripts/validate_scores.py"
 SFT = "data/make_sft_model.py"
 RECIPE = ["--NUM_EPOCHS", "1", "--LEARNING_RATE", "1e-3", "--BATCH_SIZE", "16"]
 SMALL = ["--NUM_SUBSETS", "5", "--NUM_REPEATS", "2", "--BOTTOM_K", "5", "--TRAINING_SEEDS", "0", "1"]
+KILLS = int(os.environ.get("KILLS", "2"))  # more for a campaign, up to 12
 NUM_RETRAININGS = 5 * 2 + 2 * (1 + 1 + 3 + 3)
 TYPES = ["--SCORES_TYPES", "pure_ekfac", "bm25", "--REMOVED_TYPES", "pure_ekfac", "--HELPFUL_TYPES", "bm25"]
 
@@ -197,21 +200,34 @@ def test_a_retraining_is_the_fine_tuning_of_step_0(prepared):
 
 
 def test_a_killed_validation_goes_on_with_the_next_retraining(prepared):
+    """Killed any number of times, nothing that was finished is done again, and the rest comes out as undisturbed."""
     workspace, arguments = prepared
-    command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *workspace.arguments(SCRIPT), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    undisturbed = Workspace(workspace.model, workspace.data, workspace.output.with_name("undisturbed"))
+    undisturbed.run(SCRIPT, *arguments)
     folder = workspace.output / "results" / "validation" / workspace.model.name / "retrainings"
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("half-*/manifest.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in folder.glob("half-*/manifest.json")}
-    assert 2 <= len(finished) < 10
+    command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *workspace.arguments(SCRIPT), *arguments]
+    finished: dict[Path, int] = {}
+    for _ in range(KILLS):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        target, deadline = len(finished) + 2, time.monotonic() + 120
+        while process.poll() is None and len(list(folder.glob("*/manifest.json"))) < target:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(random.random() / 2)
+        process.kill()
+        process.wait()
+        found = {
+            path: path.stat().st_mtime_ns for path in folder.glob("[!.]*/manifest.json") if ".partial" not in str(path)
+        }
+        assert finished.items() <= found.items()
+        finished = found
+    assert finished
     workspace.run(SCRIPT, *arguments)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    assert len(retrainings(workspace)) == NUM_RETRAININGS
-    assert not list(folder.glob("*.partial"))
+    made, expected = retrainings(workspace), retrainings(undisturbed)
+    assert made.keys() == expected.keys()
+    assert all(made[name]["measured"] == pytest.approx(expected[name]["measured"], rel=1e-6) for name in made)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".") or path.suffix == ".partial"]
 
 
 def test_two_runs_share_the_retrainings(prepared):
