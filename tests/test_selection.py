@@ -14,7 +14,7 @@ from dpp import greedy_dpp as greedy_script
 from dpp.greedy_dpp import FourierKernel, Kernel, RBFKernel, center, greedy_dpp, median_heuristic_gamma
 from utils import rankings
 from utils.console import UserError
-from utils.rankings import combined_scores, min_max_normalise, ranking_scores
+from utils.rankings import combined_scores, combined_token_scores, min_max_normalise, ranking_scores
 from utils.selection import most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES
 
@@ -125,6 +125,17 @@ def test_combined_scores_weigh_normalised_tasks():
     scores = [torch.tensor([0.0, 10.0]), torch.tensor([5.0, -5.0]), torch.tensor([1.0, 1.0])]
     assert combined_scores(scores, [1, 1, 1]).tolist() == [1, 1]
     assert combined_scores(scores, [2, 0.5, 1]).tolist() == [0.5, 2]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-300, 1e308])
+def test_combined_token_scores_add_up_to_combined_scores_but_for_a_constant(scale):
+    weights = {"bias": 0.5 * scale, "ethics": 0.0, "truth": 1.0 * scale}
+    of_tokens = {name: torch.randn(20, dtype=torch.float64) / 100 for name in weights}
+    of_dialogues = {name: tokens.reshape(5, 4).sum(dim=1) for name, tokens in of_tokens.items()}
+    of_dialogues["ethics"] = torch.zeros(5)  # no span
+    combined = combined_scores(list(of_dialogues.values()), [0.5, 0.0, 1.0])
+    constants = combined_token_scores(of_tokens, of_dialogues, weights).reshape(5, 4).sum(dim=1) - combined
+    torch.testing.assert_close(constants, constants[:1].expand(5))
 
 
 def test_most_harmful_are_the_smallest_in_order():

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from utils.artifacts import Artifact
 from utils.console import UserError, shown_path
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -122,12 +123,28 @@ def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, to
     weights = task_weights(artifacts.settings, task)
     for name in weights:
         artifact = artifacts.token_scores(name, strategy)
-        fingerprints[f"tokens_{name}"] = artifact.require()["fingerprint"]
-        shapes = {"scores": (None,), "offsets": (len(artifacts.dialogues) + 1,)}
-        tensors = artifact.load_tensors(shapes, ["offsets"], fingerprints[f"tokens_{name}"])
-        of_tokens[name], offsets = tensors["scores"].double(), tensors["offsets"]
+        fingerprint = fingerprints[f"tokens_{name}"] = artifact.require()["fingerprint"]
+        of_tokens[name], offsets = load_token_scores(artifact, len(artifacts.dialogues), fingerprint)
         of_dialogues[name], _ = influence_scores(artifacts, name, strategy)
     return combined_token_scores(of_tokens, of_dialogues, weights), offsets, fingerprints
+
+
+def load_token_scores(
+    artifact: Artifact, num_dialogues: int, fingerprint: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One task's scores of all tokens (total tokens,), float64, and where each dialogue's begin (N + 1,).
+
+    Raises:
+        UserError: as `Artifact.load_tensors`, or the dialogues' tokens are not those that have scores.
+    """
+    tensors = artifact.load_tensors({"scores": (None,), "offsets": (num_dialogues + 1,)}, ["offsets"], fingerprint)
+    scores, offsets = tensors["scores"].double(), tensors["offsets"]
+    if offsets[0] != 0 or offsets[-1] != len(scores) or (offsets.diff() < 0).any():
+        raise UserError(
+            f"{shown_path(artifact.path)} has {len(scores)} scores, which its offsets do not share out among "
+            f"{num_dialogues} dialogues; delete it and run {artifact.made_by} again"
+        )
+    return scores, offsets
 
 
 def combined_token_scores(
@@ -135,11 +152,15 @@ def combined_token_scores(
     of_dialogues: Mapping[str, torch.Tensor],
     weights: Mapping[str, float] | None = None,
 ) -> torch.Tensor:
-    """Weighted sum of the tasks' token scores (total tokens,), each divided by the span of its dialogues' scores."""
+    """Weighted sum of the tasks' token scores (total tokens,), each divided by the span of its dialogues' scores.
+
+    Args:
+        weights: of the tasks, the largest of them taken as 1; all the same by default.
+    """
+    weights = weights or dict.fromkeys(of_tokens, 1.0)
+    largest = max(weights.values())  # as in `ranking_scores`
     spans = {name: float(scores.max() - scores.min()) or 1.0 for name, scores in of_dialogues.items()}
-    return torch.stack(
-        [(weights[name] if weights else 1.0) / spans[name] * tokens for name, tokens in of_tokens.items()]
-    ).sum(dim=0)
+    return torch.stack([weights[name] / largest / spans[name] * of_tokens[name] for name in of_tokens]).sum(dim=0)
 
 
 # -- representations ---------------------------------------------------------------------------------------------------
