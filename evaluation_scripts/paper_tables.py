@@ -186,8 +186,10 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     """
     scores_types = {repair.scores_type for repair in repairs}
     run_script(STEP_1, common)
+    by_tokens = {strategy_of(repair.scores_type) for repair in repairs if repair.harmful_tokens_only}
     for strategy in sorted({*filter(None, map(strategy_of, scores_types))} - {"ekfac"}):
-        run_script(STEP_1, common, FACTOR_STRATEGY=strategy)
+        # The report's colours are EKFAC's.
+        run_script(STEP_1, common, FACTOR_STRATEGY=strategy, COMPUTE_PER_TOKEN_SCORES=strategy in by_tokens)
     by_answers = scores_types & {"representation", "mean_difference"}
     if by_answers or "dpp" in scores_types:
         run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
