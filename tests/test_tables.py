@@ -23,6 +23,7 @@ from utils.console import UserError
 from utils.files import read_json
 from utils.models import load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
+from utils.rankings import load_token_scores
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import draw_overview, earlier_rates, write_sweep
@@ -458,6 +459,9 @@ def test_token_pieces_follow_the_completions_characters(tiny_models, tmp_path):
     first, last = example.label_start, example.label_end - 1
     scores = torch.zeros(length)
     scores[first], scores[last] = -2.0, 1.0
+    emoji = [t for t in range(first, last) if "\ufffd" in tokenizer.decode([int(example.input_ids[t])])]
+    assert len(emoji) > 1  # several tokens of one character, whose scores add up
+    scores[emoji[0]], scores[emoji[-1]] = 0.5, -2.5
     file = paths.token_scores_file(tmp_path, "bias", name, "ekfac", False, 42)
     Artifact(file, STEP_1).save_tensors({"scores": scores, "offsets": torch.tensor([0, length])}, 0.0)
     settings = Settings(MODEL_NAMES=[model], OUTPUT_DIR=str(tmp_path), USE_HALF_PRECISION=False, SEEDS=[42])
@@ -469,7 +473,9 @@ def test_token_pieces_follow_the_completions_characters(tiny_models, tmp_path):
         words.append((completion[start : start + size], level))
         start += size
     decoded = [tokenizer.decode([int(example.input_ids[position])]) for position in (first, last)]
-    assert [word for word in words if word[1]] == [(decoded[0], -9), (decoded[1], 4)]
+    of_emoji, *others = (word for word in words if "😀" in word[0])
+    assert (of_emoji[0].strip(), of_emoji[1], others) == ("😀", -9, [])
+    assert [word for word in words if word[1] and word != of_emoji] == [(decoded[0], -9), (decoded[1], 4)]
     assert colours.pieces("combined", 0)[0][1] == -9
     assert colours.pieces("truth", 0) == []
 
@@ -482,3 +488,23 @@ def test_harmful_tokens_are_an_axis_of_the_grid():
     assert tokens == {("pure_ekfac", True), ("pure_ekfac", False), ("direct", False)}
     assert all(repair.harmful_tokens_only for repair in grid["bottom_k"])
     assert {repair.method for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}
+
+
+def test_token_scores_that_are_not_of_these_dialogues_are_refused(tmp_path):
+    for offsets in ([0, 2, 4], [1, 2, 3], [0, 4, 3]):
+        artifact = Artifact(tmp_path / "scores.safetensors", f"{STEP_1} --COMPUTE_PER_TOKEN_SCORES True", quiet=True)
+        artifact.save_tensors({"scores": torch.zeros(3), "offsets": torch.tensor(offsets)}, 0.0)
+        with pytest.raises(UserError, match=r"3 scores, which its offsets .* --COMPUTE_PER_TOKEN_SCORES True again"):
+            load_token_scores(artifact, 2)
+
+
+def test_only_the_scores_that_are_shown_or_ascended_are_split_over_tokens(monkeypatch):
+    ran = []
+    monkeypatch.setattr(paper_tables, "run_script", lambda name, common, **own: ran.append((name, {**common, **own})))
+    repairs = [
+        paper_tables.RepairConfig("bias", name, False, 3, 10.0, tokens)
+        for name, tokens in (("pure_ekfac", True), ("identity", False), ("ekfac_cg", True))
+    ]
+    paper_tables.run_grid({"COMPUTE_PER_TOKEN_SCORES": True}, repairs, "auto")
+    split = [constants["COMPUTE_PER_TOKEN_SCORES"] for name, constants in ran if name == STEP_1]
+    assert split == [True, True, False]  # EKFAC's, ekfac_cg's, identity's

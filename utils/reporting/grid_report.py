@@ -14,7 +14,7 @@ from utils.manifests import software_versions
 from utils.models import load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
-from utils.rankings import combined_token_scores
+from utils.rankings import combined_token_scores, load_token_scores
 from utils.registry import SCORES_TENSOR
 from utils.reporting.figures import is_whole_picture
 from utils.reporting.html import STRONGEST, Completion, Example, Picture, Report, Subset
@@ -115,29 +115,32 @@ class _TokenColours:
         self.dialogues, self._of_task, self._offsets, self._tokenizer = dialogues, {}, None, None
         for task in scores if settings.COMPUTE_PER_TOKEN_SCORES else ():
             where = (task, model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
-            file = Artifact(paths.token_scores_file(settings.OUTPUT_DIR, *where), paths.STEP_1, quiet=True)
-            tensors = file.load_tensors({"scores": (None,), "offsets": (len(dialogues) + 1,)}, ["offsets"])
-            self._of_task[task], self._offsets = tensors["scores"].double(), tensors["offsets"]
+            made_by = f"{paths.STEP_1} --COMPUTE_PER_TOKEN_SCORES True"
+            file = Artifact(paths.token_scores_file(settings.OUTPUT_DIR, *where), made_by, quiet=True)
+            self._of_task[task], self._offsets = load_token_scores(file, len(dialogues))
         if self._of_task:
             self._of_task["combined"] = combined_token_scores(self._of_task, scores)
             names = {paths.model_short_name(name): name for name in settings.MODEL_NAMES}
             self._tokenizer = load_tokenizer(names[model])
 
     def pieces(self, task: str, row: int) -> list[tuple[int, int]]:
-        """As `Example.pieces`."""
+        """As `Example.pieces`; tokens that share a character, such as the bytes of an emoji, are one piece."""
         if task not in self._of_task or not self._tokenizer.is_fast:
             return []
         scores = self._of_task[task][self._offsets[row] : self._offsets[row + 1]]
         prompt, text = self.dialogues.prompts[row], self.dialogues.prompts[row] + self.dialogues.completions[row]
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ends = [end - len(prompt) for _, end in encoded["offset_mapping"]]
-        largest, pieces, start = float(scores.abs().max()), [], 0
+        lengths, summed, start = [], [], 0
         for end, score in zip(ends, scores.tolist(), strict=False):  # a dialogue may be cut, or end with an EOS
             if end > start:
-                level = round(STRONGEST * score / largest) if largest else 0
-                pieces.append((end - start, level))
+                lengths.append(end - start)
+                summed.append(score)
                 start = end
-        return pieces
+            elif summed:
+                summed[-1] += score
+        largest = max(map(abs, summed), default=0.0) or 1.0
+        return [(length, round(STRONGEST * score / largest)) for length, score in zip(lengths, summed, strict=True)]
 
 
 def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]:
