@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import Workspace
+from conftest import Workspace, contents
 from safetensors.torch import load_file
 
 from make_gradients import inner_product, preserving_direction
@@ -216,6 +218,34 @@ def test_harmful_tokens_need_token_scores_and_dialogues(traced, capsys, tmp_path
         assert stop.value.code == 1
         assert line in capsys.readouterr().err
     assert not list(output.rglob("query_grads*"))
+
+
+def test_a_gradient_of_harmful_tokens_notices_other_token_scores(make_workspace, capsys):
+    workspace = make_workspace("pythia")
+    arguments = ["--TASK_NAME", "bias", "--BOTTOM_K", 4, "--SCORES_TYPE", "random", "--HARMFUL_TOKENS_ONLY", True]
+    workspace.run(STEP_1, "--TASK_NAME", "bias", "--COMPUTE_PER_TOKEN_SCORES", True)
+    workspace.run(STEP_4, *arguments)
+    before = contents(workspace.output)
+    workspace.run(STEP_4, *arguments)
+    assert contents(workspace.output) == before
+    bias = workspace.data / "bias" / "templates.json"
+    templates = read_json(bias)
+    bias.write_text(json.dumps({**templates, "prompt": templates["prompt"] + " "}), encoding="utf-8")
+    workspace.run(STEP_1, "--TASK_NAME", "bias", "--COMPUTE_PER_TOKEN_SCORES", True, "--OVERWRITE", True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        workspace.run(STEP_4, *arguments)  # the dialogues are the same: a seeded sample
+    assert "tokens_bias" in capsys.readouterr().err
+    workspace.run(STEP_4, *arguments, "--OVERWRITE", True)
+
+
+def test_a_dialogue_without_harmful_tokens_does_not_dilute_the_mean():
+    examples = [LabelledSequence(np.arange(4, dtype=np.int32), 1, 4)] * 3
+    scores, offsets = torch.full((12,), -1.0), torch.tensor([0, 4, 8, 12])
+    scores[4:8] = 1.0
+    harmful, counts = load_script(STEP_4).with_harmful_tokens(examples, [2, 1, 0], scores, offsets)
+    assert list(harmful) == [2, 0]
+    assert counts == {"harmful": 6, "of": 9}
 
 
 def test_without_a_harmful_token_there_is_nothing_to_ascend():
