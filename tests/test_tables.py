@@ -508,3 +508,8 @@ def test_only_the_scores_that_are_shown_or_ascended_are_split_over_tokens(monkey
     paper_tables.run_grid({"COMPUTE_PER_TOKEN_SCORES": True}, repairs, "auto")
     split = [constants["COMPUTE_PER_TOKEN_SCORES"] for name, constants in ran if name == STEP_1]
     assert split == [True, True, False]  # EKFAC's, ekfac_cg's, identity's
+    defaults = {name: getattr(paper_tables, name) for name in paper_tables.__annotations__}
+    for ascended, needed in (([False], [True, False]), ([False, True], [True, True])):
+        settings = Settings(**{**defaults, "SEEDS": [42, 7], "HARMFUL_TOKENS_ONLY": ascended})
+        common = [paper_tables.common_constants(settings, "m", seed) for seed in settings.SEEDS]
+        assert [constants["COMPUTE_PER_TOKEN_SCORES"] for constants in common] == needed
