@@ -121,7 +121,8 @@ def validation_figure(lds: Sequence[Row], changes: Sequence[Row], path: Path) ->
     right.set(title=title, xticks=range(len(TASK_NAMES)), xticklabels=TASK_NAMES)
     for panel in (left, right):
         panel.axhline(0, color="#444444", lw=0.8)
-        panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save_figure(figure, path)
 
 
