@@ -55,7 +55,15 @@ OWN_LOGITS = {
     "modernbert": ("ModernBertDecoderConfig", {"local_attention": 16, "initializer_range": 0.3}),
 }
 
-LONGEST_FILES = ("test_readme", "test_tables", "test_ecosystem", "test_demo", "test_benchmarks", "test_resume")
+LONGEST_FILES = (
+    "test_validation",
+    "test_readme",
+    "test_tables",
+    "test_ecosystem",
+    "test_demo",
+    "test_benchmarks",
+    "test_resume",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
