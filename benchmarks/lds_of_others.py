@@ -11,7 +11,6 @@ reads; with it, a table of LDS beside pure_ekfac's, after `make validate`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,10 +22,9 @@ if __name__ == "__main__":  # before imports that take seconds
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.workload import labelled_row
+from benchmarks.workload import save_rows
 from steps import load_script, run_step
 from utils import paths
-from utils.batching import LabelledSequence
 from utils.console import say, shown_path
 from utils.files import fingerprint_of
 from utils.models import load_tokenizer
@@ -56,19 +54,13 @@ TOKENIZED: str = "runs/others/tokenized"  # folder for the tokenized texts
 
 def tokenize(settings: Settings) -> None:
     """Write `train`, and for each task `TASK_chosen` and `TASK_rejected` with an answer for every pair."""
-    from datasets import Dataset
-
     tokenizer, folder = load_tokenizer(settings.MODEL_NAME), paths.resolve_path(settings.TOKENIZED)
-
-    def save(name: str, sequences: Iterable[LabelledSequence]) -> None:
-        Dataset.from_list([labelled_row(sequence) for sequence in sequences]).save_to_disk(folder / name)
-
-    save("train", tokenize_dialogues(load_dialogues(settings.HH_DATASET, "train"), tokenizer))
+    save_rows(tokenize_dialogues(load_dialogues(settings.HH_DATASET, "train"), tokenizer), folder / "train")
     for task, measurement in MEASUREMENTS.items():
         pairs = measurement.load_pairs(paths.resolve_path(settings.DATA_DIR), "train")
         tokenized = tokenize_pairs(pairs, tokenizer, measurement.max_tokens)
         for side, positions in (("chosen", tokenized.chosen), ("rejected", tokenized.rejected)):
-            save(f"{task}_{side}", (tokenized.sequences[position] for position in positions))
+            save_rows((tokenized.sequences[position] for position in positions), folder / f"{task}_{side}")
     say(f"tokenized: {shown_path(folder)}")
 
 

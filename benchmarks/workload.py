@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,18 +101,21 @@ def make_greedy_inputs(folder: Path, num_examples: int, hidden: int) -> None:
     save_file({"representations": center(representations), "quality": quality}, folder / "greedy.safetensors")
 
 
-def labelled_row(sequence: LabelledSequence) -> dict[str, list[int] | int]:
-    """One sequence as bergson takes it: ids, labels of the same length, and that length."""
-    labels = [IGNORED_LABEL] * len(sequence.input_ids)
-    counted = slice(sequence.label_start, sequence.label_end)
-    labels[counted] = sequence.input_ids[counted].tolist()
-    return {"input_ids": sequence.input_ids.tolist(), "labels": labels, "length": len(labels)}
+def save_rows(sequences: Iterable[LabelledSequence], folder: Path) -> None:
+    """Write sequences as a data set that bergson takes: ids, labels of the same length, and that length."""
+    from datasets import Dataset
+
+    rows = []
+    for sequence in sequences:
+        labels = [IGNORED_LABEL] * len(sequence.input_ids)
+        counted = slice(sequence.label_start, sequence.label_end)
+        labels[counted] = sequence.input_ids[counted].tolist()
+        rows.append({"input_ids": sequence.input_ids.tolist(), "labels": labels, "length": len(labels)})
+    Dataset.from_list(rows).save_to_disk(folder)
 
 
 def save_tokenized(work: Workload) -> None:
     """Write the training dialogues and the truth task's chosen answers as token ids and labels, for bergson_side.py."""
-    from datasets import Dataset
-
     tokenizer = load_tokenizer(work.model)
     pairs = tokenize_pairs(TRUTH.load_pairs(Path(work.data_dir), "train"), tokenizer, TRUTH.max_tokens)
     texts = {
@@ -119,9 +123,7 @@ def save_tokenized(work: Workload) -> None:
         "queries": [pairs.sequences[position] for position in pairs.chosen],
     }
     for name, sequences in texts.items():
-        Dataset.from_list([labelled_row(sequence) for sequence in sequences]).save_to_disk(
-            work.folder / f"tokenized_{name}"
-        )
+        save_rows(sequences, work.folder / f"tokenized_{name}")
 
 
 def make_workload(

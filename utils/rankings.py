@@ -56,12 +56,16 @@ def ranking_scores(artifacts: ModelArtifacts, task: str, scores_type: RankingTyp
     Raises:
         UserError: as `task_scores`.
     """
-    weights = task_weights(artifacts.settings, task)
+    weights = relative_weights(task_weights(artifacts.settings, task))
     scored = [task_scores(artifacts, scores_type, name) for name in weights]
     fingerprints = {name: fingerprint for _, sources in scored for name, fingerprint in sources.items()}
-    largest = max(weights.values())  # the scale of the weights does not matter, and would overflow where it is huge
-    shares = [weight / largest for weight in weights.values()]
-    return combined_scores([scores for scores, _ in scored], shares), fingerprints
+    return combined_scores([scores for scores, _ in scored], list(weights.values())), fingerprints
+
+
+def relative_weights(weights: Mapping[str, float]) -> dict[str, float]:
+    """The tasks' weights with the largest as 1: their scale does not matter, and would overflow where it is huge."""
+    largest = max(weights.values())
+    return {name: weight / largest for name, weight in weights.items()}
 
 
 def min_max_normalise(values: torch.Tensor) -> torch.Tensor:
@@ -157,10 +161,9 @@ def combined_token_scores(
     Args:
         weights: of the tasks, the largest of them taken as 1; all the same by default.
     """
-    weights = weights or dict.fromkeys(of_tokens, 1.0)
-    largest = max(weights.values())  # as in `ranking_scores`
+    weights = relative_weights(weights or dict.fromkeys(of_tokens, 1.0))
     spans = {name: float(scores.max() - scores.min()) or 1.0 for name, scores in of_dialogues.items()}
-    return torch.stack([weights[name] / largest / spans[name] * of_tokens[name] for name in of_tokens]).sum(dim=0)
+    return torch.stack([weights[name] / spans[name] * of_tokens[name] for name in of_tokens]).sum(dim=0)
 
 
 # -- representations ---------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from utils.fine_tuning import (
     set_checkpoints_aside,
     training_device,
 )
+from utils.intervals import estimate_mean
 from utils.locks import locked, locked_if_free
 from utils.manifests import MANIFEST_NAME, differing_values
 from utils.models import silence_transformers
@@ -160,8 +161,7 @@ class Retrainer:
         for (metric, split), data in self.data.items():
             losses = model.measure(metric, data, quiet=True)
             require_finite_loss(retraining.name, metric, losses)
-            sums = quantities(losses)["loss"]
-            measured[f"{metric}_{split}"] = float(sums.total.sum() / sums.count.sum())
+            measured[f"{metric}_{split}"] = estimate_mean(quantities(losses)["loss"]).value
         return measured
 
 

@@ -82,8 +82,8 @@ def require_forward_mode(traced: TracedModel, examples: Sequence[LabelledSequenc
     Raises:
         UserError: something in the model has none.
     """
-    shortest = min(range(len(examples)), key=lambda row: len(examples[row].input_ids))
-    (batch,) = map(traced.loader([examples[shortest]])._collate, [[0]])
+    shortest = min(examples, key=lambda example: len(example.input_ids))
+    batch = traced.loader([shortest])._collate([0])  # every process makes it: iterating would give it to one
     directions = {name: traced.zeros(1, *shape) for name, shape in traced.gradient_shapes().items()}
     try:
         hidden_tangents(traced, batch, fisher_positions(batch, all_positions=True), directions)
