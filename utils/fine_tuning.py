@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -29,7 +30,7 @@ from utils.devices import resolve_device
 from utils.files import partial_of
 from utils.forward import output_logits
 from utils.models import load_model
-from utils.performance_functions.losses import label_hidden_states
+from utils.performance_functions.losses import label_hidden_states, logit_chunks
 from utils.processes import first_process_only, launched
 from utils.settings import Settings
 from utils.spreading import SPREAD
@@ -66,9 +67,27 @@ def completion_loss(
     targets = labels[:, 1:]
     is_label = targets != IGNORED_LABEL
     hidden, _ = label_hidden_states(self, {"input_ids": input_ids}, is_label)
-    total = F.cross_entropy(output_logits(self, hidden), targets[is_label], reduction="sum")
+    total = summed_nll(self, hidden, targets[is_label])
     num_labels = torch.as_tensor(is_label.sum() if num_items_in_batch is None else num_items_in_batch)
     return {"loss": total / num_labels.clamp(min=1)}  # prompts that fill the whole context leave no label
+
+
+def summed_nll(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy summed over labels, differentiable in all weights, with the logits of a chunk of them in memory.
+
+    Args:
+        states: (n, hidden size), ready for the output embedding.
+        targets: (n,).
+    """
+
+    def of_chunk(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output_logits(model, states), targets, reduction="sum")
+
+    chunks = list(logit_chunks(states, model.get_output_embeddings().weight))
+    if len(chunks) <= 1:
+        return of_chunk(states, targets)
+    # The backward pass computes each chunk's logits again, instead of keeping them all.
+    return sum(recompute(of_chunk, states[chunk], targets[chunk], use_reentrant=False) for chunk in chunks)
 
 
 class Progress(TrainerCallback):

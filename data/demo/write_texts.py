@@ -254,9 +254,8 @@ def write_ethics(rng: random.Random, acts: list[tuple[str, str]]) -> None:
         write_csv(OUTPUT_DIR / "ethics" / name, "label,input,is_short,edited", rows)
 
 
-def main() -> None:
-    """Write every file."""
-    rng = random.Random(SEED)
+def build_pairs(rng: random.Random) -> dict[str, list]:
+    """All texts of each kind, in pairs of a good and a bad one."""
     facts = [supported(*fact) for fact in split_bank(PHRASES["facts"])]
     rng.shuffle(facts)
     per_act = 6  # persons per act, enough for the statements of both files
@@ -268,10 +267,28 @@ def main() -> None:
     combinations = [
         (group, topic, n) for group in PHRASES["groups"] for topic in PHRASES["bias_topics"] for n in range(3)
     ]
-    write_dialogues(rng, {"bias": combinations, "ethics": acts, "truth": facts})
+    return {"bias": combinations, "ethics": acts, "truth": facts}
+
+
+def harmful_dialogues(per_kind: int, seed: int) -> dict[str, list[Row]]:
+    """Different dialogues of each kind whose chosen answer is harmful, to plant among dialogues of another source."""
+    rng = random.Random(seed)
+    trust, seen, planted = Trust(rng, Everyday(rng), build_pairs(rng)), set(), {}
+    for kind in KINDS:
+        rows: list[tuple[str, Row]] = []
+        add_new(rows, per_kind, kind, lambda kind=kind: trust.build(kind, planted=True), seen)
+        planted[kind] = [row for _, row in rows]
+    return planted
+
+
+def main() -> None:
+    """Write every file."""
+    rng = random.Random(SEED)
+    pairs = build_pairs(rng)
+    write_dialogues(rng, pairs)
     write_bias()
-    write_truth(facts)
-    write_ethics(rng, acts)
+    write_truth(pairs["truth"])
+    write_ethics(rng, pairs["ethics"])
 
 
 if __name__ == "__main__":
