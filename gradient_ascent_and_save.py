@@ -6,9 +6,11 @@
 
     theta <- theta + LEARNING_RATE * G
 
-Reads the model and the repair gradient G of step 4. Writes a complete Hugging Face checkpoint with repair.json and a
-model card, and the test-split measurements before and after to results/. A list of learning rates is a sweep: table
-and figure in results/. "auto" finds the rate that improves most within PPL_BUDGET, on held-out training dialogues.
+Reads the model and the repair gradient G of step 4. With NUM_STEPS = n the way is divided: after each n-th part of it G
+is computed again, for the same dialogues at the weights reached so far, with the same curvature. Writes a complete
+Hugging Face checkpoint with repair.json and a model card, and the test-split measurements before and after to results/.
+A list of learning rates is a sweep: table and figure in results/. "auto" finds the rate that improves most within
+PPL_BUDGET, on held-out training dialogues.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ if __name__ == "__main__":  # before imports that take seconds
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,9 +41,12 @@ from utils.learning_rate_search import search_learning_rate
 from utils.locks import locked
 from utils.model_fingerprints import content_fingerprint
 from utils.models import load_model, load_tokenizer, save_model, traced_linear_names
+from utils.performance_functions.hh import tokenize_dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
+from utils.repair_sources import choose_sources
+from utils.repairs import RepairChoice
 from utils.reporting.cards import change_in_words
 from utils.reporting.sweeps import earlier_rates, sweep_row, write_sweep
 from utils.results import Metric, Result
@@ -82,13 +88,17 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 SCORES_TYPE: ScoresType = "pure_ekfac"  # as in step 4, whose docstring lists them
 BOTTOM_K: PositiveInt = 20  # as in step 4
+TOP_K: PositiveInt | None = None  # as in step 4
 IF_WEIGHT: NonNegativeFloat = 10.0  # as in step 4
 HARMFUL_TOKENS_ONLY: bool = False  # as in step 4
 PRESERVE_PERPLEXITY: bool = False  # as in step 4
+PRESERVE_TASKS: bool = False  # as in step 4
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # as in step 4
 LEARNING_RATE: Literal["auto"] | NonNegativeFloat | Choices[NonNegativeFloat] = 0.05  # a number, a list (sweep), "auto"
+NUM_STEPS: PositiveInt = 1  # parts of the way from one gradient to the next; more than 1 goes beyond the paper
 PPL_BUDGET: PositiveFloat = 0.01  # for "auto": perplexity that a repair may cost, as a fraction
 NUM_VALIDATION_EXAMPLES: PositiveInt = 500  # for "auto": training dialogues that the cost is measured on, at most
+NUM_VALIDATION_PAIRS: PositiveInt = 1000  # for "auto": training pairs of a task that the gain is measured on, at most
 SAVE_TO_DISK: bool = True  # True writes the repaired checkpoint; False measures it only
 PUSH_TO_HUB: bool = False  # True uploads it; needs SAVE_TO_DISK, HUB_USERNAME and HUB_TOKEN in .env
 HUB_USERNAME: str | None = None  # owner of the hub repository
@@ -149,8 +159,10 @@ class SteppableModel:
     def __init__(self, settings: Settings, num_blocks: int) -> None:
         self.settings, self.num_blocks = settings, num_blocks
         self._repair: RepairRecord | None = None
+        self._learning_rate = 0.0
         self._gradients: Gradients = {}
         self._originals: Gradients = {}
+        self._gradient_here: Callable[[], Gradients] | None = None
 
     @cached_property
     def loaded(self) -> EvaluationModel:
@@ -168,9 +180,45 @@ class SteppableModel:
             ascend(model, self._gradients, 0.0, self._originals)  # undoes the last repair
             shapes = gradient_shapes(model, self.settings.MODEL_FAMILY, repair.num_blocks)
             self._repair, self._gradients = repair, repair.load_gradients(shapes)
-            self._originals = original_weights(model, self._gradients)
-        ascend(model, self._gradients, learning_rate, self._originals)
+            self._originals, self._learning_rate = original_weights(model, self._gradients), 0.0
+            self._gradient_here = None
+        if learning_rate != self._learning_rate:
+            self._go(repair, learning_rate)
+            self._learning_rate = learning_rate
         return self.loaded
+
+    def _go(self, repair: RepairRecord, learning_rate: float) -> None:
+        """Go NUM_STEPS equal parts of the way, each along the gradient of where it starts."""
+        num_steps = self.settings.NUM_STEPS if learning_rate else 1
+        ascend(self.loaded.model, self._gradients, learning_rate / num_steps, self._originals)
+        for _ in range(num_steps - 1):
+            if self._gradient_here is None:
+                self._gradient_here = gradient_function(repair, self.loaded)
+            here = original_weights(self.loaded.model, self._gradients)
+            ascend(self.loaded.model, self._gradient_here(), learning_rate / num_steps, here)
+
+
+def gradient_function(repair: RepairRecord, evaluated: EvaluationModel) -> Callable[[], Gradients]:
+    """Computes step 4's gradient of a repair at the weights that the model has by then.
+
+    Raises:
+        UserError: what step 4 chose the dialogues by has changed since, or is missing.
+    """
+    from tasks import BackwardTask  # these bring kronfluence, which a single step does without
+    from utils.influence.repair_gradient import repair_gradient
+    from utils.influence.traced_model import trace_model
+
+    artifacts = repair.artifacts.with_constants({**repair.gradient["settings"], "TOKENS_PER_BATCH": "auto"})
+    sources = choose_sources(artifacts, repair.task, retained=repair.gradient["retained"])
+    repair.require_sources(sources.fingerprints)
+    traced = trace_model(artifacts.settings, evaluated.model, evaluated.tokenizer, evaluated.trunk)
+    examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
+    task, scores_type = BackwardTask(list(traced.linears)), artifacts.settings.SCORES_TYPE
+
+    def gradient() -> Gradients:
+        return repair_gradient(traced, task, examples, sources, artifacts.factors(), scores_type)[0]
+
+    return gradient
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------
@@ -293,8 +341,7 @@ def checkpoint_names(settings: Settings) -> list[str]:
     """The names of the checkpoints to come; a rate that is yet to be searched for stands there at its longest."""
     rates = LONGEST_RATE if settings.LEARNING_RATE == "auto" else settings.LEARNING_RATE
     model = paths.model_short_name(settings.MODEL_NAME)
-    choices = (settings.PRESERVE_PERPLEXITY, settings.HARMFUL_TOKENS_ONLY)
-    repair = paths.repair_name(settings.SCORES_TYPE, settings.BOTTOM_K, settings.IF_WEIGHT, *choices)
+    repair = RepairChoice.of(settings).name
     return [
         paths.repaired_model_dir(settings.OUTPUT_DIR, task, model, repair, rate).name
         for task in tasks_of(settings.TASK_NAME)
@@ -306,6 +353,8 @@ def main(settings: Settings) -> None:
     """Repair for every task, and upload the checkpoints if asked to."""
     access = require_hub_access(settings, checkpoint_names(settings)) if settings.PUSH_TO_HUB else None
     artifacts = ModelArtifacts(settings, settings.MODEL_NAME)
+    for task in tasks_of(settings.TASK_NAME):
+        RepairChoice.of(settings).require_consistent(task)
     repairs = [RepairRecord(artifacts, task) for task in tasks_of(settings.TASK_NAME)]
     model = SteppableModel(settings, max(repair.num_blocks for repair in repairs))
     evaluator = Evaluator(settings, "test")
@@ -325,7 +374,7 @@ def main(settings: Settings) -> None:
 def tables_command(settings: Settings) -> str:
     """The command that compares all ways of choosing on this model."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
-    own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "HARMFUL_TOKENS_ONLY")
+    own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "PRESERVE_TASKS", "HARMFUL_TOKENS_ONLY", "NUM_STEPS")
     same = {name: [getattr(settings, name)] for name in own}
     same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)

@@ -30,12 +30,13 @@ from benchmarks.workload import Workload
 from dpp.greedy_dpp import FourierKernel, RBFKernel, greedy_dpp, median_heuristic_gamma
 from utils import paths, processes
 from utils.paths import STEP_1, STEP_2, STEP_4, STEP_5, STEP_6
+from utils.repairs import RepairChoice
 
 BOTTOM_K = 100
 LEARNING_RATES = [0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.012, 0.014]
 NUM_FEATURES, IF_WEIGHT, SEED = 2_048, 10.0, 42
 SUBSET = {"TASK_NAME": "combined", "SCORES_TYPE": "random", "BOTTOM_K": BOTTOM_K}  # of steps 4 and 5
-REPAIR = paths.repair_name("random", BOTTOM_K, IF_WEIGHT)
+REPAIR = RepairChoice("random", BOTTOM_K, IF_WEIGHT).name
 ADDED_UP_BYTES = 1 << 29
 PREPARED = "run"  # folder of the workload with the outputs of steps 1 and 4
 

@@ -19,9 +19,10 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
+import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.data_files import is_there, parse_json, read_text, shown_value
 from utils.performance_functions.hh import load_dialogues
+from utils.repairs import CONSTANTS, DIVERSE, RepairChoice
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
 from utils.reporting.html import write_report
@@ -77,8 +79,11 @@ SCORES_TYPES: Choices[ScoresType] = [  # methods, as in step 4
     "direct",
     "random",
 ]
+TOP_K: PositiveInt | None = None  # as in step 4
 HARMFUL_TOKENS_ONLY: Choices[bool] = [False]  # True: of chosen dialogues, only tokens with negative scores
 PRESERVE_PERPLEXITY: Choices[bool] = [False, True]  # False: the paper's direction; True: preserves perplexity
+PRESERVE_TASKS: Choices[bool] = [False]  # True: the direction that leaves the other tasks' measurements as they are
+NUM_STEPS: Choices[PositiveInt] = [1]  # parts of the way from one gradient to the next
 BOTTOM_K: Choices[PositiveInt] = [20, 5, 10, 40]  # the first in the main table, all in its ablation
 IF_WEIGHT: Choices[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0]  # likewise, for dpp
 ABLATED_SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp"]  # of SCORES_TYPES, in the ablation over BOTTOM_K
@@ -103,69 +108,54 @@ STEP_CONSTANTS += ("COMPUTE_PER_TOKEN_SCORES",)
 
 @dataclass(frozen=True)
 class RepairConfig:
-    """One repair of the grid, without the model and the seed."""
+    """One repair of the grid, without the model and the seed: what is repaired for, and how."""
 
     task: str
-    scores_type: str
-    preserve_perplexity: bool
-    bottom_k: int
-    if_weight: float
-    harmful_tokens_only: bool = False
-
-    @property
-    def name(self) -> str:
-        """The repair's name in paths."""
-        choices = (self.preserve_perplexity, self.harmful_tokens_only)
-        return paths.repair_name(self.scores_type, self.bottom_k, self.if_weight, *choices)
-
-    @property
-    def method(self) -> str:
-        """The method's name in tables."""
-        return self.scores_type + " + tokens" * self.harmful_tokens_only + " + preserve" * self.preserve_perplexity
+    choice: RepairChoice
 
     def matches(self, row: dict[str, Any]) -> bool:
         """Whether a `repair_row` is of this repair."""
-        return all(row[name] == value for name, value in vars(self).items())
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """The constants of steps 3 to 5 that make this repair, without TASK_NAME."""
-        return {
-            "SCORES_TYPE": self.scores_type,
-            "PRESERVE_PERPLEXITY": self.preserve_perplexity,
-            "HARMFUL_TOKENS_ONLY": self.harmful_tokens_only,
-            "BOTTOM_K": self.bottom_k,
-            "IF_WEIGHT": self.if_weight,
-        }
+        return row["task"] == self.task and all(row[name] == value for name, value in vars(self.choice).items())
 
 
 def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
-    """The repairs of the main table, at the first value of each list, and of each ablation over several values."""
-    bottom_k, if_weight, preserve = settings.BOTTOM_K[0], settings.IF_WEIGHT[0], settings.PRESERVE_PERPLEXITY[0]
-    tokens_only = settings.HARMFUL_TOKENS_ONLY[0]
+    """The repairs of the main table, at the first value of each list, and of each ablation over several values.
+
+    Choices that do not go together are left out.
+    """
+    variants = {
+        name: getattr(settings, CONSTANTS[name])
+        for name in ("harmful_tokens_only", "preserve_perplexity", "preserve_tasks", "num_steps")
+    }
+    first = {name: values[0] for name, values in variants.items()} | {"top_k": settings.TOP_K}
+    bottom_k, if_weight = settings.BOTTOM_K[0], settings.IF_WEIGHT[0]
     ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
+
+    def repairs(choices: Iterable[RepairChoice], tasks: Sequence[str]) -> list[RepairConfig]:
+        return [RepairConfig(task, choice) for choice in choices for task in tasks if choice.fits(task)]
+
+    every = [dict(zip(variants, values, strict=True)) for values in itertools.product(*variants.values())]
     grid = {
-        "main": [
-            RepairConfig(task, scores_type, preserves, bottom_k, if_weight, tokens)
-            for scores_type in settings.SCORES_TYPES
-            for tokens in (settings.HARMFUL_TOKENS_ONLY if scores_type != "direct" else [False])
-            for preserves in settings.PRESERVE_PERPLEXITY
-            for task in settings.TASKS
-        ]
+        "main": repairs(
+            (
+                RepairChoice(scores_type, bottom_k, if_weight, settings.TOP_K, **variant)
+                for scores_type in settings.SCORES_TYPES
+                for variant in every
+            ),
+            settings.TASKS,
+        )
     }
     if len(settings.BOTTOM_K) > 1:
-        grid["bottom_k"] = [
-            RepairConfig(task, scores_type, preserve, k, if_weight, tokens_only and scores_type != "direct")
+        ablated = [
+            RepairChoice(scores_type, k, if_weight, **first)
             for scores_type in settings.ABLATED_SCORES_TYPES
             for k in settings.BOTTOM_K
-            for task in ablated_tasks
         ]
+        grid["bottom_k"] = repairs(ablated, ablated_tasks)
     if len(settings.IF_WEIGHT) > 1:
-        grid["if_weight"] = [
-            RepairConfig(task, "dpp", preserve, bottom_k, weight, tokens_only)
-            for weight in settings.IF_WEIGHT
-            for task in ablated_tasks
-        ]
+        grid["if_weight"] = repairs(
+            [RepairChoice("dpp", bottom_k, weight, **first) for weight in settings.IF_WEIGHT], ablated_tasks
+        )
     return grid
 
 
@@ -184,22 +174,24 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
         common: constants that all steps share, with MODEL_NAME.
         learning_rate: LEARNING_RATE of step 5.
     """
-    scores_types = {repair.scores_type for repair in repairs}
+    choices = [repair.choice for repair in repairs]
+    scores_types = {choice.scores_type for choice in choices}
     run_script(STEP_1, common)
-    by_tokens = {strategy_of(repair.scores_type) for repair in repairs if repair.harmful_tokens_only}
+    by_tokens = {strategy_of(choice.scores_type) for choice in choices if choice.harmful_tokens_only}
     for strategy in sorted({*filter(None, map(strategy_of, scores_types))} - {"ekfac"}):
         # The report's colours are EKFAC's.
         run_script(STEP_1, common, FACTOR_STRATEGY=strategy, COMPUTE_PER_TOKEN_SCORES=strategy in by_tokens)
     by_answers = scores_types & {"representation", "mean_difference"}
-    if by_answers or "dpp" in scores_types:
+    if by_answers or scores_types & {*DIVERSE}:
         run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
     groups: dict[str, list[RepairConfig]] = {}
     for repair in repairs:
-        groups.setdefault(repair.name, []).append(repair)
+        groups.setdefault(repair.choice.name, []).append(repair)
     for group in groups.values():
-        constants = {**common, **group[0].constants}
+        choice = group[0].choice
+        constants = {**common, **choice.constants}
         for task_name in fewest_task_names(group):
-            if group[0].scores_type == "dpp":
+            if choice.scores_type in DIVERSE:
                 run_script(STEP_3, constants, TASK_NAME=task_name)
             run_script(STEP_4, constants, TASK_NAME=task_name)
             run_script(STEP_5, constants, TASK_NAME=task_name, LEARNING_RATE=learning_rate)
@@ -235,17 +227,18 @@ def repair_row(
         of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
-        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.name), STEP_5)
+        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.choice.name), STEP_5)
         learning_rate = search.load_json()["learning_rate"]
-    checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.name, learning_rate)
+    checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.choice.name, learning_rate)
     report = read_report(Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5))
     row = sweep_row(report)
     return {
         "model": model,
         "seed": seed,
-        **vars(repair),
-        "method": repair.method,
-        "repair": repair.name,
+        "task": repair.task,
+        **vars(repair.choice),
+        "method": repair.choice.method,
+        "repair": repair.choice.name,
         **mean_improvement(row, [task for task in TASK_NAMES if repair.task in (task, "combined")]),
         **row,
         "seconds": report["seconds"],
@@ -350,8 +343,8 @@ def main(settings: Settings) -> None:
     if any(settings.HARMFUL_TOKENS_ONLY) and not settings.COMPUTE_PER_TOKEN_SCORES:
         raise UserError("HARMFUL_TOKENS_ONLY = True needs COMPUTE_PER_TOKEN_SCORES = True, and that is False")
     known_harm, grid = read_known_harm(settings.HH_DATASET, num_dialogues), plan_grid(settings)
-    chosen = [repair for part in grid.values() for repair in part if repair.scores_type != "direct"]
-    require_enough(max((repair.bottom_k for repair in chosen), default=0), num_dialogues)
+    chosen = [repair.choice for part in grid.values() for repair in part if repair.choice.has_subset]
+    require_enough(max((choice.bottom_k for choice in chosen), default=0), num_dialogues)
     baselines = measure_baselines(settings)
     rows = run_everything(settings, grid)
     folder = paths.tables_dir(settings.OUTPUT_DIR)

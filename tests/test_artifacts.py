@@ -20,6 +20,7 @@ from utils.artifacts import Artifact
 from utils.console import UserError
 from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_if_changed, write_locked
 from utils.locks import locked
+from utils.repairs import RepairChoice
 from utils.tensors import require_finite
 
 STEP = "compute_factors_and_scores.py"
@@ -345,7 +346,7 @@ def test_to_json_is_readable_and_keeps_text():
 
 
 def repair(scores_type: str, if_weight: float = 10.0, preserve_perplexity: bool = False) -> str:
-    return paths.repair_name(scores_type, 100, if_weight, preserve_perplexity)
+    return RepairChoice(scores_type, 100, if_weight, preserve_perplexity=preserve_perplexity).name
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def contents(folder) -> dict[str, object]:
             found[name] = json.loads(file.read_text(encoding="utf-8"))
             if "manifest" in file.name:
                 found[name] = {
-                    key: found[name].get(key) for key in ("settings", "shapes", "alpha", "indices", "examples")
+                    key: found[name].get(key) for key in ("settings", "shapes", "alphas", "indices", "examples")
                 }
         elif file.is_file():
             found[name] = None

@@ -10,12 +10,12 @@ import torch
 from conftest import Workspace, contents
 from safetensors.torch import load_file
 
-from make_gradients import inner_product, preserving_direction
-from steps import load_script
 from utils.batching import LabelledSequence
 from utils.console import UserError
 from utils.files import read_json
+from utils.influence.conjugate_gradient import inner_products
 from utils.influence.preconditioning import Preconditioner
+from utils.influence.repair_gradient import preserving_direction, with_harmful_tokens
 from utils.influence.traced_model import Curvature
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
@@ -39,6 +39,10 @@ def gradient_of(workspace: Workspace, task: str, repair: str) -> tuple[dict[str,
     folder = f"ekfac_experiments/influence_results/{task}_{workspace.model.name}/query_grads_{repair}"
     file = workspace.output / folder / "aggregated_query_grads.safetensors"
     return load_file(file), read_json(file.with_name("aggregated_query_grads.manifest.json"))
+
+
+def inner_product(a, b) -> float:
+    return float(inner_products(a, b).sum())
 
 
 def token_losses(model, sequence) -> torch.Tensor:
@@ -70,7 +74,7 @@ def test_preserving_direction_is_its_formula():
     gradients = {"a": torch.randn(2, 4, 3), "b": torch.randn(2, 2, 5)}
     metric = {name: torch.rand(tensor.shape[1:]) + 0.1 for name, tensor in gradients.items()}
     preconditioned = {name: tensor * metric[name] for name, tensor in gradients.items()}
-    direction, alpha = preserving_direction(gradients, preconditioned)
+    direction, (alpha,) = preserving_direction(gradients, preconditioned)
     flat = {i: torch.cat([g[i].flatten() for g in gradients.values()]).double() for i in (0, 1)}
     step = {i: torch.cat([g[i].flatten() for g in preconditioned.values()]).double() for i in (0, 1)}
     assert alpha == pytest.approx(float(flat[1] @ step[0] / (flat[1] @ step[1])), rel=1e-6)
@@ -211,7 +215,7 @@ def test_harmful_tokens_need_token_scores_and_dialogues(traced, capsys, tmp_path
     common = ["--TASK_NAME", "bias", "--BOTTOM_K", 5, "--HARMFUL_TOKENS_ONLY", True]
     for more, line in (
         ([], "per_token_scores.safetensors is missing or incomplete; run compute_factors_and_scores.py"),
-        (["--SCORES_TYPE", "direct"], "HARMFUL_TOKENS_ONLY = True: SCORES_TYPE 'direct' has no dialogues"),
+        (["--SCORES_TYPE", "direct"], "HARMFUL_TOKENS_ONLY = True: SCORES_TYPE = 'direct' has no dialogues"),
     ):
         with pytest.raises(SystemExit) as stop:
             fresh.run(STEP_4, *common, *more)
@@ -243,20 +247,19 @@ def test_a_dialogue_without_harmful_tokens_does_not_dilute_the_mean():
     examples = [LabelledSequence(np.arange(4, dtype=np.int32), 1, 4)] * 3
     scores, offsets = torch.full((12,), -1.0), torch.tensor([0, 4, 8, 12])
     scores[4:8] = 1.0
-    harmful, counts = load_script(STEP_4).with_harmful_tokens(examples, [2, 1, 0], scores, offsets)
+    harmful, counts = with_harmful_tokens(examples, [2, 1, 0], scores, offsets)
     assert list(harmful) == [2, 0]
     assert counts == {"harmful": 6, "of": 9}
 
 
 def test_without_a_harmful_token_there_is_nothing_to_ascend():
     example = LabelledSequence(np.arange(6, dtype=np.int32), 2, 5)
-    step = load_script(STEP_4)
     offsets = torch.tensor([0, 6])
     scores = torch.tensor([-1.0, -1.0, 0.5, 0.0, -2.0, -1.0])
-    harmful, counts = step.with_harmful_tokens([example], [0], scores, offsets)
+    harmful, counts = with_harmful_tokens([example], [0], scores, offsets)
     assert harmful[0].is_counted.tolist() == [False, False, True]
     assert counts == {"harmful": 1, "of": 3}
     with pytest.raises(UserError, match="no token of the 1 chosen dialogues has a negative score"):
-        step.with_harmful_tokens([example], [0], scores.abs(), offsets)
+        with_harmful_tokens([example], [0], scores.abs(), offsets)
     with pytest.raises(UserError, match="7 tokens, and it has 6"):
-        step.with_harmful_tokens([example], [0], scores, torch.tensor([0, 7]))
+        with_harmful_tokens([example], [0], scores, torch.tensor([0, 7]))

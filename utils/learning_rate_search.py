@@ -189,10 +189,13 @@ def search_learning_rate(
         standard error, and the improvement of the training pairs, weighted over the tasks.
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
-    used = {*gradient["indices"], *gradient.get("retained", [])}
+    used = {row for name in ("indices", "helpful", "retained") for row in gradient[name]}
     rows = held_out_rows("validation", used, len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
     validation, data_dir = dialogues.at(rows), resolve_path(settings.DATA_DIR)
-    pairs = {name: MEASUREMENTS[name].load_pairs(data_dir, "train") for name in weights}
+    pairs = {
+        name: MEASUREMENTS[name].load_pairs(data_dir, "train").sample(settings.NUM_VALIDATION_PAIRS, settings.SEED)
+        for name in weights
+    }
     artifact = artifacts.learning_rate_search(
         task,
         gradient=gradient["fingerprint"],

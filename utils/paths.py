@@ -83,22 +83,6 @@ def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
 
 
-def repair_name(
-    scores_type: str,
-    bottom_k: int,
-    if_weight: float,
-    preserve_perplexity: bool = False,
-    harmful_tokens_only: bool = False,
-) -> str:
-    """The part of a name that identifies a repair of a task: `dpp_ifweight10_bottom100`, `direct_preserve`.
-
-    Only dpp depends on the weight of the influence term; "direct" has no subset.
-    """
-    weight = f"_ifweight{if_weight:g}" if scores_type == "dpp" else ""
-    subset = "" if scores_type == "direct" else f"_bottom{bottom_k}"
-    return f"{scores_type}{weight}{subset}{'_tokens' * harmful_tokens_only}{'_preserve' * preserve_perplexity}"
-
-
 def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
     """Step 1: kronfluence's factor files, shared by all tasks."""
     return _influence_dir(output_dir, seed) / model_name / f"factors_{strategy}{'_half' * half_precision}"
@@ -137,7 +121,7 @@ def dpp_file(output_dir: str | Path, task: str, model_name: str, bottom_k: int, 
 
 
 def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: str, seed: int) -> Path:
-    """Step 4: the repair gradient, one tensor for each traced module. `repair` is a `repair_name`."""
+    """Step 4: the repair gradient, one tensor for each traced module. `repair` is a `gradient_name`."""
     folder = _influence_dir(output_dir, seed) / f"{task}_{model_name}" / f"query_grads_{repair}"
     return folder / "aggregated_query_grads.safetensors"
 

@@ -20,7 +20,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts, Side
-from utils.settings import RankingType, Strategy, strategy_of, task_weights
+from utils.settings import RankingType, Strategy, ranking_of, strategy_of, task_weights
 
 INFLUENCE_TYPES = ("pure_ekfac", "ekfac_cg", "identity")
 Scored = tuple[torch.Tensor, dict[str, str]]  # scores (N,), fingerprints of what they come from
@@ -28,7 +28,7 @@ Scored = tuple[torch.Tensor, dict[str, str]]  # scores (N,), fingerprints of wha
 
 def own_strategy(scores_type: str) -> Strategy | None:
     """The FACTOR_STRATEGY whose scores a SCORES_TYPE takes whatever FACTOR_STRATEGY is; None if it takes that one's."""
-    return None if scores_type in ("pure_ekfac", "dpp") else strategy_of(scores_type)
+    return None if ranking_of(scores_type) == "pure_ekfac" else strategy_of(scores_type)
 
 
 def task_scores(artifacts: ModelArtifacts, scores_type: RankingType, task: str) -> Scored:

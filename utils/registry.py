@@ -20,6 +20,7 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
+from utils.repairs import TRAINED, RepairChoice
 from utils.settings import TASK_NAMES, RankingType, Settings, factors_for, strategy_of
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
@@ -78,9 +79,7 @@ class ModelArtifacts:
     @property
     def repair_name(self) -> str:
         """The name of the repair that the settings describe."""
-        s = self.settings
-        choices = (s.PRESERVE_PERPLEXITY, s.HARMFUL_TOKENS_ONLY)
-        return paths.repair_name(s.SCORES_TYPE, s.BOTTOM_K, s.IF_WEIGHT, *choices)
+        return RepairChoice.of(self.settings).name
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -154,9 +153,12 @@ class ModelArtifacts:
         Args:
             inputs: fingerprints. The writer gives all that the gradient is computed from, a reader `dataset`.
         """
-        path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.SEED)
-        of_subset = [] if self.settings.SCORES_TYPE == "direct" else ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"]
-        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_subset)
+        choice = RepairChoice.of(self.settings)
+        name = choice.gradient_name
+        path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, name, self.settings.SEED)
+        of_choice = ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"] * choice.has_subset
+        of_choice += ["BASELINE_STEPS", "BASELINE_RATE"] * (choice.scores_type in TRAINED)
+        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_choice)
         constants |= self._combination(task)
         return Artifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, to_json, write_if_changed
-from utils.paths import public_name
+from utils.manifests import differing_values
+from utils.paths import STEP_4, public_name
 from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
+from utils.repairs import DIVERSE, RepairChoice
 from utils.reporting.cards import repair_card
 from utils.results import Metric, Result, compare
 from utils.tensors import Shapes
@@ -47,7 +49,7 @@ class RepairRecord:
             UserError: its blocks, dialogues or seconds are not what step 4 writes.
         """
         total, facts = len(self.artifacts.dialogues), self.gradient
-        rows = [facts.get("indices"), facts.get("retained", [])]
+        rows = [facts.get(name) for name in ("indices", "helpful", "retained")]
         num_blocks, seconds = facts["settings"].get("NUM_BLOCKS"), facts.get("seconds")
         are_rows = all(
             isinstance(some, list) and all(type(row) is int and 0 <= row < total for row in some) for some in rows
@@ -56,6 +58,20 @@ class RepairRecord:
         if not (are_rows and is_count and isinstance(seconds, (int, float)) and isinstance(facts.get("shapes"), dict)):
             path = shown_path(self._gradients.manifest_path)
             raise UserError(f"{path} does not say what step 4 writes; {self._gradients.remedy}")
+
+    def require_sources(self, fingerprints: dict[str, str]) -> None:
+        """Check that the gradient would be computed from the same dialogues and pairs today.
+
+        Raises:
+            UserError: scores, a subset or pairs have been made anew since.
+        """
+        differences = differing_values({name: self.gradient["inputs"].get(name) for name in fingerprints}, fingerprints)
+        if differences:
+            raise UserError(
+                f"{shown_path(self._gradients.path)} was made from other dialogues, scores or pairs than are there now "
+                f"({'; '.join(differences)}), and NUM_STEPS > 1 takes the gradient again; run {STEP_4} with "
+                "OVERWRITE = True"
+            )
 
     def load_gradients(self, shapes: Shapes) -> dict[str, torch.Tensor]:
         """G by dotted module name.
@@ -100,17 +116,20 @@ class RepairRecord:
             after: results of the repaired model.
             search: how the learning rate was found, if it was searched for.
         """
-        settings, measurements = self.artifacts.settings, {}
+        settings, choice, measurements = self.artifacts.settings, RepairChoice.of(self.artifacts.settings), {}
         for metric, result in before.items():
             measurements |= compare(metric, result.losses, after[metric].losses)
         return {
             "model": public_name(settings.MODEL_NAME),
             "task": self.task,
-            "scores_type": settings.SCORES_TYPE,
-            "if_weight": settings.IF_WEIGHT if settings.SCORES_TYPE == "dpp" else None,
+            "scores_type": choice.scores_type,
+            "if_weight": choice.if_weight if choice.scores_type in DIVERSE else None,
             "bottom_k": len(self.gradient["indices"]),
-            "preserve_perplexity": settings.PRESERVE_PERPLEXITY,
-            "harmful_tokens_only": settings.HARMFUL_TOKENS_ONLY,
+            "top_k": len(self.gradient["helpful"]),
+            "preserve_perplexity": choice.preserve_perplexity,
+            "preserve_tasks": choice.preserve_tasks,
+            "harmful_tokens_only": choice.harmful_tokens_only,
+            "num_steps": choice.num_steps,
             "learning_rate": learning_rate,
             "num_blocks": self.num_blocks,
             "seconds": self.gradient["seconds"] + (search["seconds"] if search else 0),

@@ -12,23 +12,25 @@ from utils.console import UserError, shown_path
 from utils.paths import STEP_3
 from utils.rankings import ranking_scores
 from utils.registry import ModelArtifacts
+from utils.repairs import DIVERSE, RepairChoice
+from utils.settings import ranking_of
 
 
 def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
-    """Rows of the training dialogues to unlearn, by SCORES_TYPE; none for "direct".
+    """Rows of the training dialogues to unlearn, by SCORES_TYPE; none where it chooses no subset.
 
     Raises:
         UserError: the scores or indices that SCORES_TYPE needs are missing or broken.
     """
     settings, total = artifacts.settings, len(artifacts.dialogues)
-    if settings.SCORES_TYPE == "direct":
+    if not RepairChoice.of(settings).has_subset:
         return []
     require_enough(settings.BOTTOM_K, total)
     if settings.SCORES_TYPE == "random":
         return random_subset(total, settings.BOTTOM_K, settings.SEED)
-    if settings.SCORES_TYPE == "dpp":
+    if settings.SCORES_TYPE in DIVERSE:
         return diverse_subset(artifacts, task)
-    scores, _ = ranking_scores(artifacts, task, settings.SCORES_TYPE)
+    scores, _ = ranking_scores(artifacts, task, ranking_of(settings.SCORES_TYPE))
     return most_harmful(scores, settings.BOTTOM_K)
 
 
@@ -79,13 +81,13 @@ def held_out_rows(
     return sorted(free[: min(count, len(free) // 2)])
 
 
-def require_enough(bottom_k: int, num_examples: int) -> None:
-    """Check that BOTTOM_K does not exceed the number of training examples.
+def require_enough(count: int, num_examples: int, constant: str = "BOTTOM_K") -> None:
+    """Check that a constant does not exceed the number of training examples.
 
     Raises:
-        UserError: BOTTOM_K is larger than the training split.
+        UserError: it is larger than the training split.
     """
-    if bottom_k > num_examples:
+    if count > num_examples:
         raise UserError(
-            f"BOTTOM_K = {bottom_k}: there are {num_examples} training examples; allowed: 1 to {num_examples}"
+            f"{constant} = {count}: there are {num_examples} training examples; allowed: 1 to {num_examples}"
         )

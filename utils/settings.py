@@ -103,7 +103,26 @@ Family = Literal["auto", "pythia", "qwen"]
 Strategy = Literal["ekfac", "kfac", "diagonal", "identity", "ekfac_cg"]
 RankingType = Literal["pure_ekfac", "ekfac_cg", "identity", "representation", "mean_difference", "bm25"]
 ScoresType = Literal[
-    "pure_ekfac", "dpp", "random", "ekfac_cg", "identity", "representation", "mean_difference", "bm25", "direct"
+    "pure_ekfac",
+    "dpp",
+    "random",
+    "contrast",
+    "weighted",
+    "dpp_weighted",
+    "direct",
+    "ekfac_cg",
+    "identity",
+    "representation",
+    "mean_difference",
+    "bm25",
+    "ga",
+    "ga_kl",
+    "npo",
+    "task_vector",
+    "dpo",
+    "sft_pairs",
+    "descent",
+    "direct_shuffled",
 ]
 TrackerName = Literal["trackio", "wandb"]
 
@@ -125,9 +144,17 @@ def factors_for(strategy: Strategy) -> Strategy:
     return "ekfac" if strategy == "ekfac_cg" else strategy
 
 
+def ranking_of(scores_type: ScoresType) -> RankingType | None:
+    """The ranking that a SCORES_TYPE takes its dialogues from; None if from none."""
+    if scores_type in ("random", "descent", "direct", "direct_shuffled", "dpo", "sft_pairs"):
+        return None
+    return scores_type if scores_type in typing.get_args(RankingType) else "pure_ekfac"
+
+
 def strategy_of(scores_type: ScoresType) -> Strategy | None:
     """The FACTOR_STRATEGY of step 1 whose scores a SCORES_TYPE ranks by, unless told another; None if by none."""
-    return {"pure_ekfac": "ekfac", "dpp": "ekfac", "ekfac_cg": "ekfac_cg", "identity": "identity"}.get(scores_type)
+    by_ranking = {"pure_ekfac": "ekfac", "ekfac_cg": "ekfac_cg", "identity": "identity"}
+    return by_ranking.get(ranking_of(scores_type))
 
 
 def tasks_of(task_name: str) -> list[str]:

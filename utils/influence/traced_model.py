@@ -153,15 +153,22 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
     if settings.USE_HALF_PRECISION and device.type != "cuda":
         raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
     loaded = load_model(model, device, settings.DEVICE == SPREAD, settings.NUM_BLOCKS)
-    linears = traced_linears(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
     trunk = Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
+    return trace_model(settings, loaded, load_tokenizer(model, loaded), trunk)
+
+
+def trace_model(
+    settings: Settings, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trunk: Trunk
+) -> TracedModel:
+    """Trace the Linears of a model's last NUM_BLOCKS blocks, all of which are above the trunk."""
+    linears = traced_linears(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
     return TracedModel(
         model=trunk.tail,
         linears=linears,
         curvature=Curvature(
             factors_for(settings.FACTOR_STRATEGY), settings.DAMPING_FACTOR, settings.USE_HALF_PRECISION
         ),
-        tokenizer=load_tokenizer(model, loaded),
+        tokenizer=tokenizer,
         tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears.values())),
         cache=HiddenStateCache(trunk),
     )

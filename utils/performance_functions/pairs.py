@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -62,6 +63,20 @@ class AnswerPairs:
 
     def __iter__(self) -> Iterator[AnswerPair]:
         return iter(self.pairs)
+
+    def sample(self, count: int, seed: int) -> AnswerPairs:
+        """At most `count` of the pairs, whole clusters as far as they fit: a seeded sample, in the order of the data.
+
+        Questions are left out.
+        """
+        if len(self) <= count:
+            return self
+        rows_of: dict[str, list[int]] = {}
+        for row, cluster in enumerate(self.clusters):
+            rows_of.setdefault(cluster, []).append(row)
+        order = random.Random(f"pairs {seed}").sample(list(rows_of), len(rows_of))
+        rows = sorted([row for cluster in order for row in rows_of[cluster]][:count])
+        return AnswerPairs([self.pairs[row] for row in rows], [self.clusters[row] for row in rows], self.split_rule)
 
     @cached_property
     def fingerprint(self) -> str:

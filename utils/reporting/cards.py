@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from utils.paths import may_be_hub_id, public_name
+from utils.repairs import TRAINED, WITHOUT_CURVATURE
 from utils.reporting.escaping import markdown_text
 from utils.reporting.tables import format_number, markdown_table, with_interval
 
@@ -36,16 +37,35 @@ def _joined(paragraphs: Iterable[str | None]) -> str:
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
+WITHOUT_DIALOGUES = {  # what the step goes along, by scores_type
+    "direct": "down the measurement itself, without any training dialogue",
+    "direct_shuffled": "down the measurement with the prompts of other pairs, a control",
+    "weighted": "that counts every training dialogue by its influence score, harmful ones up and helpful ones down",
+}
+
+
 def _step_in_words(report: dict[str, Any]) -> str:
-    if report["scores_type"] == "direct":
-        step = "One natural-gradient step down the measurement itself, without any training dialogue"
+    kind, num_steps = report["scores_type"], report["num_steps"]
+    step = "One step" if num_steps == 1 else f"{num_steps} steps"
+    step += (
+        " along a change of weights"
+        if kind in TRAINED
+        else ""
+        if kind in WITHOUT_CURVATURE
+        else " of a natural gradient"
+    )
+    what = "the tokens with negative scores of " if report["harmful_tokens_only"] else ""
+    if kind in TRAINED:
+        step += f" that the baseline `{kind}` trained"
+    elif kind in WITHOUT_DIALOGUES:
+        step += f" {WITHOUT_DIALOGUES[kind]}"
+    elif kind == "descent":
+        step += f" down the loss of {report['top_k']} random training dialogues, a control"
     else:
-        what = "the tokens with negative scores of " if report.get("harmful_tokens_only") else ""
-        step = (
-            f"One natural-gradient step up the loss of {what}{report['bottom_k']} training dialogues, chosen by "
-            f"`{report['scores_type']}`"
-        )
+        step += f" up the loss of {what}{report['bottom_k']} training dialogues, chosen by `{kind}`"
+        step += f", and down that of the {report['top_k']} most helpful" * bool(report["top_k"])
     kept = " To first order it leaves the loss of other training dialogues unchanged." * report["preserve_perplexity"]
+    kept += " To first order it leaves the other measurements unchanged." * report["preserve_tasks"]
     return f"{step}, at learning rate {report['learning_rate']:g}.{kept}"
 
 

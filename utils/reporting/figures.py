@@ -18,13 +18,24 @@ if TYPE_CHECKING:
 
 FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
     "pure_ekfac": ("#e76f51", "o"),
+    "dpp_weighted": ("#4f772d", "p"),  # before "dpp", with which it begins
     "dpp": ("#264653", "s"),
+    "contrast": ("#f4a261", "*"),
+    "weighted": ("#e9c46a", "d"),
     "ekfac_cg": ("#c1121f", "h"),
     "identity": ("#8a5fbf", "D"),
     "representation": ("#3a86c8", "v"),
     "mean_difference": ("#5c7cfa", "<"),
     "bm25": ("#b08900", "X"),
+    "direct_shuffled": ("#84a98c", "P"),
     "direct": ("#2a9d8f", "P"),
+    "ga_kl": ("#7f5539", ">"),
+    "ga": ("#b08968", ">"),
+    "npo": ("#9d4edd", "1"),
+    "task_vector": ("#c77dff", "2"),
+    "dpo": ("#0077b6", "3"),
+    "sft_pairs": ("#00b4d8", "4"),
+    "descent": ("#666666", "x"),
     "random": ("#999999", "^"),
 }
 
@@ -44,7 +55,7 @@ class RepairPoint:
 
     Attributes:
         panel: title of the panel it belongs to.
-        line: label of its line: begins with the SCORES_TYPE, and ends with `preserve` where perplexity is preserved.
+        line: label of its line: begins with the SCORES_TYPE, and has `_preserve` where something is preserved.
     """
 
     panel: str
@@ -85,7 +96,7 @@ def repairs_figure(points: Sequence[RepairPoint], budget_percent: float, path: P
         panel.axvspan(-1e3, budget_percent, color="#2a9d8f", alpha=0.10, lw=0)
         panel.axhline(0, color="#999999", lw=0.8)
         for line in lines:
-            hollow = {"markerfacecolor": "white", "ls": "--"} if line.endswith("preserve") else {}
+            hollow = {"markerfacecolor": "white", "ls": "--"} if "_preserve" in line else {}
             costs, cost_bars = _bars([point.cost for point in shown if point.line == line])
             gains, gain_bars = _bars([point.improvement for point in shown if point.line == line])
             panel.errorbar(costs, gains, gain_bars, cost_bars, elinewidth=0.6, **_line_style(line), **hollow)

@@ -16,6 +16,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.rankings import combined_token_scores, load_token_scores
 from utils.registry import SCORES_TENSOR
+from utils.repairs import DIVERSE
 from utils.reporting.figures import is_whole_picture
 from utils.reporting.html import STRONGEST, Completion, Example, Picture, Report, Subset
 from utils.reporting.tables import Row, Table
@@ -29,7 +30,7 @@ INTRODUCTION = (
     "An improvement in one measurement does not make a model safe: look at what a repair did to the other tasks, and "
     "read what it unlearned."
 )
-NOTES = {  # how each SCORES_TYPE chooses its dialogues; "direct" has none
+NOTES = {  # how each SCORES_TYPE that has a subset chooses its dialogues
     "pure_ekfac": "The most negative influence scores, most harmful first.",
     "dpp": "The greedy picks in order, diverse and harmful; gains are what each pick added to the objective.",
     "ekfac_cg": "The most negative influence scores with the Gauss-Newton matrix itself as curvature.",
@@ -37,6 +38,9 @@ NOTES = {  # how each SCORES_TYPE chooses its dialogues; "direct" has none
     "representation": "The dialogues most similar to the task's untrustworthy answers in representation space.",
     "mean_difference": "The dialogues that lie towards the task's untrustworthy and away from its trustworthy answers.",
     "bm25": "The dialogues worded like the task's untrustworthy and unlike its trustworthy answers.",
+    "contrast": "The most negative influence scores, whose loss goes up; that of the most helpful goes down.",
+    "dpp_weighted": "The greedy picks in order, each unlearned by its score.",
+    **dict.fromkeys(("ga", "ga_kl", "npo", "task_vector"), "The most negative influence scores, most harmful first."),
     "random": "A seeded uniform sample, for comparison.",
 }
 
@@ -162,7 +166,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
     subsets = []
     for row in rows:
         gains: dict[str, list[float]] = {}
-        if row["scores_type"] == "dpp":
+        if row["scores_type"] in DIVERSE:
             location = (row["task"], row["model"], row["bottom_k"], row["if_weight"])
             picks = Artifact(paths.dpp_file(settings.OUTPUT_DIR, *location), paths.STEP_3).load_json()
             gains = {name: picks[f"{name}_gains"] for name in ("diversity", "influence")}

@@ -1,0 +1,126 @@
+"""What makes up a repair beside its model, task and learning rate: which choices go together, and its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from utils.console import UserError
+from utils.settings import ScoresType, Settings
+
+DIVERSE = ("dpp", "dpp_weighted")  # by step 3
+OF_PAIRS = ("direct", "direct_shuffled", "dpo", "sft_pairs")  # look at the answer pairs, at no dialogue
+TRAINED = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs")  # changes of weights that an optimizer made
+WITHOUT_CURVATURE = ("ga", *TRAINED)
+WITHOUT_SUBSET = (*OF_PAIRS, "weighted", "descent")
+WITH_TOP_K = ("contrast", "descent")
+WITH_RETAINED = ("ga_kl", "npo")  # dialogues that a term of the loss keeps as they are
+HELPFUL_FOR_EACH_HARMFUL = 5  # dialogues, where TOP_K is None
+
+# The constants of steps 4 and 5 that a choice stands for.
+CONSTANTS = {
+    "scores_type": "SCORES_TYPE",
+    "bottom_k": "BOTTOM_K",
+    "if_weight": "IF_WEIGHT",
+    "top_k": "TOP_K",
+    "harmful_tokens_only": "HARMFUL_TOKENS_ONLY",
+    "preserve_perplexity": "PRESERVE_PERPLEXITY",
+    "preserve_tasks": "PRESERVE_TASKS",
+    "num_steps": "NUM_STEPS",
+}
+
+
+@dataclass(frozen=True)
+class RepairChoice:
+    """A way to repair a model, by the constants of steps 4 and 5 (`CONSTANTS`)."""
+
+    scores_type: ScoresType
+    bottom_k: int
+    if_weight: float = 10.0
+    top_k: int | None = None
+    harmful_tokens_only: bool = False
+    preserve_perplexity: bool = False
+    preserve_tasks: bool = False
+    num_steps: int = 1
+
+    @classmethod
+    def of(cls, settings: Settings) -> RepairChoice:
+        """The choice that a script's constants make; step 4 has no NUM_STEPS."""
+        known = {name: constant for name, constant in CONSTANTS.items() if hasattr(settings, constant)}
+        return cls(**{name: getattr(settings, constant) for name, constant in known.items()})
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constants of steps 3 to 5 that make this choice."""
+        return {constant: getattr(self, name) for name, constant in CONSTANTS.items()}
+
+    @property
+    def has_subset(self) -> bool:
+        """Whether BOTTOM_K dialogues are unlearned."""
+        return self.scores_type not in WITHOUT_SUBSET
+
+    @property
+    def num_helpful(self) -> int:
+        """Number of dialogues whose loss goes down."""
+        return self.top_k or HELPFUL_FOR_EACH_HARMFUL * self.bottom_k
+
+    @property
+    def gradient_name(self) -> str:
+        """The part of a path that identifies step 4's gradient of a task: `dpp_ifweight10_bottom100`.
+
+        Numbers that a way of choosing does not depend on are left out.
+        """
+        weight = f"_ifweight{self.if_weight:g}" if self.scores_type in DIVERSE else ""
+        subset = f"_bottom{self.bottom_k}" if self.has_subset else ""
+        helpful = f"_top{self.num_helpful}" if self.scores_type in WITH_TOP_K else ""
+        kept = "_preserve" * self.preserve_perplexity + "_preservetasks" * self.preserve_tasks
+        return f"{self.scores_type}{weight}{subset}{helpful}{'_tokens' * self.harmful_tokens_only}{kept}"
+
+    @property
+    def name(self) -> str:
+        """The part of a path that identifies step 5's repair of a task, at any learning rate."""
+        return self.gradient_name + (f"_steps{self.num_steps}" if self.num_steps > 1 else "")
+
+    @property
+    def method(self) -> str:
+        """The method's name in tables."""
+        steps = f" in {self.num_steps} steps" if self.num_steps > 1 else ""
+        kept = " + preserve" * self.preserve_perplexity + " + preserve tasks" * self.preserve_tasks
+        return self.scores_type + " + tokens" * self.harmful_tokens_only + kept + steps
+
+    def require_consistent(self, task: str) -> None:
+        """Check that the choices go together.
+
+        Raises:
+            UserError: names the constant that does not fit SCORES_TYPE or the task.
+        """
+        of_type = f"SCORES_TYPE = {self.scores_type!r}"
+        if self.harmful_tokens_only and (not self.has_subset or self.scores_type in (*TRAINED, "contrast")):
+            raise UserError(
+                f"HARMFUL_TOKENS_ONLY = True: {of_type} has no dialogues of which tokens could be left out; set it to "
+                "False, or choose by another SCORES_TYPE, such as 'pure_ekfac'"
+            )
+        if self.scores_type in WITHOUT_CURVATURE and (self.preserve_perplexity or self.preserve_tasks):
+            constant = "PRESERVE_PERPLEXITY" if self.preserve_perplexity else "PRESERVE_TASKS"
+            raise UserError(
+                f"{constant} = True: {of_type} does without the curvature in which a direction preserves anything; set "
+                "it to False, or choose another SCORES_TYPE"
+            )
+        if self.preserve_tasks and task == "combined":
+            raise UserError(
+                "PRESERVE_TASKS = True: TASK_NAME = 'combined' repairs for all tasks and leaves none to be preserved; "
+                "set it to False, or TASK_NAME to bias, ethics, truth or all"
+            )
+        if self.scores_type in TRAINED and self.num_steps > 1:
+            raise UserError(
+                f"NUM_STEPS = {self.num_steps}: {of_type} is a change of weights that step 4 trained in BASELINE_STEPS "
+                "steps; allowed is 1"
+            )
+
+    def fits(self, task: str) -> bool:
+        """Whether the choices go together for a task."""
+        try:
+            self.require_consistent(task)
+        except UserError:
+            return False
+        return True
