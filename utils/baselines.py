@@ -1,0 +1,338 @@
+"""Unlearning and preference baselines: published losses, by which the traced Linears alone are trained.
+
+    ga_kl        up the loss of the subset, while the model's distribution on retained dialogues stays
+    npo          negative preference optimization of the subset, with the loss of retained dialogues
+    dpo          direct preference optimization of the training pairs' answers
+    sft_pairs    fine-tuning on the pairs' trustworthy answers
+    task_vector  minus what fine-tuning on the subset changes
+
+Each ends in a change of weights, which step 5 scales within a perplexity budget like any repair gradient. All that is
+below the traced blocks is constant: it runs once for each sequence, as long as memory allows (utils/trunk.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint as recompute
+
+from utils.batching import IGNORED_LABEL, Batch, LabelledSequence, plan_batches
+from utils.console import UserError, progress_bar
+from utils.forward import output_logits
+from utils.influence.traced_model import Gradients, TracedModel
+from utils.performance_functions.losses import SequenceNLL, label_hidden_states, logit_chunks, sequence_nll
+from utils.trunk import HiddenStateCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASELINES = ("ga_kl", "npo", "dpo", "sft_pairs", "task_vector")
+BETA = 0.1  # of DPO (Rafailov et al. 2023, section 6) and NPO (Zhang et al. 2024, section 5)
+SUBSET_SIZE = 32  # dialogues to unlearn in a minibatch, at most
+OTHERS_SIZE = 16  # retained dialogues, or pairs, in a minibatch, at most
+
+
+@dataclass(frozen=True)
+class BaselineData:
+    """What the baselines are trained on.
+
+    Attributes:
+        subset: K dialogues to unlearn.
+        retained: other training dialogues.
+        chosen: the trustworthy answer of each of P training pairs, after its prompt.
+        rejected: the untrustworthy answers, in the same order.
+        weights: (P,) of the pairs; they sum to 1, and are 1 / P for a single task.
+    """
+
+    subset: list[LabelledSequence]
+    retained: list[LabelledSequence]
+    chosen: list[LabelledSequence]
+    rejected: list[LabelledSequence]
+    weights: np.ndarray
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def npo_losses(log_ratios: torch.Tensor, beta: float = BETA) -> torch.Tensor:
+    """Negative preference optimization (Zhang et al. 2024, equation 3): (2 / beta) log(1 + (pi / pi_ref)^beta).
+
+    As beta goes to 0, its gradient becomes that of log pi, which is gradient ascent on the NLL.
+
+    Args:
+        log_ratios: (B,) log pi(y | x) - log pi_ref(y | x) of whole completions y, in nats.
+
+    Returns:
+        (B,).
+    """
+    return 2 / beta * F.softplus(beta * log_ratios)
+
+
+def dpo_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = BETA) -> torch.Tensor:
+    """Direct preference optimization (Rafailov et al. 2023, equation 7): -log sigmoid(beta (chosen - rejected)).
+
+    Args:
+        chosen: (P,) log pi(y | x) - log pi_ref(y | x) of the chosen answers, in nats.
+        rejected: (P,) the same of the rejected answers.
+
+    Returns:
+        (P,), log 2 where pi is pi_ref.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def divergences_from(model: PreTrainedModel, reference: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """KL(p_reference || p) at each position, the regulariser of Yao et al. (2023, equation 4).
+
+    The logits of a chunk of positions are in memory at a time; the backward pass computes them again.
+
+    Args:
+        reference: (n, hidden size) the reference model's states, ready for the output embedding, which both share.
+        states: (n, hidden size) those of the model in training.
+
+    Returns:
+        (n,) nats, differentiable in `states`.
+    """
+
+    def of_chunk(reference: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        at_least_float32 = torch.promote_types(states.dtype, torch.float32)
+        before, now = (output_logits(model, s).to(at_least_float32).log_softmax(dim=1) for s in (reference, states))
+        return F.kl_div(now, before, log_target=True, reduction="none").sum(dim=1)
+
+    chunks = list(logit_chunks(states, model.get_output_embeddings().weight)) or [slice(0)]
+    return torch.cat([recompute(of_chunk, reference[chunk], states[chunk], use_reentrant=False) for chunk in chunks])
+
+
+# -- the weights in training -------------------------------------------------------------------------------------------
+
+
+class TrainedLinears:
+    """The traced Linears, whose weights and biases are exchanged for copies while they train.
+
+    The original tensors are never written to, so that they are the reference model, and are put back bit for bit.
+    """
+
+    def __init__(self, traced: TracedModel) -> None:
+        self.traced = traced
+        pairs = [(linear.weight, linear.bias) for linear in traced.linears.values()]
+        self.parameters = [parameter for pair in pairs for parameter in pair if parameter is not None]
+        self.originals = [parameter.data for parameter in self.parameters]
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Within this context the parameters are copies that take gradients; afterwards all is as before."""
+        required = [parameter.requires_grad for parameter in self.parameters]
+        try:
+            self._exchange([original.clone() for original in self.originals])
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            self._exchange(self.originals)
+            for parameter, was_required in zip(self.parameters, required, strict=True):
+                parameter.requires_grad_(was_required)
+                parameter.grad = None
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Within this context, which has no gradients, the model is the one that training began with."""
+        trained = [parameter.data for parameter in self.parameters]
+        try:
+            self._exchange(self.originals)
+            with torch.no_grad():
+                yield
+        finally:
+            self._exchange(trained)
+
+    def weights(self) -> Gradients:
+        """Copies of the weights, (1, out, in) or (1, out, in + 1) with the bias last, by dotted name."""
+        return {
+            name: torch.cat([linear.weight, *([] if linear.bias is None else [linear.bias[:, None]])], 1).detach()[None]
+            for name, linear in self.traced.linears.items()
+        }
+
+    def _exchange(self, tensors: list[torch.Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters, tensors, strict=True):
+            parameter.data = tensor
+
+
+# -- minibatches -------------------------------------------------------------------------------------------------------
+
+
+class Minibatches:
+    """Items (dialogues, or the two answers of a pair) in minibatches, in a seeded order that starts again at its end.
+
+    The minibatches are the same in every round and of equal size, to within one item. In each, an item's weight is
+    multiplied by the number M of minibatches, so that the mean over a round is the whole weighted sum:
+    1/M sum_b sum_{i in b} M w_i l_i = sum_i w_i l_i.
+
+    A minibatch is divided into batches within the token budget, whose losses add up. They recur, so that their hidden
+    states are found in the cache. Every process iterates over all of them.
+
+    Args:
+        items: each of the same number of sequences, which stay together, one after the other.
+        size: items in a minibatch, at most.
+        weights: (N,) of the items; by default 1 / N.
+    """
+
+    def __init__(
+        self,
+        traced: TracedModel,
+        items: Sequence[tuple[LabelledSequence, ...]],
+        size: int,
+        seed: int,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        if not items:
+            raise UserError("there are no dialogues or pairs to train on: choose another SCORES_TYPE or BOTTOM_K")
+        self.per_item, number = len(items[0]), -(-len(items) // size)
+        self.cache = traced.cache and HiddenStateCache(traced.cache.trunk)
+        weights = np.full(len(items), 1 / len(items)) if weights is None else weights
+        self.loader = replace(traced, cache=self.cache).loader(
+            [sequence for item in items for sequence in item],
+            cached=True,
+            weights=np.repeat(number * weights, self.per_item),
+        )
+        lengths = [self.per_item * max(len(sequence.input_ids) for sequence in item) for item in items]
+        order = np.random.default_rng(seed).permutation(len(items))
+        self.minibatches = [
+            [part[batch] for batch in plan_batches([lengths[item] for item in part], traced.tokens_per_batch)]
+            for part in np.array_split(order, number)
+        ]
+
+    def of_step(self, step: int) -> Iterator[Batch]:
+        """The batches of one minibatch, as BatchLoader makes them; the rows of an item follow each other."""
+        for items in self.minibatches[step % len(self.minibatches)]:
+            rows = items[:, None] * self.per_item + np.arange(self.per_item)
+            yield self.loader._collate(rows.flatten().tolist())  # iterating would share batches out among processes
+
+    def release(self) -> None:
+        """Give the memory of the cached hidden states back."""
+        if self.cache:
+            self.cache.release()
+
+
+# -- the baselines -----------------------------------------------------------------------------------------------------
+
+
+class Term(NamedTuple):
+    """A part of a baseline's loss: its minibatches, and what each of their batches adds to it."""
+
+    minibatches: Minibatches
+    loss_of: Callable[[Batch], torch.Tensor]
+
+
+def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int) -> list[Term]:
+    """The loss of a baseline, as a sum of terms.
+
+    "ga_kl" is gradient ascent with the regulariser of Yao et al. (2023), as in TOFU (Maini et al. 2024, section 4);
+    "npo" has the retain term of Zhang et al. (2024), "task_vector" is Ilharco et al. (2023), negated when it is done.
+    Retained dialogues count equally in "npo", and so do their tokens in "ga_kl".
+    """
+    traced = trained.traced
+    model, autocast, device = traced.model, traced.curvature.autocast, traced.model.device
+    reference_totals: dict[tuple[int, ...], torch.Tensor] = {}  # by the rows of a batch, each computed once
+
+    def nll(batch: Batch) -> SequenceNLL:
+        with autocast(device):
+            return sequence_nll(model, batch)
+
+    def log_ratios(batch: Batch) -> torch.Tensor:
+        rows = tuple(batch["index"].tolist())
+        if rows not in reference_totals:
+            with trained.as_reference():
+                reference_totals[rows] = nll(batch).total
+        return reference_totals[rows] - nll(batch).total  # (B,) log pi - log pi_ref
+
+    def mean_nll(batch: Batch) -> torch.Tensor:
+        return batch["weight"] @ nll(batch).mean
+
+    def ascent(batch: Batch) -> torch.Tensor:
+        return -mean_nll(batch)
+
+    def npo(batch: Batch) -> torch.Tensor:
+        return batch["weight"] @ npo_losses(log_ratios(batch))
+
+    def dpo(batch: Batch) -> torch.Tensor:
+        chosen, rejected = log_ratios(batch).unflatten(0, (-1, 2)).unbind(dim=1)
+        return batch["weight"][::2] @ dpo_losses(chosen, rejected)
+
+    def divergence(batch: Batch) -> torch.Tensor:
+        is_label = batch["labels"][:, 1:] != IGNORED_LABEL
+        with trained.as_reference(), autocast(device):
+            reference, rows = label_hidden_states(model, batch, is_label)
+        with autocast(device):  # another context: within one, casts of the reference's weights could be found again
+            states, _ = label_hidden_states(model, batch, is_label)
+            return batch["weight"][rows] @ divergences_from(model, reference, states)
+
+    def dialogues(sequences: list[LabelledSequence], size: int, weights: np.ndarray | None = None) -> Minibatches:
+        return Minibatches(traced, [(sequence,) for sequence in sequences], size, seed, weights)
+
+    if name == "dpo":
+        pairs = list(zip(data.chosen, data.rejected, strict=True))
+        return [Term(Minibatches(traced, pairs, OTHERS_SIZE, seed, data.weights), dpo)]
+    if name == "sft_pairs":
+        return [Term(dialogues(data.chosen, OTHERS_SIZE, data.weights), mean_nll)]
+    subset = dialogues(data.subset, SUBSET_SIZE)
+    if name == "task_vector":
+        return [Term(subset, mean_nll)]
+    if name == "npo":
+        return [Term(subset, npo), Term(dialogues(data.retained, OTHERS_SIZE), mean_nll)]
+    if name == "ga_kl":
+        num_labels = sum(sequence.num_labels for sequence in data.retained)
+        by_token = np.full(len(data.retained), 1 / max(1, num_labels))
+        return [Term(subset, ascent), Term(dialogues(data.retained, OTHERS_SIZE, by_token), divergence)]
+    raise ValueError(f"no baseline {name!r}; there are {', '.join(BASELINES)}")
+
+
+def trained_change(
+    name: str, traced: TracedModel, data: BaselineData, num_steps: int, learning_rate: float, seed: int
+) -> Gradients:
+    """theta_T - theta_0 after T steps of AdamW on a baseline's loss, and its negative for "task_vector".
+
+    AdamW (Loshchilov and Hutter 2019) with PyTorch's defaults, without weight decay, at a constant learning rate. The
+    model is the same before and afterwards, also after an error. Several processes each do the whole of it.
+
+    Args:
+        name: one of BASELINES.
+        seed: of the order of minibatches.
+
+    Returns:
+        (1, out, in), or (1, out, in + 1) with the bias last, for each traced Linear.
+
+    Raises:
+        UserError: the loss is not finite, or there is nothing to train on.
+    """
+    trained = TrainedLinears(traced)
+    before, terms = trained.weights(), loss_terms(name, trained, data, seed)
+    try:
+        with trained.training(), progress_bar(num_steps, name, "steps") as bar:
+            optimizer = torch.optim.AdamW(trained.parameters, lr=learning_rate, weight_decay=0.0)
+            for step in range(num_steps):
+                optimizer.zero_grad()
+                total = torch.zeros((), dtype=torch.float64)
+                for term in terms:
+                    for batch in term.minibatches.of_step(step):
+                        loss = term.loss_of(batch)
+                        loss.backward()
+                        total += loss.detach().cpu()
+                if not total.isfinite():
+                    raise UserError(
+                        f"SCORES_TYPE = {name!r}: the loss is {float(total)} at step {step + 1} of BASELINE_STEPS = "
+                        f"{num_steps}; choose a smaller BASELINE_RATE than {learning_rate:g}, or fewer steps"
+                    )
+                optimizer.step()
+                bar.set_postfix_str(f"loss {float(total):.3f}", refresh=False)
+                bar.update()
+            after = trained.weights()
+    finally:
+        for term in terms:
+            term.minibatches.release()
+    sign = -1 if name == "task_vector" else 1
+    return {name: (sign * (after[name] - before[name])).to(traced.curvature.dtype) for name in before}
