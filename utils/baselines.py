@@ -12,9 +12,8 @@ below the traced blocks is constant: it runs once for each sequence, as long as 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,12 +21,12 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint as recompute
 
-from utils.batching import IGNORED_LABEL, Batch, LabelledSequence, plan_batches
+from utils.batching import IGNORED_LABEL, Batch, LabelledSequence
 from utils.console import UserError, progress_bar
 from utils.forward import output_logits
 from utils.influence.traced_model import Gradients, TracedModel
+from utils.influence.training import Minibatches, TrainedLinears
 from utils.performance_functions.losses import SequenceNLL, label_hidden_states, logit_chunks, sequence_nll
-from utils.trunk import HiddenStateCache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,115 +108,6 @@ def divergences_from(model: PreTrainedModel, reference: torch.Tensor, states: to
     return torch.cat([recompute(of_chunk, reference[chunk], states[chunk], use_reentrant=False) for chunk in chunks])
 
 
-# -- the weights in training -------------------------------------------------------------------------------------------
-
-
-class TrainedLinears:
-    """The traced Linears, whose weights and biases are exchanged for copies while they train.
-
-    The original tensors are never written to, so that they are the reference model, and are put back bit for bit.
-    """
-
-    def __init__(self, traced: TracedModel) -> None:
-        self.traced = traced
-        pairs = [(linear.weight, linear.bias) for linear in traced.linears.values()]
-        self.parameters = [parameter for pair in pairs for parameter in pair if parameter is not None]
-        self.originals = [parameter.data for parameter in self.parameters]
-
-    @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Within this context the parameters are copies that take gradients; afterwards all is as before."""
-        required = [parameter.requires_grad for parameter in self.parameters]
-        try:
-            self._exchange([original.clone() for original in self.originals])
-            for parameter in self.parameters:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            self._exchange(self.originals)
-            for parameter, was_required in zip(self.parameters, required, strict=True):
-                parameter.requires_grad_(was_required)
-                parameter.grad = None
-
-    @contextlib.contextmanager
-    def as_reference(self) -> Iterator[None]:
-        """Within this context, which has no gradients, the model is the one that training began with."""
-        trained = [parameter.data for parameter in self.parameters]
-        try:
-            self._exchange(self.originals)
-            with torch.no_grad():
-                yield
-        finally:
-            self._exchange(trained)
-
-    def weights(self) -> Gradients:
-        """Copies of the weights, (1, out, in) or (1, out, in + 1) with the bias last, by dotted name."""
-        return {
-            name: torch.cat([linear.weight, *([] if linear.bias is None else [linear.bias[:, None]])], 1).detach()[None]
-            for name, linear in self.traced.linears.items()
-        }
-
-    def _exchange(self, tensors: list[torch.Tensor]) -> None:
-        for parameter, tensor in zip(self.parameters, tensors, strict=True):
-            parameter.data = tensor
-
-
-# -- minibatches -------------------------------------------------------------------------------------------------------
-
-
-class Minibatches:
-    """Items (dialogues, or the two answers of a pair) in minibatches, in a seeded order that starts again at its end.
-
-    The minibatches are the same in every round and of equal size, to within one item. In each, an item's weight is
-    multiplied by the number M of minibatches, so that the mean over a round is the whole weighted sum:
-    1/M sum_b sum_{i in b} M w_i l_i = sum_i w_i l_i.
-
-    A minibatch is divided into batches within the token budget, whose losses add up. They recur, so that their hidden
-    states are found in the cache. Every process iterates over all of them.
-
-    Args:
-        items: each of the same number of sequences, which stay together, one after the other.
-        size: items in a minibatch, at most.
-        weights: (N,) of the items; by default 1 / N.
-    """
-
-    def __init__(
-        self,
-        traced: TracedModel,
-        items: Sequence[tuple[LabelledSequence, ...]],
-        size: int,
-        seed: int,
-        weights: np.ndarray | None = None,
-    ) -> None:
-        if not items:
-            raise UserError("there are no dialogues or pairs to train on: choose another SCORES_TYPE or BOTTOM_K")
-        self.per_item, number = len(items[0]), -(-len(items) // size)
-        self.cache = traced.cache and HiddenStateCache(traced.cache.trunk)
-        weights = np.full(len(items), 1 / len(items)) if weights is None else weights
-        self.loader = replace(traced, cache=self.cache).loader(
-            [sequence for item in items for sequence in item],
-            cached=True,
-            weights=np.repeat(number * weights, self.per_item),
-        )
-        lengths = [self.per_item * max(len(sequence.input_ids) for sequence in item) for item in items]
-        order = np.random.default_rng(seed).permutation(len(items))
-        self.minibatches = [
-            [part[batch] for batch in plan_batches([lengths[item] for item in part], traced.tokens_per_batch)]
-            for part in np.array_split(order, number)
-        ]
-
-    def of_step(self, step: int) -> Iterator[Batch]:
-        """The batches of one minibatch, as BatchLoader makes them; the rows of an item follow each other."""
-        for items in self.minibatches[step % len(self.minibatches)]:
-            rows = items[:, None] * self.per_item + np.arange(self.per_item)
-            yield self.loader._collate(rows.flatten().tolist())  # iterating would share batches out among processes
-
-    def release(self) -> None:
-        """Give the memory of the cached hidden states back."""
-        if self.cache:
-            self.cache.release()
-
-
 # -- the baselines -----------------------------------------------------------------------------------------------------
 
 
@@ -251,17 +141,17 @@ def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int
         return reference_totals[rows] - nll(batch).total  # (B,) log pi - log pi_ref
 
     def mean_nll(batch: Batch) -> torch.Tensor:
-        return batch["weight"] @ nll(batch).mean
+        return (batch["weight"] * nll(batch).mean).sum()
 
     def ascent(batch: Batch) -> torch.Tensor:
         return -mean_nll(batch)
 
     def npo(batch: Batch) -> torch.Tensor:
-        return batch["weight"] @ npo_losses(log_ratios(batch))
+        return (batch["weight"] * npo_losses(log_ratios(batch))).sum()
 
     def dpo(batch: Batch) -> torch.Tensor:
         chosen, rejected = log_ratios(batch).unflatten(0, (-1, 2)).unbind(dim=1)
-        return batch["weight"][::2] @ dpo_losses(chosen, rejected)
+        return (batch["weight"][::2] * dpo_losses(chosen, rejected)).sum()
 
     def divergence(batch: Batch) -> torch.Tensor:
         is_label = batch["labels"][:, 1:] != IGNORED_LABEL
@@ -269,7 +159,7 @@ def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int
             reference, rows = label_hidden_states(model, batch, is_label)
         with autocast(device):  # another context: within one, casts of the reference's weights could be found again
             states, _ = label_hidden_states(model, batch, is_label)
-            return batch["weight"][rows] @ divergences_from(model, reference, states)
+            return (batch["weight"][rows] * divergences_from(model, reference, states)).sum()
 
     def dialogues(sequences: list[LabelledSequence], size: int, weights: np.ndarray | None = None) -> Minibatches:
         return Minibatches(traced, [(sequence,) for sequence in sequences], size, seed, weights)
