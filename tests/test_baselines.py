@@ -9,13 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import OWN_LOGITS, make_model
 
-from utils import baselines
+from utils import baselines, processes
 from utils.baselines import BASELINES, BaselineData, dpo_losses, npo_losses, trained_change
 from utils.console import UserError
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.influence.training import Minibatches, TrainedLinears
 from utils.models import load_model, load_tokenizer
+from utils.performance_functions import losses
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.trunk import HiddenStateCache, Trunk
@@ -41,11 +43,12 @@ def subject(request, tiny_models):
 
 @pytest.fixture
 def data(tiny_models, small_data) -> BaselineData:
-    """Dialogues of many lengths, one of them without a label; half of another one's tokens count."""
+    """Dialogues of many lengths, two of them without a label; half of another one's tokens count."""
     sequences = tokenize_dialogues(
         load_dialogues(str(small_data / "hh"), "train"), load_tokenizer(str(tiny_models["pythia"]))
     )
-    sequences[3] = replace(sequences[3], label_start=len(sequences[3].input_ids))
+    for row in (3, 9):  # of the subset and of the retained ones
+        sequences[row] = replace(sequences[row], label_start=len(sequences[row].input_ids))
     stretch = sequences[8].label_end - sequences[8].label_start
     sequences[8] = replace(sequences[8], is_counted=np.arange(stretch) % 2 == 0)
     weights = np.linspace(1, 3, 7)
@@ -70,8 +73,8 @@ def log_probabilities(model, sequence) -> torch.Tensor:
 
 
 def mean_loss(model, sequences) -> torch.Tensor:
-    nll = [-log_probabilities(model, sequence) for sequence in sequences]
-    return sum(losses.sum() / max(1, len(losses)) for losses in nll) / len(sequences)
+    token_nll = [-log_probabilities(model, sequence) for sequence in sequences]
+    return sum(nll.sum() / max(1, len(nll)) for nll in token_nll) / len(sequences)
 
 
 def plain_loss(name: str, model, reference, data: BaselineData) -> torch.Tensor:
@@ -85,8 +88,8 @@ def plain_loss(name: str, model, reference, data: BaselineData) -> torch.Tensor:
             total, count = total + (before.exp() * (before - now)).sum(), count + len(now)
         return total / count - mean_loss(model, data.subset)
     if name == "npo":
-        losses = [2 / BETA * torch.log(1 + ratio(sequence).exp() ** BETA) for sequence in data.subset]
-        return sum(losses) / len(losses) + mean_loss(model, data.retained)
+        by_dialogue = [2 / BETA * torch.log(1 + ratio(sequence).exp() ** BETA) for sequence in data.subset]
+        return sum(by_dialogue) / len(by_dialogue) + mean_loss(model, data.retained)
     if name == "dpo":
         margins = [BETA * (ratio(c) - ratio(r)) for c, r in zip(data.chosen, data.rejected, strict=True)]
         return -sum(w * torch.log(torch.sigmoid(m)) for w, m in zip(data.weights, margins, strict=True))
@@ -150,6 +153,16 @@ def test_without_a_trunk_the_training_is_the_same(tiny_models, data):
     cached = trained_change("npo", traced, data, STEPS, RATE, seed=0)
     whole = trained_change("npo", replace(traced, model=model, cache=None), data, STEPS, RATE, seed=0)
     assert relative_difference(whole, cached) < 1e-6
+
+
+@pytest.mark.parametrize("own", ["gemma2", "cohere"])
+def test_the_divergence_is_that_of_the_models_own_logits(own, tmp_path, data, monkeypatch):
+    """Chunks of a few positions, of models that cap or scale their logits."""
+    config, more = OWN_LOGITS[own]
+    model, traced = make_traced(make_model(tmp_path, config, **more))
+    monkeypatch.setattr(losses, "LOGIT_BYTES_ON_CPU", 1 << 16)
+    ours = trained_change("ga_kl", traced, data, STEPS, RATE, seed=0)
+    assert relative_difference(ours, plain_change("ga_kl", model, traced.linears, data)) < 1e-4
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -216,11 +229,11 @@ def test_the_trunk_runs_once_for_each_sequence(subject, data, monkeypatch):
 
 def test_dpo_begins_at_log_2(subject, data, monkeypatch):
     _, traced = subject
-    losses = []
+    seen = []
     original = baselines.dpo_losses
-    monkeypatch.setattr(baselines, "dpo_losses", lambda *ratios: (losses.append(original(*ratios)), losses[-1])[1])
+    monkeypatch.setattr(baselines, "dpo_losses", lambda *ratios: (seen.append(original(*ratios)), seen[-1])[1])
     trained_change("dpo", traced, data, 1, RATE, seed=0)
-    assert torch.cat(losses).tolist() == pytest.approx([math.log(2)] * 7, abs=1e-12)
+    assert torch.cat(seen).tolist() == pytest.approx([math.log(2)] * 7, abs=1e-12)
     assert dpo_losses(torch.tensor([2.0]), torch.tensor([-1.0]), 0.5).item() == pytest.approx(
         math.log(1 + math.exp(-1.5))
     )
@@ -257,6 +270,27 @@ def test_a_seed_gives_the_same_change(name, tiny_models, data):
     first, second, other = (trained_change(name, traced, many, 2, RATE, seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[module], second[module]) for module in first)
     assert not all(torch.equal(first[module], other[module]) for module in first)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_each_of_several_processes_does_all_of_it(name, subject, data, monkeypatch):
+    _, traced = subject
+    alone = trained_change(name, traced, data, STEPS, RATE, seed=0)
+    monkeypatch.setattr(processes, "_world", processes._World(rank=1, size=3))  # no group: a collective would fail
+    of_three = trained_change(name, traced, data, STEPS, RATE, seed=0)
+    assert all(torch.equal(alone[module], of_three[module]) for module in alone)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_half_precision_goes_the_same_way(name, tiny_models, data):
+    """bfloat16 in forward and backward passes, weights and their changes in float32."""
+    _, traced = make_traced(tiny_models["qwen"], torch.float32)
+    full = trained_change(name, traced, data, STEPS, RATE, seed=0)
+    half = replace(traced, curvature=Curvature(half_precision=True))
+    ours = trained_change(name, half, data, STEPS, RATE, seed=0)
+    assert all(change.dtype == torch.float32 for change in ours.values())
+    flat = [torch.cat([changes[module].flatten() for module in full]) for changes in (full, ours)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.8
 
 
 def test_two_blocks_are_trained(tiny_models, data):

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BASELINES = ("ga_kl", "npo", "dpo", "sft_pairs", "task_vector")
-BETA = 0.1  # of DPO (Rafailov et al. 2023, section 6) and NPO (Zhang et al. 2024, section 5)
+BETA = 0.1  # of DPO (the default of Rafailov et al. 2023) and NPO (Zhang et al. 2024)
 SUBSET_SIZE = 32  # dialogues to unlearn in a minibatch, at most
 OTHERS_SIZE = 16  # retained dialogues, or pairs, in a minibatch, at most
 
@@ -60,7 +60,7 @@ class BaselineData:
 
 
 def npo_losses(log_ratios: torch.Tensor, beta: float = BETA) -> torch.Tensor:
-    """Negative preference optimization (Zhang et al. 2024, equation 3): (2 / beta) log(1 + (pi / pi_ref)^beta).
+    """Negative preference optimization (Zhang et al. 2024): (2 / beta) log(1 + (pi / pi_ref)^beta).
 
     As beta goes to 0, its gradient becomes that of log pi, which is gradient ascent on the NLL.
 
@@ -87,7 +87,7 @@ def dpo_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = BETA)
 
 
 def divergences_from(model: PreTrainedModel, reference: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """KL(p_reference || p) at each position, the regulariser of Yao et al. (2023, equation 4).
+    """KL(p_reference || p) at each position: what keeps normal text as it is in Yao et al. (2023).
 
     The logits of a chunk of positions are in memory at a time; the backward pass computes them again.
 
@@ -121,9 +121,15 @@ class Term(NamedTuple):
 def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int) -> list[Term]:
     """The loss of a baseline, as a sum of terms.
 
-    "ga_kl" is gradient ascent with the regulariser of Yao et al. (2023), as in TOFU (Maini et al. 2024, section 4);
-    "npo" has the retain term of Zhang et al. (2024), "task_vector" is Ilharco et al. (2023), negated when it is done.
-    Retained dialogues count equally in "npo", and so do their tokens in "ga_kl".
+    Lbar is the mean NLL of a dialogue's label tokens, S the subset, R the retained dialogues, theta_0 the weights at
+    the beginning; the ratios of `npo_losses` and `dpo_losses` are to the model with theta_0.
+
+        ga_kl        -mean_S Lbar + KL(p_theta_0 || p_theta), the mean over all label tokens of R   (Yao et al. 2023;
+                     KL minimization of TOFU, Maini et al. 2024)
+        npo          mean_S npo_losses + mean_R Lbar             (Zhang et al. 2024, with their retain loss)
+        dpo          sum_p w_p dpo_losses                        (Rafailov et al. 2023)
+        sft_pairs    sum_p w_p Lbar(chosen_p)
+        task_vector  mean_S Lbar, whose change is negated later  (Ilharco et al. 2023)
     """
     traced = trained.traced
     model, autocast, device = traced.model, traced.curvature.autocast, traced.model.device
@@ -206,12 +212,12 @@ def trained_change(
             optimizer = torch.optim.AdamW(trained.parameters, lr=learning_rate, weight_decay=0.0)
             for step in range(num_steps):
                 optimizer.zero_grad()
-                total = torch.zeros((), dtype=torch.float64)
+                total = traced.zeros()
                 for term in terms:
                     for batch in term.minibatches.of_step(step):
                         loss = term.loss_of(batch)
                         loss.backward()
-                        total += loss.detach().cpu()
+                        total += loss.detach()
                 if not total.isfinite():
                     raise UserError(
                         f"SCORES_TYPE = {name!r}: the loss is {float(total)} at step {step + 1} of BASELINE_STEPS = "
@@ -225,4 +231,4 @@ def trained_change(
         for term in terms:
             term.minibatches.release()
     sign = -1 if name == "task_vector" else 1
-    return {name: (sign * (after[name] - before[name])).to(traced.curvature.dtype) for name in before}
+    return {module: (sign * (after[module] - before[module])).to(traced.curvature.dtype) for module in before}
