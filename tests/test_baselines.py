@@ -12,7 +12,7 @@ import torch
 from conftest import OWN_LOGITS, make_model
 
 from utils import baselines, processes
-from utils.baselines import BASELINES, BaselineData, dpo_losses, npo_losses, trained_change
+from utils.baselines import BaselineData, dpo_losses, npo_losses, trained_change
 from utils.console import UserError
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.influence.training import Minibatches, TrainedLinears
@@ -20,6 +20,7 @@ from utils.models import load_model, load_tokenizer
 from utils.performance_functions import losses
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
+from utils.repairs import TRAINED
 from utils.trunk import HiddenStateCache, Trunk
 
 CPU = torch.device("cpu")
@@ -137,7 +138,7 @@ def is_untouched(model, before) -> bool:
 # -- the tests ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_baseline_is_plain_training(name, subject, data):
     model, traced = subject
     before = state(model)
@@ -165,7 +166,7 @@ def test_the_divergence_is_that_of_the_models_own_logits(own, tmp_path, data, mo
     assert relative_difference(ours, plain_change("ga_kl", model, traced.linears, data)) < 1e-4
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_padding_and_the_token_budget_do_not_matter(name, subject, data):
     _, traced = subject
     alone, together = (
@@ -262,7 +263,7 @@ def test_npo_tends_to_gradient_ascent_as_beta_goes_to_0(subject, data):
         assert apart.norm() < 0.02 * ascent.norm(), "not in direction alone"
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_seed_gives_the_same_change(name, tiny_models, data):
     _, traced = make_traced(tiny_models["pythia"], torch.float32)
     many = replace(data, subset=data.subset * 6, chosen=data.chosen * 3, rejected=data.rejected * 3)
@@ -272,7 +273,7 @@ def test_a_seed_gives_the_same_change(name, tiny_models, data):
     assert not all(torch.equal(first[module], other[module]) for module in first)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_each_of_several_processes_does_all_of_it(name, subject, data, monkeypatch):
     _, traced = subject
     alone = trained_change(name, traced, data, STEPS, RATE, seed=0)
@@ -281,7 +282,7 @@ def test_each_of_several_processes_does_all_of_it(name, subject, data, monkeypat
     assert all(torch.equal(alone[module], of_three[module]) for module in alone)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_half_precision_goes_the_same_way(name, tiny_models, data):
     """bfloat16 in forward and backward passes, weights and their changes in float32."""
     _, traced = make_traced(tiny_models["qwen"], torch.float32)

@@ -265,3 +265,20 @@ def test_more_helpful_dialogues_than_there_are(plain, capsys):
         with pytest.raises(SystemExit):
             plain.workspace.run(STEP_4, *arguments, "--SCORES_TYPE", scores_type)
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scores_type", TRAINED)
+def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
+    workspace, choice = plain.workspace, RepairChoice(scores_type, 5)
+    common = ["--TASK_NAME", "combined", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 5, "--TASK_WEIGHTS", 1, 0.5, 0]
+    workspace.run(STEP_4, *common, "--BASELINE_STEPS", 3, "--BASELINE_RATE", 1e-3, "--NUM_RETAIN_EXAMPLES", 9)
+    change, manifest = gradient_of(workspace, "combined", choice.name)
+    assert manifest["settings"]["BASELINE_STEPS"] == 3
+    assert len(manifest["indices"]) == (0 if scores_type in ("dpo", "sft_pairs") else 5)
+    assert len(manifest["retained"]) == (9 if scores_type in ("ga_kl", "npo") else 0)
+    workspace.run(STEP_5, *common, "--LEARNING_RATE", 0.5)
+    folder = workspace.output / "gradient_ascent_models"
+    repaired = load_model(str(folder / f"combined_{workspace.model.name}_{choice.name}_lr0.5"), CPU)
+    for module, value in change.items():
+        before, after = (model.get_submodule(module) for model in (plain.model, repaired))
+        torch.testing.assert_close(after.weight, before.weight + 0.5 * value[0, :, : before.in_features])

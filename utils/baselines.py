@@ -26,12 +26,15 @@ from utils.console import UserError, progress_bar
 from utils.forward import output_logits
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.influence.training import Minibatches, TrainedLinears
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.losses import SequenceNLL, label_hidden_states, logit_chunks, sequence_nll
+from utils.performance_functions.pairs import tokenize_pairs
+from utils.repair_sources import RepairSources
+from utils.repairs import TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BASELINES = ("ga_kl", "npo", "dpo", "sft_pairs", "task_vector")
 BETA = 0.1  # of DPO (the default of Rafailov et al. 2023) and NPO (Zhang et al. 2024)
 SUBSET_SIZE = 32  # dialogues to unlearn in a minibatch, at most
 OTHERS_SIZE = 16  # retained dialogues, or pairs, in a minibatch, at most
@@ -54,6 +57,22 @@ class BaselineData:
     chosen: list[LabelledSequence]
     rejected: list[LabelledSequence]
     weights: np.ndarray
+
+
+def baseline_data(traced: TracedModel, examples: list[LabelledSequence], sources: RepairSources) -> BaselineData:
+    """What the baselines are trained on, from what a repair is computed from.
+
+    The pairs of several measurements count by their weights, each measurement's alike.
+    """
+    chosen, rejected, weights, total = [], [], [], sum(sources.measurements.values())
+    for name, weight in sources.measurements.items():
+        if name in sources.pairs:
+            pairs = tokenize_pairs(sources.pairs[name], traced.tokenizer, MEASUREMENTS[name].max_tokens)
+            chosen += [pairs.sequences[position] for position in pairs.chosen]
+            rejected += [pairs.sequences[position] for position in pairs.rejected]
+            weights += [weight / total / len(pairs.chosen)] * len(pairs.chosen)
+    subset, retained = ([examples[row] for row in rows] for rows in (sources.indices, sources.retained))
+    return BaselineData(subset, retained, chosen, rejected, np.array(weights))
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -184,7 +203,7 @@ def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int
         num_labels = sum(sequence.num_labels for sequence in data.retained)
         by_token = np.full(len(data.retained), 1 / max(1, num_labels))
         return [Term(subset, ascent), Term(dialogues(data.retained, OTHERS_SIZE, by_token), divergence)]
-    raise ValueError(f"no baseline {name!r}; there are {', '.join(BASELINES)}")
+    raise ValueError(f"no baseline {name!r}; there are {', '.join(TRAINED)}")
 
 
 def trained_change(
@@ -196,7 +215,7 @@ def trained_change(
     model is the same before and afterwards, also after an error. Several processes each do the whole of it.
 
     Args:
-        name: one of BASELINES.
+        name: one of TRAINED.
         seed: of the order of minibatches.
 
     Returns:
