@@ -31,10 +31,13 @@ Without curvature, and but for "ga" trained by AdamW for BASELINE_STEPS steps (u
     ga_kl            the same in several steps, with a KL term on retained dialogues
     npo              negative preference optimisation on them, with a term for retained dialogues
     task_vector      minus the change that fine-tuning on them makes
-    dpo, sft_pairs   preference optimisation on the training pairs, or fine-tuning on their trustworthy answers
+    dpo              direct preference optimisation on the training pairs
+    sft_pairs        fine-tuning on their trustworthy answers
 
-Controls: "descent" lowers the loss of TOP_K random dialogues, "direct_shuffled" is "direct" with the prompts of other
-pairs, which leaves only the style of good answers to learn.
+Controls:
+
+    descent          down the loss of TOP_K random dialogues
+    direct_shuffled  "direct" with the prompts of other pairs, which leaves only the style of good answers to learn
 
 With HARMFUL_TOKENS_ONLY, Lbar is the mean over those tokens of a chosen dialogue whose own scores are negative. With
 PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed, with PRESERVE_TASKS

@@ -186,7 +186,7 @@ KILLS: dict[str, tuple[str, Kill]] = {
     "between representations and manifest": (STEP_2, at_rename("pythia-tiny_sumreps.manifest.json")),
     "between two tasks' subsets": (STEP_3, at_call(in_script(STEP_3), "greedy_dpp", 2)),
     "between subset and manifest": (STEP_3, at_rename("ethics_pythia-tiny_indices_5_ifweight10.manifest.json")),
-    "between two tasks' gradients": (STEP_4, at_call(in_script(STEP_4), "subset_gradient", 2)),
+    "between two tasks' gradients": (STEP_4, at_call(in_script(STEP_4), "make_gradient", 2)),
     "between gradient and manifest": (STEP_4, at_rename("aggregated_query_grads.manifest.json", 3)),
     "before a checkpoint is saved": (STEP_5, at_call(lambda: PreTrainedModel, "save_pretrained", 2)),
     "before a checkpoint gets its name": (STEP_5, at_rename(REPAIRED)),

@@ -76,7 +76,7 @@ RUNS = {  # together they take every branch that reads a constant
     STEP_1: [["--COMPUTE_PER_TOKEN_SCORES", "True"], ["--FACTOR_STRATEGY", "ekfac_cg", "--CG_ITERATIONS", "2"]],
     STEP_2: [["--ANSWERS_OF", "bias"]],
     STEP_3: [[*COMBINED, "--KERNEL", "rff"]],
-    STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "direct"]],
+    STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "npo"]],
     STEP_5: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True", "--LEARNING_RATE", "auto"]],
     **{script: [[]] for script in STEP_6.values()},
 }
@@ -103,7 +103,7 @@ def test_a_script_uses_each_of_its_constants(shared_workspace, script):
 
 # --------------------------------------------------------------------------------------------------------- layers
 
-SCRIPT_PACKAGES = {"steps", "data", "dpp", "representations", "evaluation_scripts", "benchmarks"}
+SCRIPT_PACKAGES = {"steps", "data", "dpp", "representations", "evaluation_scripts", "benchmarks", "studies"}
 STEP_MODULES = {STEP_1[:-3], STEP_4[:-3], STEP_5[:-3]}
 
 

@@ -24,6 +24,7 @@ from utils.files import read_json
 from utils.models import load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.rankings import load_token_scores
+from utils.repairs import RepairChoice
 from utils.reporting import grid_report
 from utils.reporting.figures import FIGURE_STYLES, ablation_figure
 from utils.reporting.sweeps import draw_overview, earlier_rates, write_sweep
@@ -256,7 +257,7 @@ def test_latex_escapes_and_aligns():
 def test_every_way_of_choosing_can_be_drawn_and_explained(tmp_path):
     scores_types = set(typing.get_args(ScoresType))
     assert set(FIGURE_STYLES) == scores_types
-    assert set(grid_report.NOTES) == scores_types - {"direct"}
+    assert set(grid_report.NOTES) == {name for name in scores_types if RepairChoice(name, 1).has_subset}
     rows = [make_row(method=f"{name} + preserve", if_weight=w) for name in scores_types for w in (0.0, 10.0)]
     ablation_figure(rows, "if_weight", tmp_path / "figures" / "if_weight.png")
     assert [file.name for file in (tmp_path / "figures").iterdir()] == ["if_weight.png"]
@@ -294,7 +295,7 @@ def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_pa
 
 def test_as_few_runs_as_name_the_tasks():
     def configs(*tasks):
-        return [RepairConfig(task, "dpp", False, 5, 1.0) for task in tasks]
+        return [RepairConfig(task, RepairChoice("dpp", 5, 1.0)) for task in tasks]
 
     assert fewest_task_names(configs("bias", "ethics", "truth", "combined")) == ["all", "combined"]
     assert fewest_task_names(configs("truth", "bias", "truth")) == ["truth", "bias"]
@@ -484,10 +485,10 @@ def test_harmful_tokens_are_an_axis_of_the_grid():
     defaults = {name: getattr(paper_tables, name) for name in paper_tables.__annotations__}
     chosen = {"HARMFUL_TOKENS_ONLY": [True, False], "SCORES_TYPES": ["pure_ekfac", "direct"]}
     grid = paper_tables.plan_grid(Settings(**{**defaults, **chosen}))
-    tokens = {(repair.scores_type, repair.harmful_tokens_only) for repair in grid["main"]}
+    tokens = {(repair.choice.scores_type, repair.choice.harmful_tokens_only) for repair in grid["main"]}
     assert tokens == {("pure_ekfac", True), ("pure_ekfac", False), ("direct", False)}
-    assert all(repair.harmful_tokens_only for repair in grid["bottom_k"])
-    assert {repair.method for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}
+    assert all(repair.choice.harmful_tokens_only for repair in grid["bottom_k"])
+    assert {repair.choice.method for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}
 
 
 def test_token_scores_that_are_not_of_these_dialogues_are_refused(tmp_path):
@@ -502,7 +503,7 @@ def test_only_the_scores_that_are_shown_or_ascended_are_split_over_tokens(monkey
     ran = []
     monkeypatch.setattr(paper_tables, "run_script", lambda name, common, **own: ran.append((name, {**common, **own})))
     repairs = [
-        paper_tables.RepairConfig("bias", name, False, 3, 10.0, tokens)
+        paper_tables.RepairConfig("bias", RepairChoice(name, 3, harmful_tokens_only=tokens))
         for name, tokens in (("pure_ekfac", True), ("identity", False), ("ekfac_cg", True))
     ]
     paper_tables.run_grid({"COMPUTE_PER_TOKEN_SCORES": True}, repairs, "auto")
