@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint as recompute
 
 from utils.batching import IGNORED_LABEL, Batch, LabelledSequence
 from utils.console import UserError, progress_bar
@@ -108,7 +107,7 @@ def dpo_losses(chosen: torch.Tensor, rejected: torch.Tensor, beta: float = BETA)
 def divergences_from(model: PreTrainedModel, reference: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """KL(p_reference || p) at each position: what keeps normal text as it is in Yao et al. (2023).
 
-    The logits of a chunk of positions are in memory at a time; the backward pass computes them again.
+    The gradient is computed with the value, while the logits of a chunk of positions are in memory.
 
     Args:
         reference: (n, hidden size) the reference model's states, ready for the output embedding, which both share.
@@ -118,13 +117,15 @@ def divergences_from(model: PreTrainedModel, reference: torch.Tensor, states: to
         (n,) nats, differentiable in `states`.
     """
 
-    def of_chunk(reference: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        at_least_float32 = torch.promote_types(states.dtype, torch.float32)
-        before, now = (output_logits(model, s).to(at_least_float32).log_softmax(dim=1) for s in (reference, states))
-        return F.kl_div(now, before, log_target=True, reduction="none").sum(dim=1)
-
-    chunks = list(logit_chunks(states, model.get_output_embeddings().weight)) or [slice(0)]
-    return torch.cat([recompute(of_chunk, reference[chunk], states[chunk], use_reentrant=False) for chunk in chunks])
+    at_least_float32 = torch.promote_types(states.dtype, torch.float32)
+    value, gradient = states.new_empty(len(states), dtype=at_least_float32), torch.empty_like(states)
+    for chunk in logit_chunks(states, model.get_output_embeddings().weight):
+        inputs = states[chunk].detach().requires_grad_()
+        before, now = (output_logits(model, s).to(at_least_float32).log_softmax(1) for s in (reference[chunk], inputs))
+        divergences = F.kl_div(now, before, log_target=True, reduction="none").sum(dim=1)
+        (gradient[chunk],) = torch.autograd.grad(divergences.sum(), inputs)
+        value[chunk] = divergences.detach()
+    return value + (gradient * (states - states.detach())).sum(dim=1)  # adds 0, whose gradient is `gradient`
 
 
 # -- the baselines -----------------------------------------------------------------------------------------------------
