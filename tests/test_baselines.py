@@ -228,6 +228,19 @@ def test_the_trunk_runs_once_for_each_sequence(subject, data, monkeypatch):
     assert trunk.free_bytes == free, "the cache is released"
 
 
+def test_the_reference_is_computed_once_for_each_batch(subject, data, monkeypatch):
+    _, traced = subject
+    with_gradients = []
+
+    def counted(model, batch):
+        with_gradients.append(torch.is_grad_enabled())
+        return sequence_nll(model, batch)
+
+    monkeypatch.setattr(baselines, "sequence_nll", counted)
+    trained_change("dpo", traced, data, 4, RATE, seed=0)
+    assert with_gradients.count(True) == 4 * with_gradients.count(False)
+
+
 def test_dpo_begins_at_log_2(subject, data, monkeypatch):
     _, traced = subject
     seen = []
