@@ -21,6 +21,7 @@ Beyond the paper, by the influence scores of step 1:
 
     contrast         up the loss of the BOTTOM_K most harmful, down that of the TOP_K most helpful
     weighted         every dialogue by its score
+    fitted           every dialogue, with weights that bring the sum of gradients closest to the measurement's
     dpp_weighted     the diverse subset of step 3, each dialogue by its score
     direct           no dialogue: down the measurement itself, on the training pairs
 
@@ -107,6 +108,7 @@ PRESERVE_TASKS: bool = False  # True (beyond the paper): the other tasks' measur
 NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY, "ga_kl" and "npo": retained dialogues, at most
 BASELINE_STEPS: PositiveInt = 20  # for baselines that are trained: optimizer steps
 BASELINE_RATE: PositiveFloat = 1e-4  # for baselines that are trained: learning rate of AdamW
+FIT_ITERATIONS: PositiveInt = 8  # for "fitted": iterations, of two passes over the dialogues each
 GRADIENT_REDUCTION_TYPE: Literal["mean", "sum"] = "mean"  # over the subset: "mean", "sum" (divided by 100)
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
 
@@ -130,7 +132,8 @@ def make_gradient(
     """The gradient of one repair, or the change of weights that a baseline trains, and facts for the manifest."""
     if settings.SCORES_TYPE not in TRAINED:
         task = BackwardTask(list(traced.linears))
-        return repair_gradient(traced, task, examples, sources, factors, settings.SCORES_TYPE)
+        choice = (settings.SCORES_TYPE, settings.FIT_ITERATIONS)
+        return repair_gradient(traced, task, examples, sources, factors, *choice)
     from utils.baselines import baseline_data, trained_change
 
     data = baseline_data(traced, examples, sources)

@@ -41,7 +41,7 @@ PLANTED_SHARE: PositiveFloat = 0.05  # of the second fine-tuning's dialogues
 SEED: Seed = 42  # of the fine-tunings, the choice of held-out dialogues and the planted harm
 NUM_CHOICE_TRAIN: PositiveInt = 240  # training dialogues that learning rates are tried on
 NUM_CHOICE_TEST: PositiveInt = 120  # other training dialogues, which decide between them
-LEARNING_RATES: Choices[PositiveFloat] = [1e-5, 3e-5, 1e-4]  # tried with one epoch
+LEARNING_RATES: Choices[PositiveFloat] = [1e-5, 3e-5, 1e-4, 3e-4]  # tried with one epoch
 NUM_EPOCHS: Choices[PositiveInt] = [1, 2]  # tried with the best of the rates
 # -----------------------------------------------------------------------------------------------------------
 

@@ -282,3 +282,31 @@ def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
     for module, value in change.items():
         before, after = (model.get_submodule(module) for model in (plain.model, repaired))
         torch.testing.assert_close(after.weight, before.weight + 0.5 * value[0, :, : before.in_features])
+
+
+def test_fitted_weights_solve_the_normal_equations(plain):
+    """Many iterations give min |grad f + sum w grad Lbar| in the metric P, as a dense solver does; one, "weighted"."""
+    common = ["--TASK_NAME", "truth", "--SCORES_TYPE", "fitted", "--OVERWRITE", True]
+    plain.workspace.run(STEP_4, "--TASK_NAME", "truth", "--SCORES_TYPE", "weighted")
+    by_score, _ = gradient_of(plain.workspace, "truth", "weighted")
+    plain.workspace.run(STEP_4, *common, "--FIT_ITERATIONS", 1)
+    once, _ = gradient_of(plain.workspace, "truth", "fitted")
+    assert float(torch.cosine_similarity(flat(once), flat(by_score), dim=0)) > 1 - 1e-6
+    plain.workspace.run(STEP_4, *common, "--FIT_ITERATIONS", 400)
+    fitted, manifest = gradient_of(plain.workspace, "truth", "fitted")
+    minus = {name: -value for name, value in plain.of_measurement("truth", fitted).items()}
+    rows = [plain.of_dialogues({row: 1.0}, fitted) for row in range(len(plain.examples))]
+    matrix = torch.stack([flat(row) for row in rows])  # (N, parameters)
+    gram = torch.stack([flat(plain.precondition(row)) for row in rows]) @ matrix.T
+    right = matrix @ flat(plain.precondition(minus))
+    weights = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0]
+    expected = plain.precondition(plain.of_dialogues(dict(enumerate(weights.tolist())), fitted))
+    assert float(torch.cosine_similarity(flat(fitted), flat(expected), dim=0)) > 0.99
+    assert manifest["residuals"][-1] < manifest["residuals"][0]
+    direct = flat(plain.precondition(minus))
+    nearness = [float(torch.cosine_similarity(flat(step), direct, dim=0)) for step in (by_score, fitted)]
+    assert nearness[1] > nearness[0]
+
+
+def flat(gradient: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in gradient.values()]).double()

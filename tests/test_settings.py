@@ -312,8 +312,8 @@ def test_an_evaluation_has_the_constants_it_promises(script):
         (
             "SCORES_TYPE",
             {
-                *{"pure_ekfac", "dpp", "random", "ekfac_cg", "identity"},
-                *{"representation", "mean_difference", "bm25", "direct", "contrast", "weighted", "dpp_weighted"},
+                *{"pure_ekfac", "dpp", "random", "ekfac_cg", "identity", "representation", "mean_difference", "bm25"},
+                *{"direct", "contrast", "weighted", "fitted", "dpp_weighted"},
                 *{"ga", "ga_kl", "npo", "task_vector", "dpo", "sft_pairs", "descent", "direct_shuffled"},
             },
         ),

@@ -157,6 +157,7 @@ class ModelArtifacts:
         name = choice.gradient_name
         path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, name, self.settings.SEED)
         of_choice = ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"] * choice.has_subset
+        of_choice += ["FIT_ITERATIONS"] * (choice.scores_type == "fitted")
         of_choice += ["BASELINE_STEPS", "BASELINE_RATE"] * (choice.scores_type in TRAINED)
         constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_choice)
         constants |= self._combination(task)

@@ -1,10 +1,11 @@
 """What a repair gradient is computed from: the dialogues with their weights, the answer pairs, what is preserved.
 
-up the loss of       the chosen subset S, w_i = 1 / K       "pure_ekfac" and every other way of ranking, "dpp", "random"
-up and down          1 / K of the K most harmful, -1 / T of the T most helpful                             "contrast"
-by the score         w_i = -s_i / sum_j abs(s_j)            all dialogues                                  "weighted"
-                     w_i = q_i / sum_{j in S} q_j           the diverse subset, q_i how harmful        "dpp_weighted"
-down the loss of     T random dialogues, w_i = -1 / T       a control                                       "descent"
+up the loss of      the subset S, w_i = 1 / K              "pure_ekfac", every other ranking, "dpp", "random"
+up and down         1 / K of the K most harmful dialogues, -1 / T of the T most helpful      "contrast"
+by the score        of all dialogues, w_i = -s_i / sum_j abs(s_j)                            "weighted"
+                    of all, fitted from there on (utils/influence/fitted_weights.py)         "fitted"
+                    of the diverse subset, w_i = q_i / sum_{j in S} q_j, q_i how harmful     "dpp_weighted"
+down the loss of    T random dialogues, w_i = -1 / T, a control                              "descent"
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.pairs import AnswerPairs
 from utils.rankings import min_max_normalise, ranking_scores, relative_weights, task_scores, token_scores
 from utils.registry import ModelArtifacts
-from utils.repairs import OF_PAIRS, WITH_RETAINED, WITH_TOP_K, RepairChoice
+from utils.repairs import BY_SCORE, OF_PAIRS, WITH_RETAINED, WITH_TOP_K, RepairChoice
 from utils.selection import choose_subset, held_out_rows, most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES, task_weights
 
@@ -114,7 +115,7 @@ def dialogue_weights(
     of_subset = {"subset": fingerprint_of(indices)}
     if choice.scores_type in OF_PAIRS:
         return {}, {}
-    if choice.scores_type == "weighted":
+    if choice.scores_type in BY_SCORE:
         weights = weights_by_score(artifacts, task)
         return dict(enumerate(weights.tolist())), {"weights": fingerprint_of(weights.tolist())}
     if choice.scores_type == "descent":

@@ -12,7 +12,8 @@ DIVERSE = ("dpp", "dpp_weighted")  # by step 3
 OF_PAIRS = ("direct", "direct_shuffled", "dpo", "sft_pairs")  # look at the answer pairs, at no dialogue
 TRAINED = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs")  # changes of weights that an optimizer made
 WITHOUT_CURVATURE = ("ga", *TRAINED)
-WITHOUT_SUBSET = (*OF_PAIRS, "weighted", "descent")
+BY_SCORE = ("weighted", "fitted")  # all dialogues, each with its weight
+WITHOUT_SUBSET = (*OF_PAIRS, *BY_SCORE, "descent")
 WITH_TOP_K = ("contrast", "descent")
 WITH_RETAINED = ("ga_kl", "npo")  # dialogues that a term of the loss keeps as they are
 HELPFUL_FOR_EACH_HARMFUL = 5  # dialogues, where TOP_K is None
@@ -111,11 +112,9 @@ class RepairChoice:
                 "PRESERVE_TASKS = True: TASK_NAME = 'combined' repairs for all tasks and leaves none to be preserved; "
                 "set it to False, or TASK_NAME to bias, ethics, truth or all"
             )
-        if self.scores_type in TRAINED and self.num_steps > 1:
-            raise UserError(
-                f"NUM_STEPS = {self.num_steps}: {of_type} is a change of weights that step 4 trained in BASELINE_STEPS "
-                "steps; allowed is 1"
-            )
+        if self.scores_type in (*TRAINED, "fitted") and self.num_steps > 1:
+            what = "weights" if self.scores_type == "fitted" else "a change of the model"
+            raise UserError(f"NUM_STEPS = {self.num_steps}: {of_type} is {what} that step 4 makes once; allowed is 1")
 
     def fits(self, task: str) -> bool:
         """Whether the choices go together for a task."""

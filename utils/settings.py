@@ -108,6 +108,7 @@ ScoresType = Literal[
     "random",
     "contrast",
     "weighted",
+    "fitted",
     "dpp_weighted",
     "direct",
     "ekfac_cg",

@@ -21,8 +21,9 @@ from kronfluence.task import Task
 from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import UserError
-from utils.influence.preconditioning import load_preconditioner
-from utils.influence.scores import mean_measurement_gradient
+from utils.influence.fitted_weights import fit_weights
+from utils.influence.preconditioning import Preconditioner, load_preconditioner
+from utils.influence.scores import mean_measurement_gradient, score_training_examples
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.paths import STEP_1
 from utils.performance_functions import MEASUREMENTS
@@ -119,6 +120,27 @@ def source_gradient(
     return dialogue_gradient(traced, task, examples, weights, "subset"), facts
 
 
+def with_fitted_weights(
+    traced: TracedModel,
+    task: Task,
+    examples: list[LabelledSequence],
+    sources: RepairSources,
+    precondition: Preconditioner,
+    num_iterations: int,
+) -> tuple[RepairSources, list[float]]:
+    """The sources with weights of dialogues fitted from the scores, and what was left to fit after each iteration."""
+    train = traced.loader(examples, cached=True)
+
+    def gradient_scores(weights: torch.Tensor) -> torch.Tensor:
+        gradient = dialogue_gradient(traced, task, examples, dict(enumerate(weights.tolist())), "")
+        return score_training_examples(traced, task, train, precondition(gradient))[0]
+
+    num_labels = torch.tensor([example.num_labels for example in examples])
+    by_score = torch.tensor([sources.dialogues[row] for row in range(len(examples))], dtype=torch.float64)
+    weights, residuals = fit_weights(by_score, num_labels, gradient_scores, num_iterations)
+    return replace(sources, dialogues=dict(enumerate(weights.tolist()))), residuals
+
+
 def constraint_gradients(
     traced: TracedModel, task: Task, examples: list[LabelledSequence], sources: RepairSources
 ) -> dict[str, Gradients]:
@@ -168,17 +190,22 @@ def repair_gradient(
     sources: RepairSources,
     factors: Artifact,
     scores_type: str,
+    fit_iterations: int = 0,
 ) -> tuple[Gradients, dict[str, Any]]:
     """G, or with constraints D; (1, out, in) for each Linear, and facts for the manifest.
 
     Args:
         task: whose measurement is a weighted sum of mean token losses.
+        fit_iterations: for "fitted".
     """
-    gradient, facts = source_gradient(traced, task, examples, sources)
-    facts = sources.facts | facts
     if scores_type in WITHOUT_CURVATURE:
-        return gradient, facts
-    precondition = load_preconditioner(factors, traced)
+        gradient, facts = source_gradient(traced, task, examples, sources)
+        return gradient, sources.facts | facts
+    precondition, facts = load_preconditioner(factors, traced), sources.facts
+    if scores_type == "fitted":
+        sources, facts["residuals"] = with_fitted_weights(traced, task, examples, sources, precondition, fit_iterations)
+    gradient, of_sources = source_gradient(traced, task, examples, sources)
+    facts |= of_sources
     constraints = constraint_gradients(traced, task, examples, sources)
     if not constraints:
         return precondition(gradient), facts

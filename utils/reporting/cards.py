@@ -40,6 +40,7 @@ def _joined(paragraphs: Iterable[str | None]) -> str:
 WITHOUT_DIALOGUES = {  # what the step goes along, by scores_type
     "direct": "down the measurement itself, without any training dialogue",
     "direct_shuffled": "down the measurement with the prompts of other pairs, a control",
+    "fitted": "that comes as near to one down the measurement as weights of all training dialogues allow",
     "weighted": "that counts every training dialogue by its influence score, harmful ones up and helpful ones down",
 }
 

@@ -21,6 +21,7 @@ FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
     "dpp_weighted": ("#4f772d", "p"),  # before "dpp", with which it begins
     "dpp": ("#264653", "s"),
     "contrast": ("#f4a261", "*"),
+    "fitted": ("#d62828", "H"),
     "weighted": ("#e9c46a", "d"),
     "ekfac_cg": ("#c1121f", "h"),
     "identity": ("#8a5fbf", "D"),
