@@ -40,7 +40,7 @@ from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
 from utils.models import load_model, locate
 from utils.processes import first_process_only
-from utils.registry import harness_result
+from utils.registry import harness_result, repaired_checkpoints
 from utils.reporting.tables import Row, Table, with_interval
 from utils.settings import Choices, ModelNames, PositiveInt, Settings, require_distinct_models
 from utils.spreading import SPREAD
@@ -123,15 +123,11 @@ def repaired_models(settings: Settings) -> list[str]:
                     "the last part, which must differ"
                 )
         return settings.REPAIRED_MODEL_NAMES
-    folder = paths.resolve_path(settings.OUTPUT_DIR) / "gradient_ascent_models"
-    fingerprint = model_fingerprint(settings.MODEL_NAME)
-    checkpoints = [Artifact(path.parent, paths.STEP_5, is_folder=True) for path in folder.glob("*/manifest.json")]
-    ours = [checkpoint.path for checkpoint in checkpoints if checkpoint.require()["inputs"].get("model") == fingerprint]
-    found = sorted(map(str, ours))
+    found = repaired_checkpoints(settings.OUTPUT_DIR, model_fingerprint(settings.MODEL_NAME))
     if not found:
         raise UserError(
-            f"REPAIRED_MODEL_NAMES = None: {folder} has no repaired checkpoint of {settings.MODEL_NAME}; run "
-            f"{paths.STEP_5} first, or name one"
+            f"REPAIRED_MODEL_NAMES = None: {paths.repaired_models_dir(settings.OUTPUT_DIR)} has no repaired checkpoint "
+            f"of {settings.MODEL_NAME}; run {paths.STEP_5} first, or name one"
         )
     return found
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import load_script
 
-from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.paths import PAPER_TABLES, PROJECT_ROOT, ROBUSTNESS, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.settings import Settings, load_settings
 
 HEAVY = {
@@ -79,6 +79,7 @@ RUNS = {  # together they take every branch that reads a constant
     STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "npo"]],
     STEP_5: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True", "--LEARNING_RATE", "auto"]],
     **{script: [[]] for script in STEP_6.values()},
+    ROBUSTNESS: [["--BITS", "4", "--NUM_FINE_TUNING_STEPS", "1"]],
 }
 ONLY_WHEN_PUSHED = {"HUB_USERNAME"}
 READ_BY_RUN_STEP = {"TRUST_REMOTE_CODE"}
@@ -123,7 +124,7 @@ def test_utils_import_neither_tasks_nor_scripts_and_tasks_no_scripts():
 
 
 def test_no_step_imports_another():
-    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values(), PAPER_TABLES):
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values(), PAPER_TABLES, ROBUSTNESS):
         assert imports_of(PROJECT_ROOT / script) & {*SCRIPT_PACKAGES, *STEP_MODULES} == {"steps"}, script
 
 

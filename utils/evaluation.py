@@ -230,9 +230,18 @@ class Evaluator:
         Raises:
             UserError: data missing, a result of another model under this name, or a loss that is not finite.
         """
-        data = self.data(metric)
-        location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, data)
-        artifact, stored_losses = result_artifact(*location), losses_artifact(*location)
+        location = (self.settings.OUTPUT_DIR, model_name, fingerprint, metric, self.split, self.data(metric))
+        return self.result_at(metric, model_name, load, result_artifact(*location), losses_artifact(*location))
+
+    def result_at(
+        self,
+        metric: Metric,
+        model_name: str,
+        load: Callable[[], EvaluationModel],
+        artifact: Artifact,
+        stored_losses: Artifact,
+    ) -> Result:
+        """As `result`, stored in the given artifacts."""
         with locked(artifact.path, stored_losses.path):
             if all(stored.is_finished(self.settings.OVERWRITE) for stored in (artifact, stored_losses)):
                 return self._stored(metric, model_name, artifact, stored_losses)

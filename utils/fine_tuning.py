@@ -183,6 +183,7 @@ def fine_tune(
     """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
 
     Args:
+        settings: SAVE_EVERY = None keeps no checkpoint.
         folder: where the last checkpoint is kept during training.
         checkpoint: the one to resume from, if any.
         bar: over optimizer steps, of which this training takes `num_steps`.
@@ -196,8 +197,8 @@ def fine_tune(
         gradient_accumulation_steps=settings.BATCH_SIZE // (size * launched()),
         learning_rate=settings.LEARNING_RATE,
         warmup_steps=max(1, len(examples) * settings.NUM_EPOCHS // settings.BATCH_SIZE // 20),
-        save_strategy="steps",
-        save_steps=settings.SAVE_EVERY,
+        save_strategy="steps" if settings.SAVE_EVERY else "no",
+        save_steps=settings.SAVE_EVERY or 1,
         save_total_limit=1,
         logging_strategy="steps",
         logging_steps=STEPS_BETWEEN_LOGS,

@@ -27,6 +27,7 @@ STEP_6 = {  # by metric
 }
 PAPER_TABLES = "evaluation_scripts/paper_tables.py"
 VALIDATION = "evaluation_scripts/validate_scores.py"
+ROBUSTNESS = "evaluation_scripts/robustness.py"
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -126,10 +127,15 @@ def gradients_file(output_dir: str | Path, task: str, model_name: str, repair: s
     return folder / "aggregated_query_grads.safetensors"
 
 
+def repaired_models_dir(output_dir: str | Path) -> Path:
+    """Step 5: all repaired checkpoints."""
+    return resolve_path(output_dir) / "gradient_ascent_models"
+
+
 def repaired_model_dir(output_dir: str | Path, task: str, model_name: str, repair: str, learning_rate: float) -> Path:
     """Step 5: the repaired checkpoint."""
     name = f"{task}_{model_name}_{repair}_lr{learning_rate:g}"
-    return resolve_path(output_dir) / "gradient_ascent_models" / name
+    return repaired_models_dir(output_dir) / name
 
 
 def results_dir(output_dir: str | Path) -> Path:
@@ -150,6 +156,16 @@ def validation_dir(output_dir: str | Path, model_name: str) -> Path:
 def retraining_dir(output_dir: str | Path, model_name: str, retraining: str) -> Path:
     """evaluation_scripts/validate_scores.py: what one retraining measured, in the manifest of a folder."""
     return validation_dir(output_dir, model_name) / "retrainings" / retraining
+
+
+def robustness_dir(output_dir: str | Path, model_name: str) -> Path:
+    """evaluation_scripts/robustness.py: the tables about one model's repairs."""
+    return results_dir(output_dir) / "robustness" / model_name
+
+
+def stressed_result_file(output_dir: str | Path, model_name: str, stress: str, measured: str, metric: str) -> Path:
+    """evaluation_scripts/robustness.py: one measurement of `measured`, the model or a repair of it, after a stress."""
+    return robustness_dir(output_dir, model_name) / "measurements" / stress / f"{measured}_{metric}_test.json"
 
 
 def overview_figure(output_dir: str | Path) -> Path:

@@ -232,6 +232,49 @@ def losses_artifact(
     return replace(result, path=paths.losses_file(output_dir, model_name, metric, split), quiet=True)
 
 
+def stressed_artifacts(
+    settings: Settings,
+    model_name: str,
+    fingerprint: str,
+    stress: str,
+    constants: dict[str, Any],
+    inputs: dict[str, str],
+    metric: str,
+    data: Dialogues | AnswerPairs,
+) -> tuple[Artifact, Artifact]:
+    """evaluation_scripts/robustness.py: a result and its losses, as the two above, of a model after a stress.
+
+    Args:
+        model_name, fingerprint, metric, data: as for `result_artifact`, on the test split.
+        stress: its name.
+        constants, inputs: what it depends on beside the model.
+    """
+    of_model = paths.model_short_name(settings.MODEL_NAME)
+    path = paths.stressed_result_file(settings.OUTPUT_DIR, of_model, stress, model_name, metric)
+    result = result_artifact(settings.OUTPUT_DIR, model_name, fingerprint, metric, "test", data)
+    result = replace(
+        result,
+        path=path,
+        made_by=paths.ROBUSTNESS,
+        settings={**result.settings, "stress": stress, **constants},
+        inputs={**result.inputs, **inputs},
+        quiet=True,
+    )
+    return result, replace(result, path=path.with_name(f"{path.stem}_losses.safetensors"))
+
+
+def repaired_checkpoints(output_dir: str, fingerprint: str) -> list[str]:
+    """Step 5: the folders of all checkpoints below OUTPUT_DIR that were repaired from the model of a fingerprint.
+
+    Raises:
+        UserError: the manifest of one is broken.
+    """
+    manifests = paths.repaired_models_dir(output_dir).glob("*/manifest.json")
+    checkpoints = [Artifact(path.parent, STEP_5, is_folder=True) for path in manifests]
+    ours = [checkpoint.path for checkpoint in checkpoints if checkpoint.require()["inputs"].get("model") == fingerprint]
+    return sorted(map(str, ours))
+
+
 def sft_model(settings: Settings, **inputs: str) -> Artifact:
     """Before step 1: the POST-SFT model that data/make_sft_model.py makes.
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
-from utils.files import fingerprint_of_text, to_json, write_if_changed
-from utils.manifests import differing_values
-from utils.paths import STEP_4, public_name
+from utils.files import fingerprint_of_text, read_json, to_json, write_if_changed
+from utils.manifests import MANIFEST_NAME, differing_values
+from utils.models import locate
+from utils.paths import STEP_4, STEP_5, public_name
 from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repairs import DIVERSE, RepairChoice
 from utils.reporting.cards import repair_card
 from utils.results import Metric, Result, compare
+from utils.settings import TASK_NAMES
 from utils.tensors import Shapes
 
 if TYPE_CHECKING:
@@ -155,3 +158,27 @@ class RepairRecord:
             write_if_changed(checkpoint.path / "repair.json", to_json(report))
             write_if_changed(checkpoint.path / "README.md", repair_card(report))
             say(f"   repaired model: {shown_path(checkpoint.path)}")
+
+
+def repaired_task(repaired: str, model: str, fingerprint: str) -> str:
+    """The task that a checkpoint in REPAIRED_MODELS was repaired for, by its repair.json.
+
+    Args:
+        model, fingerprint: of the POST-SFT model, MODEL_NAME.
+
+    Raises:
+        UserError: it has no such file, or was repaired from another model.
+    """
+    where, folder = f"REPAIRED_MODELS has {repaired}", Path(locate(repaired))
+    needed = f"allowed are folders that {STEP_5} made from MODEL_NAME = {model!r}; run it first"
+    if not (folder / "repair.json").is_file():
+        raise UserError(f"{where}, which has no repair.json; {needed}")
+    report = read_json(folder / "repair.json", needed)
+    task, repaired_from = (report.get(name) if isinstance(report, dict) else None for name in ("task", "model"))
+    if task not in (*TASK_NAMES, "combined"):
+        raise UserError(f"{where}, whose repair.json has the task {task!r}; {needed}")
+    if repaired_from != public_name(model):
+        raise UserError(f"{where}, which was repaired from {repaired_from!r} by its repair.json; {needed}")
+    if (folder / MANIFEST_NAME).is_file():  # the model may have been made anew since
+        Artifact(folder, STEP_5, inputs={"model": fingerprint}, is_folder=True).require()
+    return task

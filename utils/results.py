@@ -11,6 +11,7 @@ The losses of one model on one data set are tensors by name, as they are stored 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -119,3 +120,32 @@ def compare(metric: Metric, before: Losses, after: Losses) -> dict[str, dict[str
 def _row(before: Estimate, after: Estimate, improvement: Estimate, percent: float | None) -> dict[str, Any]:
     values = {"before": before.value, "after": after.value}
     return {**values, **improvement.fields("improvement"), "improvement_percent": percent}
+
+
+def improvement_sums(before: Losses, after: Losses) -> ClusterSums:
+    """before - after of a task's losses, summed by cluster."""
+    old, new = quantities(before)["loss"], quantities(after)["loss"]
+    return ClusterSums(old.total - new.total, old.count)
+
+
+def share_left(without: Sequence[ClusterSums], under: Sequence[ClusterSums]) -> Estimate | None:
+    """The share of an improvement that is left: that under a stress, divided by that without, each summed over tasks.
+
+    The standard error is the ratio estimator's (as in utils/intervals.py): that of d' - r d over the same clusters, d
+    the improvement without and d' under the stress, divided by the mean of d. Tasks are independent of each other.
+
+    Args:
+        without, under: the improvement of each task that the model was repaired for.
+
+    Returns:
+        None where the improvement without the stress is within two standard errors of 0, and no base for a share.
+    """
+    base = [estimate_mean(sums) for sums in without]
+    total, error = sum(one.value for one in base), math.hypot(*(one.standard_error for one in base))
+    if not abs(total) > STANDARD_ERRORS_FROM_ZERO * error:
+        return None
+    share = sum(estimate_mean(sums).value for sums in under) / total
+    pairs = zip(without, under, strict=True)
+    residuals = [estimate_mean(ClusterSums(new.total - share * old.total, old.count)) for old, new in pairs]
+    error = math.hypot(*(one.standard_error for one in residuals)) / abs(total)
+    return Estimate(share, error, min(one.clusters for one in base))
