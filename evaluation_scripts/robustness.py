@@ -84,7 +84,7 @@ BATCH_SIZE_PER_DEVICE: PositiveInt = 2  # most dialogues per forward pass; fewer
 LEARNING_RATE: PositiveFloat = 1e-5  # peak
 # -----------------------------------------------------------------------------------------------------------
 
-METRICS: tuple[Metric, ...] = ("anthropic", *TASK_NAMES)
+METRICS = ("anthropic", *TASK_NAMES)
 ONE_SCALE_PER_ROW = 8  # bits
 
 
@@ -256,8 +256,8 @@ def measure(settings: Settings, evaluator: Evaluator, model: str, stress: Stress
 
 def main(settings: Settings) -> None:
     """Measure the model and its repairs under every stress, and compare."""
-    repaired, planned, evaluator = repaired_models(settings), list(stresses(settings)), Evaluator(settings, "test")
     training_device(settings.DEVICE)  # a wrong one is refused before the work
+    repaired, planned, evaluator = repaired_models(settings), list(stresses(settings)), Evaluator(settings, "test")
     results = {
         model: {stress.name: measure(settings, evaluator, model, stress) for stress in planned}
         for model in (settings.MODEL_NAME, *repaired)

@@ -344,7 +344,7 @@ def test_a_wrong_constant_is_one_line(repaired, capsys, words, told):
         (lambda folder, _: (folder / "repair.json").write_text("[]"), "has the task None"),
         (lambda folder, report: write(folder, {**report, "task": "charm"}), "has the task 'charm'"),
         (lambda folder, report: write(folder, {**report, "model": "other"}), "repaired from 'other'"),
-        (lambda folder, _: (folder / "model.safetensors").unlink(), "no weights"),
+        (lambda folder, _: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
 )
 def test_a_folder_that_is_no_repair_of_the_model_is_refused(copy_of, capsys, spoil, told):
