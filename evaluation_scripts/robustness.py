@@ -26,6 +26,7 @@ if __name__ == "__main__":  # before imports that take seconds
     end_at_once()
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from tempfile import TemporaryDirectory
@@ -37,6 +38,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from steps import run_step
 from utils import paths
+from utils.artifacts import Artifact
 from utils.console import UserError, banner, progress_bar, say, shown_path
 from utils.evaluation import EvaluationModel, Evaluator
 from utils.fine_tuning import fine_tune, micro_batch_size, training_device
@@ -76,7 +78,7 @@ DEVICE: str = "auto"  # "auto", "cpu", "cuda"
 TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 OVERWRITE: bool = False  # True replaces artifacts that were made with other settings
 
-BITS: Choices[Bits] | None = [8, 4]  # of the rounded weights, 2 to 8; None rounds nothing
+BITS: Choices[Bits] | None = [8, 4]  # of rounded weights, 2 to 8; None rounds nothing
 GROUP_SIZE: PositiveInt = 32  # inputs of a row that share a scale, below 8 bits; at 8 bits the whole row shares one
 NUM_FINE_TUNING_STEPS: NonNegativeInt = 20  # optimizer steps; 0 leaves the fine-tuning out
 BATCH_SIZE: PositiveInt = 16  # dialogues per optimizer step
@@ -215,13 +217,53 @@ def repair_rows(
 # -- the step ----------------------------------------------------------------------------------------------------------
 
 
-def repaired_models(settings: Settings) -> dict[str, str]:
+class Measurer:
+    """Measures models under stresses on the test split; a stored measurement is read.
+
+    Args:
+        fingerprints: of all models that will be measured.
+    """
+
+    def __init__(self, settings: Settings, fingerprints: Mapping[str, str]) -> None:
+        self.settings, self.fingerprints = settings, fingerprints
+        self.evaluator = Evaluator(settings, "test")
+
+    def outputs(self, model: str, stress: Stress) -> dict[Metric, tuple[Artifact, Artifact]]:
+        """Where the results and their losses are kept, by metric."""
+        measured = (paths.model_short_name(model), self.fingerprints[model], *stress[:3])
+        return {
+            metric: stressed_artifacts(self.settings, *measured, metric, self.evaluator.data(metric))
+            for metric in METRICS
+        }
+
+    def measure(self, model: str, stress: Stress) -> dict[Metric, Result]:
+        """The results by metric; those without a stress are step 5's."""
+        name, fingerprint = paths.model_short_name(model), self.fingerprints[model]
+
+        @functools.cache
+        def load() -> EvaluationModel:
+            loaded = load_model(model, training_device(self.settings.DEVICE))
+            evaluated = EvaluationModel(loaded, load_tokenizer(model, loaded))
+            stress.apply(evaluated)
+            return evaluated
+
+        banner(f"robustness: {stress.name}", model)
+        if stress.name == "none":
+            return {metric: self.evaluator.result(metric, name, fingerprint, load) for metric in METRICS}
+        outputs = self.outputs(model, stress)
+        with locked(*(output.path for both in outputs.values() for output in both)):
+            return {metric: self.evaluator.result_at(metric, name, load, *both) for metric, both in outputs.items()}
+
+
+def repaired_models(settings: Settings, fingerprint: str) -> dict[str, str]:
     """REPAIRED_MODELS, or all repairs of MODEL_NAME below OUTPUT_DIR, each with the task that it was repaired for.
+
+    Args:
+        fingerprint: of MODEL_NAME.
 
     Raises:
         UserError: there is none, or one is not a folder that step 5 made from MODEL_NAME as it is now.
     """
-    fingerprint = model_fingerprint(settings.MODEL_NAME)
     found = settings.REPAIRED_MODELS or repaired_checkpoints(settings.OUTPUT_DIR, fingerprint)
     if not found:
         raise UserError(
@@ -232,48 +274,25 @@ def repaired_models(settings: Settings) -> dict[str, str]:
     return {repaired: repaired_task(repaired, settings.MODEL_NAME, fingerprint) for repaired in found}
 
 
-def measure(settings: Settings, evaluator: Evaluator, model: str, stress: Stress) -> dict[Metric, Result]:
-    """The results of a model under a stress, by metric; stored ones are read. Those without a stress are step 5's."""
-    name, fingerprint = paths.model_short_name(model), model_fingerprint(model)
-
-    @functools.cache
-    def load() -> EvaluationModel:
-        loaded = load_model(model, training_device(settings.DEVICE))
-        evaluated = EvaluationModel(loaded, load_tokenizer(model, loaded))
-        stress.apply(evaluated)
-        return evaluated
-
-    banner(f"robustness: {stress.name}", model)
-    if stress.name == "none":
-        return {metric: evaluator.result(metric, name, fingerprint, load) for metric in METRICS}
-    outputs = {
-        metric: stressed_artifacts(settings, name, fingerprint, *stress[:3], metric, evaluator.data(metric))
-        for metric in METRICS
-    }
-    with locked(*(output.path for both in outputs.values() for output in both)):
-        return {metric: evaluator.result_at(metric, name, load, *both) for metric, both in outputs.items()}
-
-
 def main(settings: Settings) -> None:
     """Measure the model and its repairs under every stress, and compare."""
     training_device(settings.DEVICE)  # a wrong one is refused before the work
-    repaired, planned, evaluator = repaired_models(settings), list(stresses(settings)), Evaluator(settings, "test")
-    results = {
-        model: {stress.name: measure(settings, evaluator, model, stress) for stress in planned}
-        for model in (settings.MODEL_NAME, *repaired)
-    }
-    before = results.pop(settings.MODEL_NAME)
-    rows = [
-        row
-        for model, task in repaired.items()
-        for row in repair_rows(paths.model_short_name(model), task, before, results[model])
-    ]
-    name = paths.model_short_name(settings.MODEL_NAME)
+    model, name = settings.MODEL_NAME, paths.model_short_name(settings.MODEL_NAME)
+    fingerprints = {model: model_fingerprint(model)}
+    repaired, planned = repaired_models(settings, fingerprints[model]), list(stresses(settings))
+    measurer = Measurer(settings, fingerprints | {one: model_fingerprint(one) for one in repaired})
+    for one, stress in itertools.product(measurer.fingerprints, planned[1:]):
+        for output in itertools.chain(*measurer.outputs(one, stress).values()):
+            output.is_finished(settings.OVERWRITE)  # one of other constants is refused before the work
+    before = {stress.name: measurer.measure(model, stress) for stress in planned}
+    rows = []
+    for one, task in repaired.items():
+        after = {stress.name: measurer.measure(one, stress) for stress in planned}
+        rows += repair_rows(paths.model_short_name(one), task, before, after)
     table, path = robustness_table(name, before, rows), paths.robustness_dir(settings.OUTPUT_DIR, name) / "robustness"
     with locked(path):
         table.write(path)
-    say(f"\n{table.markdown()}")
-    say(f"table: {shown_path(path.with_suffix('.md'))}, .tex and .csv")
+    say(f"\n{table.markdown()}\ntable: {shown_path(path.with_suffix('.md'))}, .tex and .csv")
 
 
 if __name__ == "__main__":

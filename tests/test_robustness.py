@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -18,9 +20,9 @@ from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.intervals import ClusterSums
 from utils.models import load_model, load_tokenizer
-from utils.paths import ROBUSTNESS, STEP_1, STEP_4, STEP_5
+from utils.paths import PROJECT_ROOT, ROBUSTNESS, STEP_1, STEP_4, STEP_5
 from utils.results import improvement_sums, share_left
-from utils.settings import Settings
+from utils.settings import TASK_NAMES, Settings
 
 SMALL = ["--NUM_FINE_TUNING_STEPS", 2, "--BATCH_SIZE", 4, "--LEARNING_RATE", 1e-3]
 STRESSES = ["none", "int8", "int4", "fine-tuned"]
@@ -211,7 +213,7 @@ def test_a_whole_run(copy_of, capsys, monkeypatch):
     rows = rows_of(copy_of)
     assert list(rows) == STRESSES
     report = json.loads((checkpoint(copy_of) / "repair.json").read_text(encoding="utf-8"))["measurements"]
-    for task in ("bias", "ethics", "truth"):
+    for task in TASK_NAMES:
         for name in ("before", "after", "improvement", "improvement_low", "improvement_high"):
             assert rows["none"][f"{task}_{name}"] == pytest.approx(report[task][name], rel=1e-6)
     assert rows["none"]["perplexity_change_percent"] == pytest.approx(report["perplexity"]["change_percent"], rel=1e-6)
@@ -266,18 +268,44 @@ def test_a_killed_run_resumes_without_measuring_again(copy_of, monkeypatch, caps
     assert list(rows_of(copy_of)) == STRESSES[:3]
 
 
-def test_other_constants_of_a_stress_are_refused_and_replaced_with_overwrite(copy_of, capsys):
+def test_other_constants_of_a_stress_are_refused_and_replaced_with_overwrite(copy_of, capsys, monkeypatch):
     only = ["--BITS", 4, "--NUM_FINE_TUNING_STEPS", 0]
     copy_of.run(ROBUSTNESS, *only)
     capsys.readouterr()
     first = rows_of(copy_of)
-    told = refusal(capsys, copy_of, *only, "--GROUP_SIZE", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationModel, "measure", lambda *_, **__: pytest.fail("it is refused after work"))
+        told = refusal(capsys, copy_of, "--BITS", 8, 4, "--GROUP_SIZE", 8, "--NUM_FINE_TUNING_STEPS", 0)
     assert "was made with other settings: GROUP_SIZE" in told
     assert "OVERWRITE = True" in told
     copy_of.run(ROBUSTNESS, *only, "--GROUP_SIZE", 8, "--OVERWRITE", True)
     assert rows_of(copy_of)["int4"]["perplexity_before"] != first["int4"]["perplexity_before"]
     copy_of.run(ROBUSTNESS, "--BITS", 8, "--NUM_FINE_TUNING_STEPS", 0, "--GROUP_SIZE", 16)  # it means nothing for these
     copy_of.run(ROBUSTNESS, "--BITS", 8, "--NUM_FINE_TUNING_STEPS", 0)
+
+
+def test_two_runs_at_once_share_the_measurements(copy_of):
+    words = [*copy_of.arguments(ROBUSTNESS), *SMALL]
+    command = [sys.executable, str(PROJECT_ROOT / ROBUSTNESS), *map(str, words)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for run in runs:
+        _, errors = run.communicate(timeout=300)
+        assert run.returncode == 0, errors
+    assert list(rows_of(copy_of)) == STRESSES
+    made = contents(robustness(copy_of))
+    assert not [name for name in made if name.endswith((".partial", ".lock"))]
+    copy_of.run(ROBUSTNESS, *SMALL)
+    assert contents(robustness(copy_of)) == made
+
+
+def test_a_repair_for_all_tasks_has_the_share_of_their_sum(copy_of):
+    folder = checkpoint(copy_of)
+    write(folder, {**json.loads((folder / "repair.json").read_text(encoding="utf-8")), "task": "combined"})
+    copy_of.run(ROBUSTNESS, "--BITS", 2, "--GROUP_SIZE", 16, "--NUM_FINE_TUNING_STEPS", 0)
+    rows = rows_of(copy_of)
+    none, int2 = (sum(rows[name][f"{task}_improvement"] for task in TASK_NAMES) for name in ("none", "int2"))
+    assert rows["int2"]["task"] == "combined"
+    assert rows["int2"]["share_left"] == pytest.approx(int2 / none)
 
 
 def test_identical_models_stay_identical(repaired, tmp_path):
@@ -289,7 +317,7 @@ def test_identical_models_stay_identical(repaired, tmp_path):
     for row in rows_of(workspace).values():
         changes = [
             row["perplexity_change_percent"],
-            *(row[f"{task}_improvement"] for task in ("bias", "ethics", "truth")),
+            *(row[f"{task}_improvement"] for task in TASK_NAMES),
         ]
         assert changes == [0, 0, 0, 0]
         assert math.isnan(row["share_left"])
