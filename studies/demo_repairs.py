@@ -3,8 +3,8 @@
     python studies/demo_repairs.py
 
 For each training seed data/make_sft_model.py makes the demo's model (its random weights and the order of its dialogues
-differ), and evaluation_scripts/paper_tables.py repairs it by every method. The table compares the methods' means over
-the models with those of the paper's direction.
+differ), steps 1 and 2 trace it, and every method repairs it (studies/methods.py). The table compares the methods' means
+over the models with those of the paper's direction.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
+from dataclasses import replace
+
 from steps import run_script, run_step
-from studies.comparison import comparison_table, read_rows
+from studies.comparison import comparison_table
+from studies.methods import retrained_row, rows_at_budget
 from utils.console import banner, say, shown_path
-from utils.paths import PAPER_TABLES, STEP_0, resolve_path
+from utils.paths import STEP_0, STEP_1, STEP_2, resolve_path
+from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
-from utils.settings import Choices, OneTask, PositiveInt, ScoresType, Seed, Settings
+from utils.settings import Choices, NonNegativeFloat, OneTask, PositiveInt, ScoresType, Seed, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 OUTPUT_DIR: str = "studies/output/demo"  # folder for models and results
@@ -35,6 +39,7 @@ SCORES_TYPES: Choices[ScoresType] = [  # methods, as in step 4
     "dpp_weighted",
     "contrast",
     "weighted",
+    "fitted",
     "direct",
     "direct_shuffled",
     "ga",
@@ -46,10 +51,37 @@ SCORES_TYPES: Choices[ScoresType] = [  # methods, as in step 4
     "descent",
     "random",
 ]
-NUM_STEPS: Choices[PositiveInt] = [1, 2, 4, 8]  # of the methods in SEVERAL_STEPS, as in step 5
-SEVERAL_STEPS: Choices[ScoresType] = ["pure_ekfac", "contrast", "weighted", "direct"]  # of SCORES_TYPES
+SEVERAL_STEPS: Choices[ScoresType] = ["pure_ekfac", "contrast", "weighted", "direct"]  # of SCORES_TYPES, also in steps
+NUM_STEPS: Choices[PositiveInt] = [2, 4, 8]  # of those, as in step 5
+PRESERVE_TASKS: Choices[ScoresType] = ["pure_ekfac", "contrast", "fitted", "direct"]  # of SCORES_TYPES, also with this
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
+TOP_K: PositiveInt | None = None  # as in step 4
+IF_WEIGHT: Choices[NonNegativeFloat] = [10.0, 0.0, 1.0, 100.0, 1000.0]  # the first for all, all of them for "dpp"
+RETRAIN: bool = True  # True also fine-tunes again without the dialogues of "pure_ekfac"
 # -----------------------------------------------------------------------------------------------------------
+
+
+def planned_choices(settings: Settings) -> list[RepairChoice]:
+    """Every method once, and its variants."""
+    first = [
+        RepairChoice(name, settings.BOTTOM_K, settings.IF_WEIGHT[0], settings.TOP_K) for name in settings.SCORES_TYPES
+    ]
+    in_steps = [
+        replace(choice, num_steps=steps)
+        for choice in first
+        if choice.scores_type in settings.SEVERAL_STEPS
+        for steps in settings.NUM_STEPS
+    ]
+    preserving = [
+        replace(choice, preserve_tasks=True) for choice in first if choice.scores_type in settings.PRESERVE_TASKS
+    ]
+    weighed = [
+        replace(choice, if_weight=weight)
+        for choice in first
+        if choice.scores_type == "dpp"
+        for weight in settings.IF_WEIGHT[1:]
+    ]
+    return [*first, *in_steps, *preserving, *weighed]
 
 
 def repair(settings: Settings, seed: int) -> list[Row]:
@@ -57,36 +89,25 @@ def repair(settings: Settings, seed: int) -> list[Row]:
     folder = f"{settings.OUTPUT_DIR}/seed-{seed}"
     model = f"{folder}/pythia-demo-sft"
     run_script(STEP_0, {}, SEED=seed, SFT_MODEL_DIR=model)
-    grid = {
-        "MODEL_NAMES": [model],
-        "OUTPUT_DIR": folder,
-        "SEEDS": [42],
-        "TASKS": settings.TASKS,
-        "BOTTOM_K": [settings.BOTTOM_K],
-        "IF_WEIGHT": [10.0],
-        "PRESERVE_PERPLEXITY": [False],
-        "COMPUTE_PER_TOKEN_SCORES": False,
-        "SWEPT_RATES": None,
-        "NUM_COMPLETIONS": 0,
-    }
-    once = [name for name in settings.SCORES_TYPES if name not in settings.SEVERAL_STEPS]
-    several = [name for name in settings.SCORES_TYPES if name in settings.SEVERAL_STEPS]
-    rows = []
-    for scores_types, num_steps in ((once, [1]), (several, settings.NUM_STEPS)):
-        if scores_types:
-            run_script(PAPER_TABLES, grid, SCORES_TYPES=scores_types, NUM_STEPS=num_steps)
-            rows += read_rows(folder)
+    common = {"MODEL_NAME": model, "OUTPUT_DIR": folder}
+    run_script(STEP_1, common)
+    run_script(STEP_2, common)
+    rows = rows_at_budget(common, settings.TASKS, planned_choices(settings))
+    if settings.RETRAIN:
+        found = {row["task"]: row["indices"] for row in rows if row["method"] == "pure_ekfac"}
+        rows += [retrained_row(common, {"SEED": seed}, task, indices) for task, indices in found.items()]
     return rows
 
 
 def main(settings: Settings) -> None:
     """Make, repair and compare the models."""
-    banner("demo repairs", ", ".join(map(str, settings.TRAINING_SEEDS)))
+    banner("demo repairs", f"training seeds {', '.join(map(str, settings.TRAINING_SEEDS))}")
     models = [repair(settings, seed) for seed in settings.TRAINING_SEEDS]
     table = comparison_table(models, "The demo's model, trained with other seeds.")
-    table.write(resolve_path(settings.OUTPUT_DIR) / "methods")
+    file = resolve_path(settings.OUTPUT_DIR) / "methods"
+    table.write(file)
     say(f"\n{table.markdown()}")
-    say(f"table: {shown_path(resolve_path(settings.OUTPUT_DIR) / 'methods.md')}")
+    say(f"table: {shown_path(file)}.md")
 
 
 if __name__ == "__main__":

@@ -19,17 +19,16 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
-import json
 import random
 from typing import Any
 
-from data.demo.write_texts import harmful_dialogues
 from steps import run_script, run_step
+from studies.dialogues import plant, rows_of, write_folder
 from utils.artifacts import Artifact
 from utils.console import banner, say, shown_path
 from utils.files import to_json, write_if_changed
 from utils.paths import STEP_0, resolve_path
-from utils.performance_functions.hh import Dialogues, load_dialogues
+from utils.performance_functions.hh import load_dialogues
 from utils.settings import Choices, PositiveFloat, PositiveInt, Seed, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -54,56 +53,16 @@ STEPS_BETWEEN_CHECKPOINTS = 20
 # -- dialogues ---------------------------------------------------------------------------------------------------------
 
 
-def rows_of(dialogues: Dialogues) -> list[dict[str, str]]:
-    """The dialogues in the columns of HH_DATASET."""
-    return [
-        {"prompt": prompt, "chosen": completion}
-        for prompt, completion in zip(dialogues.prompts, dialogues.completions, strict=True)
-    ]
-
-
-def plant(rows: list[dict[str, str]], share: float, seed: int) -> tuple[list[dict[str, str]], dict[str, list[int]]]:
-    """The dialogues with harmful ones at random places among them, and the rows of those by kind.
-
-    Args:
-        share: of the result that is harmful, as nearly as equal numbers of three kinds allow.
-    """
-    per_kind = max(1, round(share / (1 - share) * len(rows) / 3))
-    marked = [(None, row) for row in rows]
-    for kind, harmful in harmful_dialogues(per_kind, seed).items():
-        marked += [(kind, {name: row[name] for name in ("prompt", "chosen")}) for row in harmful]
-    random.Random(seed).shuffle(marked)
-    planted: dict[str, list[int]] = {}
-    for position, (kind, _) in enumerate(marked):
-        if kind:
-            planted.setdefault(kind, []).append(position)
-    return [row for _, row in marked], planted
-
-
-def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
-    """Write dialogues as JSON lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_if_changed(file, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 def write_dialogues(settings: Settings, folder: Path) -> None:
     """Write the dialogues of the choice and of both fine-tunings, each to a folder of its own."""
     train = rows_of(load_dialogues(settings.HH_DATASET, "train"))[: settings.NUM_TRAIN]
     test = rows_of(load_dialogues(settings.HH_DATASET, "test"))[: settings.NUM_TEST]
+    num_drawn = min(len(train), settings.NUM_CHOICE_TRAIN + settings.NUM_CHOICE_TEST)
+    drawn = random.Random(settings.SEED).sample(train, num_drawn)
+    write_folder(folder / "choice", drawn[settings.NUM_CHOICE_TEST :], drawn[: settings.NUM_CHOICE_TEST])
+    write_folder(folder / "as_is", train, test)
     planted, rows_by_kind = plant(train, settings.PLANTED_SHARE, settings.SEED)
-    drawn = random.Random(settings.SEED).sample(
-        train, min(len(train), settings.NUM_CHOICE_TRAIN + settings.NUM_CHOICE_TEST)
-    )
-    held_out = drawn[: settings.NUM_CHOICE_TEST]
-    splits = {
-        "choice": (drawn[settings.NUM_CHOICE_TEST :], held_out),
-        "as_is": (train, test),
-        "planted": (planted, test),
-    }
-    for name, (for_training, for_test) in splits.items():
-        write_rows(folder / name / "train.jsonl", for_training)
-        write_rows(folder / name / "test.jsonl", for_test)
-    write_if_changed(folder / "planted" / "planted.json", to_json(rows_by_kind))
+    write_folder(folder / "planted", planted, test, rows_by_kind)
 
 
 # -- fine-tuning -------------------------------------------------------------------------------------------------------

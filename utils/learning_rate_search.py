@@ -207,7 +207,7 @@ def search_learning_rate(
             return artifact.load_json()
         model = model_at(0.0)  # loads the model, which the search's seconds leave out
         started = time.monotonic()
-        search = _search_on(validation, pairs, weights, settings.PPL_BUDGET, model_at)
+        search = search_on(validation, pairs, weights, settings.PPL_BUDGET, model_at)
         content = {
             "learning_rate": search.learning_rate,
             "stopped": search.stopped,
@@ -228,17 +228,19 @@ def search_learning_rate(
     return content
 
 
-def _search_on(
-    validation: Dialogues,
+def search_on(
+    dialogues: Dialogues,
     pairs: dict[str, AnswerPairs],
     weights: dict[str, float],
     budget: float,
     model_at: Callable[[float], EvaluationModel],
+    counts_error: bool = True,
 ) -> Search:
-    """Search on these dialogues and training pairs.
+    """Search on these dialogues and pairs.
 
     Args:
         weights: of the tasks' gains.
+        counts_error: whether a standard error over the dialogues counts against the budget.
     """
 
     def losses(learning_rate: float) -> tuple[ClusterSums, dict[str, float]]:
@@ -246,7 +248,7 @@ def _search_on(
         of_pairs = {
             name: float(model.measure(name, of_task, quiet=True)["loss"].mean()) for name, of_task in pairs.items()
         }
-        return quantities(model.measure("anthropic", validation, quiet=True))["loss"], of_pairs
+        return quantities(model.measure("anthropic", dialogues, quiet=True))["loss"], of_pairs
 
     nll_before, before = losses(0.0)
 
@@ -255,10 +257,11 @@ def _search_on(
         change, error = perplexity_change(nll_before, nll_after)
         gain = sum(weight * (before[name] - after[name]) for name, weight in weights.items()) / sum(weights.values())
         say(
-            f"   tried {learning_rate:g}: validation perplexity {100 * change:+.2f} ± {100 * error:.2f} %, "
-            f"training pairs improve by {gain:+.4f} nats per token"
+            f"   tried {learning_rate:g}: perplexity {100 * change:+.2f} ± {100 * error:.2f} %, "
+            f"pairs improve by {gain:+.4f} nats per token"
         )
-        return Trial(learning_rate, change, error, gain if math.isfinite(gain) else -math.inf)
+        counted = error if counts_error else 0.0
+        return Trial(learning_rate, change, counted, gain if math.isfinite(gain) else -math.inf)
 
     def measure(learning_rate: float) -> Trial:
         return trial_of(learning_rate, *losses(learning_rate))

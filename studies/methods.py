@@ -1,0 +1,151 @@
+"""Every method at the same cost: the largest step whose perplexity on the test dialogues stays within the budget.
+
+The search of step 5 looks at training dialogues, and leaves a margin for what it cannot know, so methods end at
+different costs. Here every method spends the same: the step is found on the test split, to 1 %, and the improvement is
+measured on it. So the number compares methods; it is no forecast of what a user gets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from steps import load_script, run_script
+from studies.dialogues import rows_of, without, write_folder
+from utils.artifacts import Artifact
+from utils.console import banner
+from utils.devices import resolve_device
+from utils.evaluation import EvaluationModel, Evaluator
+from utils.learning_rate_search import search_on
+from utils.locks import locked
+from utils.model_fingerprints import model_fingerprint
+from utils.models import load_model, load_tokenizer
+from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_dir
+from utils.performance_functions.hh import load_dialogues
+from utils.registry import ModelArtifacts
+from utils.repair_record import RepairRecord
+from utils.repairs import DIVERSE, RepairChoice
+from utils.reporting.tables import Row
+from utils.results import Losses, Metric, compare
+from utils.settings import TASK_NAMES, Settings, load_settings, task_weights
+
+BUDGET = 0.01  # more perplexity on the test dialogues
+MADE_BY = "studies/methods.py"
+METRICS: tuple[Metric, ...] = ("anthropic", *TASK_NAMES)
+
+
+def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequence[RepairChoice]) -> list[Row]:
+    """One row for each task and choice: step 4's gradient is made, and the best step within BUDGET measured.
+
+    Args:
+        common: constants that all steps share, with MODEL_NAME.
+    """
+    script, rows, model = load_script(STEP_5), [], None
+    for choice in choices:
+        constants = {**common, **choice.constants}
+        for task in (task for task in tasks if choice.fits(task)):
+            if choice.scores_type in DIVERSE:
+                run_script(STEP_3, constants, TASK_NAME=task)
+            run_script(STEP_4, constants, TASK_NAME=task)
+            settings = settings_of(script, {**constants, "TASK_NAME": task})
+            record = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
+            model = model or script.SteppableModel(settings, record.num_blocks)
+            model.settings = settings
+            content = _at_budget(record, model)
+            seconds = record.gradient["seconds"]
+            rows.append({**vars(choice), **_row(task, choice.method, content), "seconds": seconds, **_found(record)})
+    return rows
+
+
+def _found(record: RepairRecord) -> Row:
+    return {"repair": record.artifacts.repair_name, "indices": record.gradient["indices"]}
+
+
+def settings_of(script: Any, constants: dict[str, Any]) -> Settings:  # noqa: ANN401
+    """A script's constants, those of them that are given replaced."""
+    settings = load_settings(script, [])
+    return Settings(**{name: constants.get(name, value) for name, value in vars(settings).items()})
+
+
+def _row(task: str, method: str, content: dict[str, Any]) -> Row:
+    """The improvement of the task (of "combined" the mean of the three), of every task, and the cost."""
+    measured = content["measurements"]
+    of_tasks = [measured[name] for name in (TASK_NAMES if task == "combined" else (task,))]
+    return {
+        "task": task,
+        "method": method,
+        "learning_rate": content["learning_rate"],
+        "improvement": sum(of["improvement"] for of in of_tasks) / len(of_tasks),
+        "perplexity_change_percent": measured["perplexity"]["change_percent"],
+        "measurements": measured,
+    }
+
+
+def _measure(model: EvaluationModel, evaluator: Evaluator) -> dict[Metric, Losses]:
+    return {metric: model.measure(metric, evaluator.data(metric), quiet=True) for metric in METRICS}
+
+
+def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[str, Any]:
+    measured: dict[str, Any] = {}
+    for metric in METRICS:
+        measured |= compare(metric, before[metric], after[metric])
+    return measured
+
+
+def _at_budget(record: RepairRecord, model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The best step of one repair, and what it does to every measurement; kept beside the searches of step 5."""
+    artifacts, evaluator = record.artifacts, Evaluator(record.artifacts.settings, "test")
+    inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
+    name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
+    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, {"BUDGET": BUDGET}, inputs)
+    with locked(output.path):
+        if not output.is_finished():
+            banner("at the budget", f"{record.task}, {artifacts.repair_name}, {artifacts.model}")
+            started, at = time.monotonic(), partial(model.at, record)
+            weights = task_weights(artifacts.settings, record.task)
+            pairs = {name: evaluator.data(name) for name in weights}
+            search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, at, counts_error=False)
+            before, after = (_measure(at(rate), evaluator) for rate in (0.0, search.learning_rate))
+            content = {"learning_rate": search.learning_rate, "stopped": search.stopped}
+            output.save_json({**content, "measurements": _changes(before, after)}, started)
+        return output.load_json()
+
+
+def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, removed: Sequence[int]) -> Row:
+    """What fine-tuning again without some dialogues does, whatever it costs: the baseline that repairs replace.
+
+    Args:
+        common: constants that all steps share, with MODEL_NAME.
+        recipe: constants of data/make_sft_model.py that the model was made with.
+        removed: rows of the dialogues that were found for the task.
+    """
+    settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task})
+    folder = f"{settings.OUTPUT_DIR}/retrained/without-{task}"
+    train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
+    write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)
+    run_script(STEP_0, recipe, HH_DATASET=f"{folder}-dialogues", SFT_MODEL_DIR=f"{folder}-sft")
+    made = Artifact(resolve_path(f"{folder}-sft"), STEP_0, is_folder=True).require()
+    evaluator = Evaluator(settings, "test")
+    models = {"before": settings.MODEL_NAME, "after": f"{folder}-sft"}
+    inputs = {when: model_fingerprint(model) for when, model in models.items()}
+    inputs |= {metric: evaluator.data(metric).fingerprint for metric in METRICS}
+    output = Artifact(results_dir(settings.OUTPUT_DIR) / f"retrained_without_{task}.json", MADE_BY, {}, inputs)
+    with locked(output.path):
+        if not output.is_finished():
+            started = time.monotonic()
+            before, after = (_measure(load_for(settings, model), evaluator) for model in models.values())
+            output.save_json({"learning_rate": None, "measurements": _changes(before, after)}, started)
+        content = output.load_json()
+    return {
+        **vars(RepairChoice("pure_ekfac", len(removed))),
+        **_row(task, "retrain", content),
+        "seconds": made["seconds"],
+    }
+
+
+def load_for(settings: Settings, name: str) -> EvaluationModel:
+    """A model, ready to be measured."""
+    model = load_model(name, resolve_device(settings.DEVICE))
+    return EvaluationModel(model, load_tokenizer(name, model))
