@@ -80,6 +80,7 @@ def _row(task: str, method: str, content: dict[str, Any]) -> Row:
         "improvement": sum(of["improvement"] for of in of_tasks) / len(of_tasks),
         "perplexity_change_percent": measured["perplexity"]["change_percent"],
         "measurements": measured,
+        "of_pairs": content["of_pairs"],
     }
 
 
@@ -88,10 +89,12 @@ def _measure(model: EvaluationModel, evaluator: Evaluator) -> dict[Metric, Losse
 
 
 def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[str, Any]:
+    """The change of every measurement, and the improvement of every single pair."""
     measured: dict[str, Any] = {}
     for metric in METRICS:
         measured |= compare(metric, before[metric], after[metric])
-    return measured
+    of_pairs = {task: (before[task]["loss"] - after[task]["loss"]).tolist() for task in TASK_NAMES}
+    return {"measurements": measured, "of_pairs": of_pairs}
 
 
 def _at_budget(record: RepairRecord, model: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -109,7 +112,7 @@ def _at_budget(record: RepairRecord, model: Any) -> dict[str, Any]:  # noqa: ANN
             search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, at, counts_error=False)
             before, after = (_measure(at(rate), evaluator) for rate in (0.0, search.learning_rate))
             content = {"learning_rate": search.learning_rate, "stopped": search.stopped}
-            output.save_json({**content, "measurements": _changes(before, after)}, started)
+            output.save_json({**content, **_changes(before, after)}, started)
         return output.load_json()
 
 
@@ -136,7 +139,7 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
         if not output.is_finished():
             started = time.monotonic()
             before, after = (_measure(load_for(settings, model), evaluator) for model in models.values())
-            output.save_json({"learning_rate": None, "measurements": _changes(before, after)}, started)
+            output.save_json({"learning_rate": None, **_changes(before, after)}, started)
         content = output.load_json()
     return {
         **vars(RepairChoice("pure_ekfac", len(removed))),
