@@ -1,11 +1,11 @@
-# make demo, make tables, make validate, make test and make bench do all of their own set-up, in .venv.
+# make demo, make tables, make validate, make study, make test and make bench do all of their own set-up, in .venv.
 PYTHON ?= python3
 # Without a GPU a fixed torch; on a GPU box `make TORCH=torch` takes the newest.
 TORCH ?= torch==2.13.0
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo tables validate test bench lint clean
+.PHONY: demo tables validate study test bench lint clean
 demo: $(VENV)/ready
 	$(RUN) data/demo/run_demo.py
 
@@ -20,6 +20,14 @@ validate: $(VENV)/ready
 	$(RUN) data/make_sft_model.py
 	$(VALIDATE) > $(VENV)/validate.log 2>&1 & second=$$!; \
 	$(VALIDATE); first=$$?; wait $$second || { tail -n 3 $(VENV)/validate.log; exit 1; }; exit $$first
+
+# A real pretrained model, fine-tuned, traced and repaired in every way, on the data that data/prepare.py brings; many
+# hours on two cores; goes on where it was stopped.
+HH ?= data/hh
+DATA ?= data
+study: $(VENV)/ready
+	$(RUN) studies/demo_repairs.py
+	$(RUN) studies/real_model.py --HH_DATASET $(HH) --DATA_DIR $(DATA)
 
 # Three quarters of an hour on two cores: the released recipe is slow.
 bench: $(VENV)/ready

