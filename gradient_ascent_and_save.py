@@ -37,10 +37,11 @@ from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.files import fingerprint_of
 from utils.hub import push_folder, require_hub_access
+from utils.kept_model import open_model
 from utils.learning_rate_search import search_learning_rate
 from utils.locks import locked
 from utils.model_fingerprints import content_fingerprint
-from utils.models import load_model, load_tokenizer, save_model, traced_linear_names
+from utils.models import save_model, traced_linear_names
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
@@ -69,7 +70,6 @@ from utils.settings import (
 from utils.spreading import SPREAD
 from utils.tensors import Shapes, require_finite
 from utils.tracker import Tracker, tracking
-from utils.trunk import Trunk
 
 if TYPE_CHECKING:
     from utils.influence.traced_model import Gradients
@@ -167,11 +167,8 @@ class SteppableModel:
     @cached_property
     def loaded(self) -> EvaluationModel:
         """The model, ready to be measured."""
-        name = self.settings.MODEL_NAME
-        device = self.settings.DEVICE
-        model = load_model(name, resolve_device(device), device == SPREAD, self.num_blocks)
-        trunk = Trunk(model, self.settings.MODEL_FAMILY, self.num_blocks)
-        return EvaluationModel(model, load_tokenizer(name, model), trunk)
+        device = resolve_device(self.settings.DEVICE)
+        return EvaluationModel(*open_model(self.settings, self.settings.MODEL_NAME, device, self.num_blocks))
 
     def at(self, repair: RepairRecord, learning_rate: float) -> EvaluationModel:
         """The model updated at a learning rate; 0 gives the POST-SFT model."""

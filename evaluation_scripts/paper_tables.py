@@ -30,6 +30,7 @@ from steps import run_script, run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
+from utils.kept_model import keep_model
 from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.data_files import is_there, parse_json, read_text, shown_value
@@ -346,7 +347,8 @@ def main(settings: Settings) -> None:
     chosen = [repair.choice for part in grid.values() for repair in part if repair.choice.has_subset]
     require_enough(max((choice.bottom_k for choice in chosen), default=0), num_dialogues)
     baselines = measure_baselines(settings)
-    rows = run_everything(settings, grid)
+    with keep_model():
+        rows = run_everything(settings, grid)
     folder = paths.tables_dir(settings.OUTPUT_DIR)
     tables: list[Table] = []
     with locked(folder):

@@ -24,6 +24,7 @@ from steps import run_script, run_step
 from studies.comparison import comparison_table
 from studies.methods import retrained_row, rows_at_budget
 from utils.console import banner, say, shown_path
+from utils.kept_model import keep_model
 from utils.paths import STEP_0, STEP_1, STEP_2, resolve_path
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
@@ -102,7 +103,8 @@ def repair(settings: Settings, seed: int) -> list[Row]:
 def main(settings: Settings) -> None:
     """Make, repair and compare the models."""
     banner("demo repairs", f"training seeds {', '.join(map(str, settings.TRAINING_SEEDS))}")
-    models = [repair(settings, seed) for seed in settings.TRAINING_SEEDS]
+    with keep_model():
+        models = [repair(settings, seed) for seed in settings.TRAINING_SEEDS]
     table = comparison_table(models, "The demo's model, trained with other seeds.")
     file = resolve_path(settings.OUTPUT_DIR) / "methods"
     table.write(file)

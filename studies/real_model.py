@@ -35,6 +35,7 @@ from studies.methods import rows_at_budget
 from utils.artifacts import Artifact
 from utils.console import banner, say, shown_path
 from utils.files import to_json, write_if_changed
+from utils.kept_model import keep_model
 from utils.paths import (
     PAPER_TABLES,
     ROBUSTNESS,
@@ -321,9 +322,10 @@ def main(settings: Settings) -> None:
     rate, epochs = choose_recipe(settings)
     for name in settings.FINE_TUNINGS:
         fine_tune(settings, name, model_name(settings, name), rate, epochs)
-    for stage in settings.STAGES:
-        for name in settings.FINE_TUNINGS:
-            STUDIES[stage](settings, name)
+    for name in settings.FINE_TUNINGS:
+        with keep_model():
+            for stage in settings.STAGES:
+                STUDIES[stage](settings, name)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ class EvaluationModel:
         """Free the cached hidden states of data that will not be measured again."""
         known = self._inputs.pop((metric, data.fingerprint), None)
         if known and known.cache:
-            known.cache.release()
+            self.trunk.forget(known.cache)
 
     def _input(self, metric: Metric, data: Data) -> EvaluationInput:
         key = (metric, data.fingerprint)
@@ -154,7 +154,7 @@ class EvaluationModel:
         else:
             pairs = tokenize_pairs(data, self.tokenizer, MEASUREMENTS[metric].max_tokens)
             sequences, description = pairs.sequences, f"{metric} pairs"
-        cache = HiddenStateCache(self.trunk) if self.trunk else None
+        cache = self.trunk.cache_for(sequences) if self.trunk else None
         loader = BatchLoader(
             sequences,
             token_budget(self.model, "auto"),

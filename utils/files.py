@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from utils.console import UserError, shown_path
@@ -132,6 +133,15 @@ def fingerprint_of(value: Any) -> str:  # noqa: ANN401
     """Fingerprint of anything JSON can hold."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=FINGERPRINT_BYTES).hexdigest()
+
+
+def fingerprint_of_arrays(*arrays: np.ndarray) -> str:
+    """Fingerprint of the bytes of arrays, for keys in memory: fast, and not cryptographic."""
+    digest = xxhash.xxh3_128()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def fingerprint_of_text(text: str) -> str:

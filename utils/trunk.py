@@ -9,13 +9,16 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
-from utils.batching import Batch
+from utils.batching import Batch, LabelledSequence
 from utils.console import say
+from utils.files import fingerprint_of_arrays
 from utils.forward import PROBE_TOKENS, last_hidden_state, probe
 from utils.models import first_traced_block
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS
@@ -73,6 +76,7 @@ class Trunk:
 
     Attributes:
         tail: the model with its last blocks alone; `last_hidden_state` runs it on a batch with `trunk_states`.
+        keeps_all: whether everything is kept for the next step of the same process (utils/kept_model.py).
         free_bytes: memory left for cached states; one budget for all caches of this trunk.
         caches, clock: all caches, and the time of their last use.
 
@@ -97,6 +101,8 @@ class Trunk:
             if not self._equals_whole(model):
                 say("   the last blocks alone do not give what the model gives: every pass runs all of the model")
                 self.is_empty, self.tail = True, model
+        self.keeps_all = False
+        self._by_content: dict[str, HiddenStateCache] = {}
         self.caches: list[HiddenStateCache] = []
         self.clock = itertools.count()
         self.free_bytes = CACHE_BYTES_ON_CPU
@@ -128,6 +134,23 @@ class Trunk:
         finally:
             hook.remove()
         return output[0][0] if isinstance(output[0], tuple) else output[0]  # a tuple until transformers 4.5x
+
+    def cache_for(self, sequences: Sequence[LabelledSequence], keep: bool = True) -> HiddenStateCache:
+        """The cache of a list of sequences, the same one for the same tokens.
+
+        Args:
+            keep: False for sequences that are seen once, whose states are computed and dropped.
+        """
+        if not (keep or self.keeps_all):
+            return HiddenStateCache(self, keep=False)
+        lengths = np.array([len(sequence.input_ids) for sequence in sequences])
+        tokens = np.concatenate([sequence.input_ids for sequence in sequences])
+        return self._by_content.setdefault(fingerprint_of_arrays(lengths, tokens), HiddenStateCache(self))
+
+    def forget(self, cache: HiddenStateCache) -> None:
+        """Give a cache's memory back, unless everything is kept."""
+        if not self.keeps_all:
+            cache.release()
 
 
 class HiddenStateCache:

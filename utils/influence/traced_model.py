@@ -15,10 +15,10 @@ from utils.batching import Batch, BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
-from utils.models import load_model, load_tokenizer, traced_linear_names
+from utils.kept_model import open_model
+from utils.models import traced_linear_names
 from utils.settings import Settings, factors_for
-from utils.spreading import SPREAD
-from utils.trunk import HiddenStateCache, Trunk
+from utils.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,10 +62,10 @@ class TracedModel:
     """A frozen model with the Linears that are traced.
 
     Attributes:
-        model: the whole model, or its tail (utils/trunk.py) if there is a cache.
+        model: the whole model, or its tail (utils/trunk.py) if there is a trunk.
         linears: the traced Linears by their dotted names in the whole model.
         tokens_per_batch: padded tokens in a batch, at most.
-        cache: hidden states of the training dialogues where they enter the tail; None if the model is whole.
+        trunk: gives the hidden states that enter the tail; None if the model is whole.
     """
 
     model: PreTrainedModel
@@ -73,7 +73,7 @@ class TracedModel:
     curvature: Curvature
     tokenizer: PreTrainedTokenizerBase
     tokens_per_batch: int
-    cache: HiddenStateCache | None = None
+    trunk: Trunk | None = None
 
     def loader(
         self,
@@ -86,7 +86,7 @@ class TracedModel:
         Args:
             cached: cache the hidden states, for the training dialogues, which several passes see.
         """
-        cache = self.cache if cached or self.cache is None else HiddenStateCache(self.cache.trunk, keep=False)
+        cache = self.trunk and self.trunk.cache_for(sequences, keep=cached)
         return BatchLoader(
             sequences,
             self.tokens_per_batch,
@@ -152,9 +152,8 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
     """
     if settings.USE_HALF_PRECISION and device.type != "cuda":
         raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
-    loaded = load_model(model, device, settings.DEVICE == SPREAD, settings.NUM_BLOCKS)
-    trunk = Trunk(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
-    return trace_model(settings, loaded, load_tokenizer(model, loaded), trunk)
+    opened = open_model(settings, model, device, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
+    return trace_model(settings, *opened)
 
 
 def trace_model(
@@ -170,5 +169,5 @@ def trace_model(
         ),
         tokenizer=tokenizer,
         tokens_per_batch=token_budget(loaded, settings.TOKENS_PER_BATCH, list(linears.values())),
-        cache=HiddenStateCache(trunk),
+        trunk=trunk,
     )

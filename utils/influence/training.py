@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ import torch
 from utils.batching import Batch, LabelledSequence, plan_batches
 from utils.console import UserError
 from utils.influence.traced_model import Gradients, TracedModel
-from utils.trunk import HiddenStateCache
 
 
 class TrainedLinears:
@@ -92,10 +90,11 @@ class Minibatches:
         if not items:
             raise UserError("there are no dialogues or pairs to train on: choose another SCORES_TYPE or BOTTOM_K")
         self.per_item, number = len(items[0]), -(-len(items) // size)
-        self.cache = traced.cache and HiddenStateCache(traced.cache.trunk)
         weights = np.full(len(items), 1 / len(items)) if weights is None else weights
-        self.loader = replace(traced, cache=self.cache).loader(
-            [sequence for item in items for sequence in item],
+        sequences = [sequence for item in items for sequence in item]
+        self.trunk, self.cache = traced.trunk, traced.trunk and traced.trunk.cache_for(sequences)
+        self.loader = traced.loader(
+            sequences,
             cached=True,
             weights=np.repeat(number * weights, self.per_item),
         )
@@ -114,5 +113,5 @@ class Minibatches:
 
     def release(self) -> None:
         """Give the memory of the cached hidden states back."""
-        if self.cache:
-            self.cache.release()
+        if self.trunk:
+            self.trunk.forget(self.cache)
