@@ -52,7 +52,7 @@ SCORES_TYPES: Choices[ScoresType] = [  # methods, as in step 4
     "descent",
     "random",
 ]
-SEVERAL_STEPS: Choices[ScoresType] = ["pure_ekfac", "contrast", "weighted", "direct"]  # of SCORES_TYPES, also in steps
+SEVERAL_STEPS: Choices[ScoresType] = ["pure_ekfac", "contrast", "direct"]  # of SCORES_TYPES, also in steps
 NUM_STEPS: Choices[PositiveInt] = [2, 4, 8]  # of those, as in step 5
 PRESERVE_TASKS: Choices[ScoresType] = ["pure_ekfac", "contrast", "fitted", "direct"]  # of SCORES_TYPES, also with this
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn

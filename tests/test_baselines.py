@@ -152,7 +152,7 @@ def test_a_baseline_is_plain_training(name, subject, data):
 def test_without_a_trunk_the_training_is_the_same(tiny_models, data):
     model, traced = make_traced(tiny_models["qwen"])
     cached = trained_change("npo", traced, data, STEPS, RATE, seed=0)
-    whole = trained_change("npo", replace(traced, model=model, cache=None), data, STEPS, RATE, seed=0)
+    whole = trained_change("npo", replace(traced, model=model, trunk=None), data, STEPS, RATE, seed=0)
     assert relative_difference(whole, cached) < 1e-6
 
 
@@ -219,7 +219,7 @@ def test_minibatches_train_like_the_plain_loss_of_each(tiny_models, data):
 
 def test_the_trunk_runs_once_for_each_sequence(subject, data, monkeypatch):
     _, traced = subject
-    trunk, computed = traced.cache.trunk, []
+    trunk, computed = traced.trunk, []
     original = trunk.states
     monkeypatch.setattr(trunk, "states", lambda batch: (computed.extend(batch["index"].tolist()), original(batch))[1])
     free = trunk.free_bytes
