@@ -21,7 +21,7 @@ from utils.performance_functions import losses
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.repairs import TRAINED
-from utils.trunk import HiddenStateCache, Trunk
+from utils.trunk import Trunk
 
 CPU = torch.device("cpu")
 STEPS, RATE, BETA = 3, 1e-3, 0.1
@@ -33,8 +33,7 @@ def make_traced(folder, dtype: torch.dtype = torch.float64, num_blocks: int = 1)
     linears = traced_linears(model, "auto", num_blocks)
     trunk = Trunk(model, "auto", num_blocks)
     tokenizer = load_tokenizer(str(folder), model)
-    cache = HiddenStateCache(trunk)
-    return model, TracedModel(trunk.tail, linears, Curvature(dtype=dtype), tokenizer, 400, cache)
+    return model, TracedModel(trunk.tail, linears, Curvature(dtype=dtype), tokenizer, 400, trunk)
 
 
 @pytest.fixture(params=["pythia", "qwen"])
