@@ -373,7 +373,7 @@ def tables_command(settings: Settings) -> str:
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
     own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "PRESERVE_TASKS", "HARMFUL_TOKENS_ONLY", "NUM_STEPS")
     same = {name: [getattr(settings, name)] for name in own}
-    same |= {"SEEDS": [settings.SEED], "SWEPT_RATES": None}
+    same |= {"TOP_K": settings.TOP_K, "SEEDS": [settings.SEED], "SWEPT_RATES": None}
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
 
 

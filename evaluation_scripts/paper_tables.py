@@ -122,7 +122,7 @@ class RepairConfig:
 def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
     """The repairs of the main table, at the first value of each list, and of each ablation over several values.
 
-    Choices that do not go together are left out.
+    A method is without the options that do not fit it.
     """
     variants = {
         name: getattr(settings, CONSTANTS[name])
@@ -133,7 +133,7 @@ def plan_grid(settings: Settings) -> dict[str, list[RepairConfig]]:
     ablated_tasks = [task for task in settings.TASKS if task != "combined"] or settings.TASKS
 
     def repairs(choices: Iterable[RepairChoice], tasks: Sequence[str]) -> list[RepairConfig]:
-        return [RepairConfig(task, choice) for choice in choices for task in tasks if choice.fits(task)]
+        return list(dict.fromkeys(RepairConfig(task, choice.nearest(task)) for choice in choices for task in tasks))
 
     every = [dict(zip(variants, values, strict=True)) for values in itertools.product(*variants.values())]
     grid = {

@@ -56,6 +56,7 @@ OWN_LOGITS = {
 }
 
 LONGEST_FILES = (
+    "test_studies",
     "test_validation",
     "test_readme",
     "test_tables",

@@ -268,7 +268,7 @@ def test_a_gradient_that_is_replaced_under_way_is_not_taken_for_the_one_it_was(w
     step_4 = [STEP_4, *BIAS, "--BOTTOM_K", 5]
     workspace.run(*step_4)
     replace = partial(workspace.run, *step_4, "--GRADIENT_REDUCTION_TYPE", "sum", "--OVERWRITE", True)
-    meanwhile(monkeypatch, STEP_5, "load_model", replace)
+    meanwhile(monkeypatch, STEP_5, "open_model", replace)
     with pytest.raises(SystemExit):
         workspace.run(STEP_5, *BIAS, "--BOTTOM_K", 5, "--LEARNING_RATE", 0.02)
     assert "was replaced by another run meanwhile" in capsys.readouterr().err

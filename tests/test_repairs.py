@@ -256,6 +256,16 @@ def test_choices_that_do_not_go_together_are_refused(choice, task, told):
     assert not choice.fits(task)
 
 
+def test_options_that_do_not_fit_are_left_out():
+    every = RepairChoice("ga", 5, 1.0, 7, True, True, True, 4)
+    assert every.nearest("bias") == RepairChoice("ga", 5, 1.0, 7, harmful_tokens_only=True, num_steps=4)
+    assert RepairChoice("direct", 5, 1.0, 7, True, True, True, 4).nearest("combined") == RepairChoice(
+        "direct", 5, 1.0, 7, preserve_perplexity=True, num_steps=4
+    )
+    fitting = RepairChoice("pure_ekfac", 5, 1.0, 7, True, True, True, 4)
+    assert fitting.nearest("truth") == fitting
+
+
 def test_more_helpful_dialogues_than_there_are(plain, capsys):
     for scores_type, told in (("contrast", "BOTTOM_K and TOP_K together = 61"), ("descent", "TOP_K = 57")):
         arguments = ["--TASK_NAME", "bias", "--BOTTOM_K", 4, "--TOP_K", 57]

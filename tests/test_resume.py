@@ -297,7 +297,7 @@ def test_what_other_settings_left_unfinished_is_not_used(reference, tmp_path, mo
     [
         (STEP_1, ["--NUM_BLOCKS", 2], KILLS["before the Lambda matrices"][1]),
         (STEP_2, ["--MAX_LENGTH", 9], at_call(in_script(STEP_2), "last_hidden_state")),
-        (STEP_4, ["--GRADIENT_REDUCTION_TYPE", "sum"], at_call(in_script(STEP_4), "load_preconditioner")),
+        (STEP_4, ["--GRADIENT_REDUCTION_TYPE", "sum"], at_call(in_script(STEP_4), "make_gradient")),
     ],
 )
 def test_what_is_being_replaced_stays_whole_until_then(reference, tmp_path, monkeypatch, script, others, kill):

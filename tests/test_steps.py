@@ -13,7 +13,7 @@ from conftest import Workspace, load_script
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from utils import paths, registry
+from utils import kept_model, paths, registry
 from utils.evaluation import EvaluationModel, Evaluator
 from utils.files import read_json
 from utils.model_fingerprints import model_fingerprint
@@ -285,8 +285,8 @@ def test_all_tasks_load_and_hash_the_model_once_and_run_the_trunk_once_for_each_
     workspace = make_workspace("pythia")
     workspace.run("compute_factors_and_scores.py")
     workspace.run("make_gradients.py", "--BOTTOM_K", 4)
-    script, counts, ran = load_script("gradient_ascent_and_save.py"), Counter(), Counter()
-    for owner, name in ((script, "load_model"), (registry, "model_fingerprint")):
+    counts, ran = Counter(), Counter()
+    for owner, name in ((kept_model, "load_model"), (registry, "model_fingerprint")):
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *a, f=original, n=name: (counts.update([n]), f(*a))[1])
     states = Trunk.states
@@ -329,10 +329,10 @@ def test_seconds_are_those_of_the_artifact_alone(make_workspace, monkeypatch):
     takes("dpp/greedy_dpp.py", "median_heuristic_gamma", 100)
     takes("dpp/greedy_dpp.py", "greedy_dpp", 3)
     takes("make_gradients.py", "load_traced_model", 100)
-    takes("make_gradients.py", "subset_gradient", 5)
+    takes("make_gradients.py", "make_gradient", 5)
     workspace.run("dpp/greedy_dpp.py", "--BOTTOM_K", 4)
     workspace.run("make_gradients.py", "--BOTTOM_K", 4, "--SCORES_TYPE", "dpp")
-    takes("gradient_ascent_and_save.py", "load_model", 100)
+    takes("gradient_ascent_and_save.py", "open_model", 100)
     takes("gradient_ascent_and_save.py", "ascend", 0)
     workspace.run("gradient_ascent_and_save.py", "--BOTTOM_K", 4, "--SCORES_TYPE", "dpp", "--LEARNING_RATE", "auto")
     for pattern in ("*_search.manifest.json", "*_test.manifest.json", "gradient_ascent_models/*/manifest.json"):

@@ -355,7 +355,7 @@ def test_a_finished_grid_is_not_computed_again(tabled, monkeypatch):
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    for module in ("gradient_ascent_and_save", "utils.influence.traced_model", "utils.evaluation"):
+    for module in ("utils.kept_model", "utils.evaluation"):
         monkeypatch.setattr(f"{module}.load_model", refuse)
     before = {name: file for name, file in contents(tabled.output).items() if not name.endswith("sweeps.png")}
     tabled.run(TABLES, *SMALL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.console import UserError
@@ -115,6 +115,12 @@ class RepairChoice:
         if self.scores_type in (*TRAINED, "fitted") and self.num_steps > 1:
             what = "weights" if self.scores_type == "fitted" else "a change of the model"
             raise UserError(f"NUM_STEPS = {self.num_steps}: {of_type} is {what} that step 4 makes once; allowed is 1")
+
+    def nearest(self, task: str) -> RepairChoice:
+        """The choice without those of its options that do not fit SCORES_TYPE or the task."""
+        plain = RepairChoice(self.scores_type, self.bottom_k, self.if_weight, self.top_k)
+        fitting = {name: value for name, value in vars(self).items() if replace(plain, **{name: value}).fits(task)}
+        return replace(plain, **fitting)
 
     def fits(self, task: str) -> bool:
         """Whether the choices go together for a task."""
