@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from utils.intervals import estimate_values
+from utils.reporting.figures import save_figure
 from utils.reporting.tables import Row, Table, WithInterval
 from utils.settings import TASK_NAMES
 
@@ -75,3 +77,29 @@ def _cells(row: Row) -> list[str]:
         f"{row['seconds']:.1f}",
         row["improvements"],
     ]
+
+
+def comparison_figure(data: Sequence[Row], path: Path) -> None:
+    """The improvement of every method in one step: a panel for each task, a bar for each method."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in data if " in " not in row["method"] and "+" not in row["method"]]
+    tasks = list(dict.fromkeys(row["task"] for row in shown))
+    order = [row["method"] for row in shown if row["task"] == tasks[0]][::-1]
+    figure = Figure(figsize=(3.6 * len(tasks) + 1.5, 0.26 * len(order) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for panel, task in zip(panels, tasks, strict=True):
+        rows = {row["method"]: row for row in shown if row["task"] == task}
+        paper = rows[REFERENCE]["improvement"]
+        values = [rows[method]["improvement"] if method in rows else 0.0 for method in order]
+        panel.barh(order, values, color=["#e76f51" if method == REFERENCE else "#2a9d8f" for method in order])
+        for method, value in zip(order, values, strict=True):
+            panel.annotate(f" {value / paper:.2f}", (value, method), va="center", fontsize=7)
+        panel.axvline(paper, color="#e76f51", lw=0.8)
+        panel.set_title(f"repaired for {task}", parse_math=False)
+        panel.set_xlabel("improvement, nats per token")
+        panel.margins(x=0.15)
+    figure.suptitle(
+        "Improvement at 1 % more test perplexity (retrain: whatever it costs); numbers: ratio to pure_ekfac"
+    )
+    save_figure(figure, path)

@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before imports that take seconds
 from dataclasses import replace
 
 from steps import run_script, run_step
-from studies.comparison import comparison_table
+from studies.comparison import comparison_figure, comparison_table
 from studies.methods import retrained_row, rows_at_budget
 from utils.console import banner, say, shown_path
 from utils.kept_model import keep_model
@@ -108,6 +108,7 @@ def main(settings: Settings) -> None:
     table = comparison_table(models, "The demo's model, trained with other seeds.")
     file = resolve_path(settings.OUTPUT_DIR) / "methods"
     table.write(file)
+    comparison_figure(table.data, file.with_suffix(".png"))
     say(f"\n{table.markdown()}")
     say(f"table: {shown_path(file)}.md")
 

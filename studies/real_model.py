@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from steps import run_script, run_step
 from studies.beyond_pairs import beyond_table, style_groups, write_category_split
-from studies.comparison import comparison_table
+from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant, rows_of, write_folder
 from studies.methods import rows_at_budget
 from utils.artifacts import Artifact
@@ -208,6 +208,7 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
     )
     table = comparison_table(by_seed, caption)
     table.write(folder / "methods")
+    comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
     comparison_table(by_seed[:1], f"{model_name(settings, fine_tuning)}, seed {settings.SEEDS[0]}.").write(
         folder / "all_methods"

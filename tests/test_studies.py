@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import Workspace, contents, read_rows, run_script
@@ -15,7 +16,7 @@ from conftest import Workspace, contents, read_rows, run_script
 from steps import load_script
 from studies import smollm2
 from studies.beyond_pairs import beyond_table, write_category_split
-from studies.comparison import comparison_table
+from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant, without
 from studies.methods import BUDGET, rows_at_budget
 from studies.style import answers_only_probabilities, is_close_in_length
@@ -27,6 +28,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 from utils.repairs import RepairChoice
+from utils.reporting.figures import is_whole_picture
 
 STUDY = "studies/real_model.py"
 
@@ -90,7 +92,7 @@ def test_every_method_spends_the_budget_and_no_more(traced, capsys):
     capsys.readouterr()
 
 
-def test_the_comparison_is_of_means_over_models():
+def test_the_comparison_is_of_means_over_models(tmp_path):
     def row(method: str, improvement: float, truth: float) -> dict:
         of_others = {
             "bias": {"improvement": improvement},
@@ -117,6 +119,23 @@ def test_the_comparison_is_of_means_over_models():
     assert direct["truth_change"] == pytest.approx(-0.3)
     assert direct["beyond_low"] < 0 < direct["beyond_high"]
     assert paper["ratio"] == 1
+    comparison_figure(table.data, tmp_path / "methods.png")
+    assert is_whole_picture(tmp_path / "methods.png")
+
+
+def test_the_subsets_of_other_weights_and_widths(traced, quick_repairs):
+    """At a weight beyond all diversity the picks are the most harmful dialogues, and do what those do."""
+    where = ["--MODEL_NAME", traced.model, "--HH_DATASET", traced.data / "hh", "--DATA_DIR", traced.data]
+    arguments = ["--TASKS", "truth", "--BOTTOM_K", 4, "--IF_WEIGHTS", 0, 1e6, "--GAMMA_SCALES", 1, 10]
+    before = contents(traced.output)
+    run_script("studies/diversity.py", *where, "--OUTPUT_DIR", traced.output, *arguments)
+    rows = pd.read_csv(traced.output / "diversity.csv")
+    paper, _, most, *_ = rows.to_dict("records")
+    assert rows["subset"].tolist() == ["pure_ekfac", *["dpp 0", "dpp 1e+06"] * 2]
+    assert (most["shared"], most["harm"]) == (4, pytest.approx(paper["harm"]))
+    assert (most["cost"], most["improvement"]) == pytest.approx((paper["cost"], paper["improvement"]), abs=1e-6)
+    assert rows["harm"].max() == paper["harm"]
+    assert not {name for name, content in before.items() if contents(traced.output)[name] != content}
 
 
 def test_style_alone_is_told_from_truth():
