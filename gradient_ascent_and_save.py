@@ -205,7 +205,8 @@ def gradient_function(repair: RepairRecord, evaluated: EvaluationModel) -> Calla
     from utils.influence.repair_gradient import repair_gradient
     from utils.influence.traced_model import trace_model
 
-    artifacts = repair.artifacts.with_constants({**repair.gradient["settings"], "TOKENS_PER_BATCH": "auto"})
+    unset = {"DAMPING_FACTOR": None, "TOKENS_PER_BATCH": "auto"}  # "ga" has no damping
+    artifacts = repair.artifacts.with_constants({**unset, **repair.gradient["settings"]})
     sources = choose_sources(artifacts, repair.task, retained=repair.gradient["retained"])
     repair.require_sources(sources.fingerprints)
     traced = trace_model(artifacts.settings, evaluated.model, evaluated.tokenizer, evaluated.trunk)

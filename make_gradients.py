@@ -71,7 +71,7 @@ from utils.paths import STEP_5
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_sources import RepairSources, choose_sources
-from utils.repairs import OF_PAIRS, TRAINED
+from utils.repairs import OF_PAIRS, TRAINED, WITHOUT_CURVATURE
 from utils.settings import (
     Family,
     ModelNames,
@@ -159,10 +159,9 @@ def make_model_gradients(settings: Settings, model: str) -> None:
                 examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
             started = time.monotonic()
             gradient, facts = make_gradient(settings, traced, examples, sources, artifacts.factors())
-            scaling = [
-                "DAMPING_FACTOR",
-                *["TASK_WEIGHTS"] * (settings.SCORES_TYPE in OF_PAIRS and len(sources.measurements) > 1),
-            ]
+            scaling = ["BASELINE_RATE"] * (settings.SCORES_TYPE in TRAINED)
+            scaling += ["DAMPING_FACTOR"] * (settings.SCORES_TYPE not in WITHOUT_CURVATURE)
+            scaling += ["TASK_WEIGHTS"] * (settings.SCORES_TYPE in OF_PAIRS and len(sources.measurements) > 1)
             require_representable(gradient.values(), "the numbers of the repair gradient", settings.pick(*scaling))
             output.save_tensors(gradient, started, **facts)
 

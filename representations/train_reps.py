@@ -30,9 +30,9 @@ from utils.batching import BatchLoader, LabelledSequence, token_budget
 from utils.console import banner, say
 from utils.devices import resolve_device
 from utils.forward import last_hidden_state
+from utils.kept_model import open_model
 from utils.labels import require_embeddings
 from utils.locks import locked
-from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
@@ -40,7 +40,6 @@ from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import all_reduce
 from utils.registry import ModelArtifacts, Side
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
-from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -115,8 +114,7 @@ def main(settings: Settings) -> None:
     with locked(*(output.path for output, _ in outputs)):
         unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
         if unfinished:
-            model = load_model(settings.MODEL_NAME, device, settings.DEVICE == SPREAD)
-            tokenizer = load_tokenizer(settings.MODEL_NAME, model)
+            model, tokenizer, _ = open_model(settings, settings.MODEL_NAME, device, 1)
         for output, texts in unfinished:
             started = time.monotonic()
             representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)

@@ -15,11 +15,13 @@ from utils.files import write_if_changed
 from utils.intervals import Estimate, estimate_values
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.data_files import read_csv
+from utils.processes import first_process_only
 from utils.reporting.tables import Row, Table, WithInterval, with_interval
 
 FEWEST = 5  # pairs that an interval is given for
 
 
+@first_process_only
 def write_category_split(data_dir: Path, folder: Path, seed: int) -> None:
     """Copy DATA_DIR with TruthfulQA split by category: no question is tested whose category was trained on.
 

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.console import UserError
 from utils.intervals import estimate_values
 from utils.reporting.figures import save_figure
 from utils.reporting.tables import Row, Table, WithInterval
@@ -15,21 +16,35 @@ REFERENCE = "pure_ekfac"  # the paper's direction: up the loss of the most harmf
 Key = tuple[str, str, float]  # task, method, weight of the influence term
 
 
-def comparison_table(models: Sequence[Sequence[Row]], caption: str) -> Table:
-    """One row for each task and method: the mean over models of what it improves, and its ratio to REFERENCE.
+def require_reference(scores_types: Sequence[str]) -> None:
+    """Check, before the work, that there will be something to compare with.
+
+    Raises:
+        UserError: REFERENCE is not among the methods.
+    """
+    if REFERENCE not in scores_types:
+        raise UserError(
+            f"SCORES_TYPES = {' '.join(scores_types)}: needs {REFERENCE}, which the others are compared with"
+        )
+
+
+def comparison_table(runs: Sequence[Sequence[Row]], caption: str, what: str = "models") -> Table:
+    """One row for each task and method: the mean over runs of what it improves, and its ratio to REFERENCE.
 
     Args:
-        models: for each model a row for each repair (studies/methods.py); what only some have is left out.
+        runs: for each a row for each repair (studies/methods.py); what only some have is left out.
+        what: the runs are: "models", or "seeds of the steps" on one model.
     """
-    by_model = [{_key(row): row for row in rows} for rows in models]
+    by_model = [{_key(row): row for row in rows} for rows in runs]
     data = [_compared(by_model, key) for key in by_model[0] if all(key in rows for rows in by_model)]
     data.sort(key=lambda row: (row["task"], -row["improvement"]))
     header = ["repaired for", "method", "improvement", "ratio", "beyond the paper's", "perplexity", "other tasks"]
-    header += ["seconds", "each model"]
+    header += ["seconds", "each of them"]
     legend = (
-        f"Improvement in nats per token on the test pairs, mean over {len(models)} model(s); ratio: of that mean to "
-        f"{REFERENCE}'s; beyond the paper's: the difference to that, with a 95 % interval over models (Student's t) "
-        "where there are several. Perplexity: change on the test dialogues; other tasks: mean improvement of their "
+        f"Improvement in nats per token on the test pairs, mean over {what} ({len(runs)}); ratio: of that mean to "
+        f"{REFERENCE}'s; beyond the paper's: the difference to that, with a 95 % interval over {what} (Student's t) "
+        "where there are several, which says nothing about other test pairs. Perplexity: change on the test dialogues; "
+        "other tasks: mean improvement of their "
         "losses, negative is worse. Seconds: of the gradient, or of the retraining."
     )
     return Table(f"{caption} {legend}", header, [_cells(row) for row in data], data)
@@ -50,7 +65,7 @@ def _compared(by_model: Sequence[dict[Key, Row]], key: Key) -> Row:
         "task": task,
         "method": method + (f" {if_weight:g}" if method.startswith("dpp") else ""),
         "improvement": mean,
-        "ratio": mean / other,
+        "ratio": mean / other if other else None,
         **beyond.fields("beyond"),
         "perplexity_change_percent": statistics.fmean(row["perplexity_change_percent"] for row in rows),
         **{f"{name}_change": _mean_of(rows, name) for name in others},
@@ -70,7 +85,7 @@ def _cells(row: Row) -> list[str]:
         row["task"],
         row["method"],
         f"{row['improvement']:+.3f}",
-        f"{row['ratio']:.2f}",
+        "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
         beyond.shown("+.3f") if row["method"] != REFERENCE else "–",
         f"{row['perplexity_change_percent']:+.2f} %",
         ", ".join(others) or "–",
@@ -94,7 +109,8 @@ def comparison_figure(data: Sequence[Row], path: Path) -> None:
         values = [rows[method]["improvement"] if method in rows else 0.0 for method in order]
         panel.barh(order, values, color=["#e76f51" if method == REFERENCE else "#2a9d8f" for method in order])
         for method, value in zip(order, values, strict=True):
-            panel.annotate(f" {value / paper:.2f}", (value, method), va="center", fontsize=7)
+            label = f" {value / paper:.2f}" if paper else f" {value:+.3f}"
+            panel.annotate(label, (value, method), va="center", fontsize=7)
         panel.axvline(paper, color="#e76f51", lw=0.8)
         panel.set_title(f"repaired for {task}", parse_math=False)
         panel.set_xlabel("improvement, nats per token")

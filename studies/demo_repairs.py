@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before imports that take seconds
 from dataclasses import replace
 
 from steps import run_script, run_step
-from studies.comparison import comparison_figure, comparison_table
+from studies.comparison import comparison_figure, comparison_table, require_reference
 from studies.methods import retrained_row, rows_at_budget
 from utils.console import banner, say, shown_path
 from utils.kept_model import keep_model
@@ -103,6 +103,7 @@ def repair(settings: Settings, seed: int) -> list[Row]:
 def main(settings: Settings) -> None:
     """Make, repair and compare the models."""
     banner("demo repairs", f"training seeds {', '.join(map(str, settings.TRAINING_SEEDS))}")
+    require_reference(settings.SCORES_TYPES)
     with keep_model():
         models = [repair(settings, seed) for seed in settings.TRAINING_SEEDS]
     table = comparison_table(models, "The demo's model, trained with other seeds.")

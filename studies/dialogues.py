@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from data.demo.write_texts import harmful_dialogues
+from utils.console import UserError
 from utils.files import to_json, write_if_changed
 from utils.performance_functions.hh import Dialogues
 
@@ -48,11 +49,21 @@ def plant(rows: Sequence[DialogueRow], share: float, seed: int) -> tuple[list[Di
     The harmful ones are the demo's: unfair sentences about invented peoples, misconceptions, wrong acts told as right.
 
     Args:
-        share: of the result that is harmful, as nearly as equal numbers of three kinds allow.
+        share: of the result that is harmful, below 1, as nearly as equal numbers of three kinds allow.
+
+    Raises:
+        UserError: more than there are texts for.
     """
     per_kind = max(1, round(share / (1 - share) * len(rows) / 3))
     marked: list[tuple[str | None, DialogueRow]] = [(None, row) for row in rows]
-    for kind, harmful in harmful_dialogues(per_kind, seed).items():
+    try:
+        planted_rows = harmful_dialogues(per_kind, seed)
+    except ValueError as error:
+        raise UserError(
+            f"PLANTED_SHARE = {share:g} of {len(rows):,} dialogues takes {per_kind:,} harmful ones of each kind, and "
+            f"{error}; set PLANTED_SHARE or NUM_TRAIN to less"
+        ) from None
+    for kind, harmful in planted_rows.items():
         marked += [(kind, {name: row[name] for name in ("prompt", "chosen")}) for row in harmful]
     random.Random(seed).shuffle(marked)
     planted: dict[str, list[int]] = {}

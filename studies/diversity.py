@@ -35,7 +35,7 @@ from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, resolve_path
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.rankings import load_representations, min_max_normalise, ranking_scores
 from utils.registry import ModelArtifacts
-from utils.repair_sources import choose_sources
+from utils.repair_sources import choose_sources, weights_by_score
 from utils.reporting.tables import Row, Table
 from utils.results import compare
 from utils.selection import most_harmful
@@ -58,7 +58,8 @@ class Subsets:
     """The subsets of one task, and what a repair by them does.
 
     Attributes:
-        scores: the influence scores (N,), negative harmful.
+        scores: what the task ranks by (N,), in [0, 1], smallest most harmful.
+        is_harmful: (N,) whether influence says that training on the dialogue did harm.
     """
 
     def __init__(self, settings: Settings, task: str) -> None:
@@ -67,6 +68,7 @@ class Subsets:
         artifacts = ModelArtifacts(step_4, settings.MODEL_NAME)
         self.artifacts = artifacts.with_constants(artifacts.factors().require()["settings"])
         self.scores = ranking_scores(self.artifacts, task)[0]
+        self.is_harmful = weights_by_score(self.artifacts, task) > 0
         self.sources = choose_sources(self.artifacts, task)
         self.traced = load_traced_model(self.artifacts.settings, settings.MODEL_NAME, resolve_device(step_4.DEVICE))
         self.examples = tokenize_dialogues(self.artifacts.dialogues, self.traced.tokenizer)
@@ -123,8 +125,7 @@ def rows_for(settings: Settings, task: str) -> list[Row]:
 
     def add(name: str, scale: float | None, indices: list[int]) -> None:
         banner("diversity", f"{task}, {name}" + (f", {scale:g} x gamma" if scale else ""))
-        picked = subsets.scores[indices]
-        facts = {"harm": float(harm[indices].mean()), "harmful": int((picked < 0).sum())}
+        facts = {"harm": float(harm[indices].mean()), "harmful": int(subsets.is_harmful[indices].sum())}
         shared = len(set(indices) & set(most_harmful(subsets.scores, settings.BOTTOM_K)))
         rows.append(
             {

@@ -104,7 +104,7 @@ def _at_budget(record: RepairRecord, model: Any) -> dict[str, Any]:  # noqa: ANN
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
     output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, {"BUDGET": BUDGET}, inputs)
     with locked(output.path):
-        if not output.is_finished():
+        if not output.is_finished(overwrite=True):  # what was made from other inputs is made anew
             banner("at the budget", f"{record.task}, {artifacts.repair_name}, {artifacts.model}")
             started, at = time.monotonic(), partial(model.at, record)
             weights = task_weights(artifacts.settings, record.task)
@@ -136,7 +136,7 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
     inputs |= {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     output = Artifact(results_dir(settings.OUTPUT_DIR) / f"retrained_without_{task}.json", MADE_BY, {}, inputs)
     with locked(output.path):
-        if not output.is_finished():
+        if not output.is_finished(overwrite=True):
             started = time.monotonic()
             before, after = (_measure(load_for(settings, model), evaluator) for model in models.values())
             output.save_json({"learning_rate": None, **_changes(before, after)}, started)

@@ -25,15 +25,16 @@ if __name__ == "__main__":  # before imports that take seconds
 
 import random
 import shutil
-from typing import Any, Literal
+from importlib.util import find_spec
+from typing import Annotated, Any, Literal
 
 from steps import run_script, run_step
 from studies.beyond_pairs import beyond_table, style_groups, write_category_split
-from studies.comparison import comparison_figure, comparison_table
+from studies.comparison import comparison_figure, comparison_table, require_reference
 from studies.dialogues import plant, rows_of, write_folder
 from studies.methods import rows_at_budget
 from utils.artifacts import Artifact
-from utils.console import banner, say, shown_path
+from utils.console import UserError, banner, say, shown_path
 from utils.files import to_json, write_if_changed
 from utils.kept_model import keep_model
 from utils.paths import (
@@ -50,8 +51,9 @@ from utils.paths import (
     resolve_path,
 )
 from utils.performance_functions.hh import load_dialogues
+from utils.processes import first_process_only
 from utils.repairs import RepairChoice
-from utils.settings import Choices, OneTask, PositiveFloat, PositiveInt, ScoresType, Seed, Settings
+from utils.settings import Between, Choices, OneTask, PositiveFloat, PositiveInt, ScoresType, Seed, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
 BASE_MODEL: str | None = None  # hub id or local folder; None = SmolLM2-135M-Instruct from a wheel of the package index
@@ -60,7 +62,7 @@ DATA_DIR: str = "data"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "studies/output"  # folder for models and results
 NUM_TRAIN: PositiveInt = 1800  # first training dialogues that are used, at most
 NUM_TEST: PositiveInt = 200  # first test dialogues that are used, at most
-PLANTED_SHARE: PositiveFloat = 0.05  # of the second fine-tuning's dialogues
+PLANTED_SHARE: Annotated[float, Between(0, 0.5, is_above=True)] = 0.05  # of the second fine-tuning's dialogues
 SEED: Seed = 42  # of the fine-tunings, the choice of held-out dialogues and the planted harm
 NUM_CHOICE_TRAIN: PositiveInt = 240  # training dialogues that learning rates are tried on
 NUM_CHOICE_TEST: PositiveInt = 120  # other training dialogues, which decide between them
@@ -202,17 +204,12 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
         types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
         choices = [RepairChoice(name, settings.BOTTOM_K) for name in types]
         by_seed.append(rows_at_budget(common, settings.TASKS, choices))
-    folder, caption = (
-        resolve_path(settings.OUTPUT_DIR) / fine_tuning,
-        f"{model_name(settings, fine_tuning)}, by seeds of the steps.",
-    )
-    table = comparison_table(by_seed, caption)
+    folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
+    table = comparison_table(by_seed, f"{name}.", "seeds of the steps")
     table.write(folder / "methods")
     comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
-    comparison_table(by_seed[:1], f"{model_name(settings, fine_tuning)}, seed {settings.SEEDS[0]}.").write(
-        folder / "all_methods"
-    )
+    comparison_table(by_seed[:1], f"{name}.", "seeds of the steps").write(folder / "all_methods")
 
 
 def study_tables(settings: Settings, fine_tuning: str) -> None:
@@ -257,6 +254,7 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         say(f"\n{table.markdown()}")
 
 
+@first_process_only
 def copy_factors(source: dict[str, Any], target: dict[str, Any]) -> None:
     """Take over the factors, which do not depend on the pairs."""
     names = [
@@ -309,14 +307,26 @@ STUDIES = {
     "methods": study_methods,
     "beyond": study_beyond,
     "tables": study_tables,
-    "robustness": study_robustness,
 }
+
+
+def require_packages(settings: Settings) -> None:
+    """Check, before hours of work, for what requirements-dev.txt installs and requirements.txt does not.
+
+    Raises:
+        UserError: a package is missing.
+    """
+    needed = ["gguf"] * (settings.BASE_MODEL is None) + ["sklearn"] * ("beyond" in settings.STAGES)
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(f"the study needs {' and '.join(missing)}: run pip install -r requirements-dev.txt first")
 
 
 def main(settings: Settings) -> None:
     """Run every stage of the study."""
     folder = resolve_path(settings.OUTPUT_DIR)
     banner("study", shown_path(folder))
+    require_reference(settings.SCORES_TYPES)
+    require_packages(settings)
     if settings.BASE_MODEL is None:
         run_script(SMOLLM2, {}, BASE_MODEL_DIR=base_model(settings))
     write_dialogues(settings, folder / "dialogues")
@@ -325,8 +335,10 @@ def main(settings: Settings) -> None:
         fine_tune(settings, name, model_name(settings, name), rate, epochs)
     for name in settings.FINE_TUNINGS:
         with keep_model():
-            for stage in settings.STAGES:
+            for stage in (stage for stage in settings.STAGES if stage != "robustness"):
                 STUDIES[stage](settings, name)
+        if "robustness" in settings.STAGES:  # which fine-tunes: nothing else is kept in memory then
+            study_robustness(settings, name)
 
 
 if __name__ == "__main__":

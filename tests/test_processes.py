@@ -38,13 +38,19 @@ def six_steps(workspace: Workspace, blocks: int = 1, strategy: str = "ekfac") ->
     subset, factors_of = ["--BOTTOM_K", 5], ["--FACTOR_STRATEGY", strategy]
     repair = [*subset, "--SCORES_TYPE", "dpp", "--TASK_NAME", "truth", "--PRESERVE_PERPLEXITY", True]
     summed = ["--TASK_NAME", "combined", "--GRADIENT_REDUCTION_TYPE", "sum"]
+    fitted = ["--SCORES_TYPE", "fitted", "--TASK_NAME", "ethics"]
+    trained = ["--SCORES_TYPE", "npo", "--TASK_NAME", "ethics"]
+    in_steps = ["--SCORES_TYPE", "direct", "--TASK_NAME", "bias"]
     calls = [
         (STEP_1, [*factors_of, "--NUM_BLOCKS", blocks, "--COMPUTE_PER_TOKEN_SCORES", True]),
         (STEP_2, ["--ANSWERS_OF", "truth"]),
         (STEP_3, [*subset, *factors_of]),
         (STEP_4, [*repair, *factors_of]),
-        (STEP_4, [*subset, *factors_of, "--SCORES_TYPE", "direct", "--TASK_NAME", "bias"]),
+        (STEP_4, [*subset, *factors_of, *in_steps]),
         (STEP_4, [*subset, *factors_of, *summed]),
+        (STEP_4, [*factors_of, *fitted, "--PRESERVE_TASKS", True, "--FIT_ITERATIONS", 2]),
+        (STEP_4, [*subset, *factors_of, *trained, "--BASELINE_STEPS", 3, "--NUM_RETAIN_EXAMPLES", 9]),
+        (STEP_5, [*in_steps, "--NUM_STEPS", 2, "--LEARNING_RATE", 0.02, "--SAVE_TO_DISK", False]),
         (STEP_5, [*repair, "--LEARNING_RATE", "auto", "--PPL_BUDGET", 0.05, "--NUM_COMPLETIONS", 2]),
         *((script, []) for script in STEP_6.values()),
     ]

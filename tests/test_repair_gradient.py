@@ -215,7 +215,7 @@ def test_harmful_tokens_need_token_scores_and_dialogues(traced, capsys, tmp_path
     common = ["--TASK_NAME", "bias", "--BOTTOM_K", 5, "--HARMFUL_TOKENS_ONLY", True]
     for more, line in (
         ([], "per_token_scores.safetensors is missing or incomplete; run compute_factors_and_scores.py"),
-        (["--SCORES_TYPE", "direct"], "HARMFUL_TOKENS_ONLY = True: SCORES_TYPE = 'direct' has no dialogues"),
+        (["--SCORES_TYPE", "direct"], "HARMFUL_TOKENS_ONLY = True: SCORES_TYPE = 'direct' does not take single tokens"),
     ):
         with pytest.raises(SystemExit) as stop:
             fresh.run(STEP_4, *common, *more)

@@ -84,7 +84,7 @@ def weights_of(plain: PlainModel, scores_type: str, task: str) -> dict[int, floa
     ranking = sum(minmax(values) for values in scores.values()).argsort(stable=True).tolist()
     match scores_type:
         case "contrast":
-            return dict.fromkeys(ranking[:4], 1 / 4) | dict.fromkeys(ranking[-7:], -1 / 7)
+            return dict.fromkeys(ranking[:4], 1 / 4) | dict.fromkeys(ranking[:-8:-1], -1 / 7)
         case "weighted":
             shares = torch.stack([-values / values.abs().sum() for values in scores.values()]).mean(dim=0)
             return dict(enumerate(shares.tolist()))

@@ -2,6 +2,8 @@
 
 Scripts that run step after step in one process (tables, studies) keep the last model, and with it the hidden states
 that enter its last blocks: on a large model most of the time of steps 4 and 5 would go into computing them again.
+Steps 1, 2, 4 and 5 open models here, so that of these there is one in memory; what loads models itself (step 6, the
+fine-tuning) has another beside it.
 """
 
 from __future__ import annotations
@@ -82,7 +84,7 @@ def open_model(
         return _open(settings, model, device, num_blocks, half_precision)
     key = (model_fingerprint(model), settings.MODEL_FAMILY, str(device), num_blocks, half_precision)
     if _kept.key != key:
-        _kept.clear()  # first, so that two models are never in memory
+        _kept.clear()  # first, so that there is room
         _kept.opened = _open(settings, model, device, num_blocks, half_precision)
         _kept.opened.trunk.keeps_all = True
         path, first = first_traced_block(_kept.opened.model, settings.MODEL_FAMILY, num_blocks)

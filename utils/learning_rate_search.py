@@ -3,7 +3,8 @@
 The search looks at the training split alone: perplexity on validation dialogues that are neither unlearned nor
 retained, and improvement on the training pairs. The test split is measured once, at the chosen rate. The validation
 dialogues are a sample, so the cost of a step is its measured cost plus one standard error: otherwise the largest step
-within the budget would exceed it on other dialogues half of the time.
+within the budget would exceed it on other dialogues half of the time. ("weighted" and "fitted" leave no dialogue
+unused: their validation dialogues have weights too, so their cost on other dialogues may be higher.)
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.repairs import TRAINED, RepairChoice
+from utils.repairs import TRAINED, WITHOUT_CURVATURE, RepairChoice
 from utils.settings import TASK_NAMES, RankingType, Settings, factors_for, strategy_of
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
@@ -156,10 +156,12 @@ class ModelArtifacts:
         choice = RepairChoice.of(self.settings)
         name = choice.gradient_name
         path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, name, self.settings.SEED)
-        of_choice = ["BOTTOM_K", "GRADIENT_REDUCTION_TYPE"] * choice.has_subset
+        of_choice = ["BOTTOM_K"] * choice.has_subset
+        of_choice += ["GRADIENT_REDUCTION_TYPE"] * (choice.has_subset and choice.scores_type not in TRAINED)
+        of_choice += ["DAMPING_FACTOR"] * (choice.scores_type not in WITHOUT_CURVATURE)
         of_choice += ["FIT_ITERATIONS"] * (choice.scores_type == "fitted")
         of_choice += ["BASELINE_STEPS", "BASELINE_RATE"] * (choice.scores_type in TRAINED)
-        constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR", "SCORES_TYPE", *of_choice)
+        constants = self._known(*FACTOR_CONSTANTS, "SCORES_TYPE", *of_choice)
         constants |= self._combination(task)
         return Artifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
 

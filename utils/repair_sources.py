@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from utils.console import UserError
 from utils.files import fingerprint_of
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -74,6 +75,11 @@ def choose_sources(artifacts: ModelArtifacts, task: str, retained: list[int] | N
     """
     settings, choice, total = artifacts.settings, RepairChoice.of(artifacts.settings), len(artifacts.dialogues)
     choice.require_consistent(task)
+    if choice.scores_type == "fitted" and settings.FACTOR_STRATEGY == "ekfac_cg":
+        raise UserError(
+            "FACTOR_STRATEGY = 'ekfac_cg': SCORES_TYPE 'fitted' takes scores and curvature of one kind, and step 4 "
+            "preconditions with EKFAC; give 'ekfac'"
+        )
     measurements, indices = task_weights(settings, task), choose_subset(artifacts, task)
     # A gradient without a subset has no GRADIENT_REDUCTION_TYPE in its manifest.
     is_mean = not choice.has_subset or settings.GRADIENT_REDUCTION_TYPE == "mean"
@@ -126,11 +132,13 @@ def dialogue_weights(
         harm = min_max_normalise(-ranking_scores(artifacts, task)[0])[indices]
         shares = harm / harm.sum() if harm.sum() > 0 else torch.full_like(harm, 1 / len(harm))
         scale = 1.0 if is_mean else len(indices) / SUM_DIVISOR
-        return dict(zip(indices, (scale * shares).tolist(), strict=True)), of_subset
+        weights = dict(zip(indices, (scale * shares).tolist(), strict=True))
+        return weights, of_subset | {"weights": fingerprint_of(list(weights.values()))}
     weights = dict.fromkeys(indices, 1 / len(indices) if is_mean else 1 / SUM_DIVISOR)
     if choice.scores_type == "contrast":
         require_enough(choice.bottom_k + choice.num_helpful, total, "BOTTOM_K and TOP_K together")
-        helpful = most_harmful(-ranking_scores(artifacts, task)[0], choice.num_helpful)
+        ranking = most_harmful(ranking_scores(artifacts, task)[0], total)
+        helpful = ranking[::-1][: choice.num_helpful]
         weights |= dict.fromkeys(helpful, -1 / len(helpful) if is_mean else -1 / SUM_DIVISOR)
         return weights, of_subset | {"helpful": fingerprint_of(helpful)}
     return weights, of_subset

@@ -98,8 +98,8 @@ class RepairChoice:
         of_type = f"SCORES_TYPE = {self.scores_type!r}"
         if self.harmful_tokens_only and (not self.has_subset or self.scores_type in (*TRAINED, "contrast")):
             raise UserError(
-                f"HARMFUL_TOKENS_ONLY = True: {of_type} has no dialogues of which tokens could be left out; set it to "
-                "False, or choose by another SCORES_TYPE, such as 'pure_ekfac'"
+                f"HARMFUL_TOKENS_ONLY = True: {of_type} does not take single tokens of dialogues; set it to False, or "
+                "choose by another SCORES_TYPE, such as 'pure_ekfac'"
             )
         if self.scores_type in WITHOUT_CURVATURE and (self.preserve_perplexity or self.preserve_tasks):
             constant = "PRESERVE_PERPLEXITY" if self.preserve_perplexity else "PRESERVE_TASKS"

@@ -76,7 +76,7 @@ def held_out_rows(
     if len(free) < 2:
         raise UserError(
             f"{len(used)} of {num_examples} training examples are taken, which leaves none for {purpose}; "
-            "set BOTTOM_K to less"
+            "set BOTTOM_K, or TOP_K, to less"
         )
     return sorted(free[: min(count, len(free) // 2)])
 

@@ -145,7 +145,12 @@ class Trunk:
             return HiddenStateCache(self, keep=False)
         lengths = np.array([len(sequence.input_ids) for sequence in sequences])
         tokens = np.concatenate([sequence.input_ids for sequence in sequences])
-        return self._by_content.setdefault(fingerprint_of_arrays(lengths, tokens), HiddenStateCache(self))
+        key = fingerprint_of_arrays(lengths, tokens)
+        if key not in self._by_content:
+            self._by_content[key] = HiddenStateCache(self)
+        cache = self._by_content[key]
+        cache.made = next(self.clock)  # it may take memory from what was used last before now
+        return cache
 
     def forget(self, cache: HiddenStateCache) -> None:
         """Give a cache's memory back, unless everything is kept."""

@@ -25,6 +25,7 @@ TEST_PER_KIND = 11  # test rows of each kind, all with a good chosen answer
 TRAINING_SHARE = 0.6  # share of the measurements' texts that may also appear in dialogues
 TWO_TURNS_SHARE = 0.15  # share of the dialogues that have an earlier turn
 SMALL_TALK_SHARE = 0.06  # share of the everyday dialogues that are small talk
+MOST_MISSES = 2_000  # draws in a row that give no new dialogue
 CM_ROWS = {"cm_train.csv": (232, 8), "cm_test.csv": (76, 4)}  # number of short and of long statements
 
 Row = dict[str, str]
@@ -143,13 +144,16 @@ class Trust:
 
 def add_new(rows: list[tuple[str, Row]], count: int, label: str, build: Callable[[], Row], seen: set) -> None:
     """Append `count` dialogues that are not in `seen` yet."""
-    goal = len(rows) + count
+    goal, misses = len(rows) + count, 0
     while len(rows) < goal:
         row = build()
         key = (row["prompt"], row["chosen"])
         if key not in seen:
             seen.add(key)
             rows.append((label, row))
+            misses = 0
+        elif (misses := misses + 1) > MOST_MISSES:
+            raise ValueError(f"no more than {len(rows)} different dialogues can be built of kind {label!r}")
 
 
 def write_json_lines(path: Path, rows: list[Row]) -> None:

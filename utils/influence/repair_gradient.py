@@ -114,9 +114,10 @@ def source_gradient(
     if sources.tokens:
         harmful, facts["tokens"] = with_harmful_tokens(examples, sources.indices, *sources.tokens)
         examples = [harmful.get(row, example) for row, example in enumerate(examples)]
-        share = sum(weights.values()) / sum(weights[row] for row in harmful) if sources.is_mean else 1.0
+        left = sum(weights[row] for row in harmful)
+        share = sum(weights.values()) / left if sources.is_mean and left else 1.0
         weights = {row: weights[row] * share for row in harmful}
-    require_labels([examples[row] for row in weights], f"the subset of BOTTOM_K = {len(weights)}")
+    require_labels([examples[row] for row in weights], f"the {len(weights)} dialogues that SCORES_TYPE chooses")
     return dialogue_gradient(traced, task, examples, weights, "subset"), facts
 
 

@@ -150,16 +150,30 @@ def load_traced_model(settings: Settings, model: str, device: torch.device) -> T
     Raises:
         UserError: half precision without a GPU, more blocks than the model has, or a model that cannot be loaded.
     """
-    if settings.USE_HALF_PRECISION and device.type != "cuda":
-        raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
+    require_half_precision(settings, device)
     opened = open_model(settings, model, device, settings.NUM_BLOCKS, settings.USE_HALF_PRECISION)
     return trace_model(settings, *opened)
+
+
+def require_half_precision(settings: Settings, device: torch.device) -> None:
+    """Refuse half precision where it is not for speed.
+
+    Raises:
+        UserError: USE_HALF_PRECISION without a CUDA device.
+    """
+    if settings.USE_HALF_PRECISION and device.type != "cuda":
+        raise UserError(f"USE_HALF_PRECISION = True: needs a CUDA device, and DEVICE is {device}; set it to False")
 
 
 def trace_model(
     settings: Settings, loaded: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trunk: Trunk
 ) -> TracedModel:
-    """Trace the Linears of a model's last NUM_BLOCKS blocks, all of which are above the trunk."""
+    """Trace the Linears of a model's last NUM_BLOCKS blocks, all of which are above the trunk.
+
+    Raises:
+        UserError: as `require_half_precision`.
+    """
+    require_half_precision(settings, loaded.device)
     linears = traced_linears(loaded, settings.MODEL_FAMILY, settings.NUM_BLOCKS)
     return TracedModel(
         model=trunk.tail,
