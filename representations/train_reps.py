@@ -33,6 +33,7 @@ from utils.forward import last_hidden_state
 from utils.kept_model import open_model
 from utils.labels import require_embeddings
 from utils.locks import locked
+from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_3, STEP_4, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
@@ -40,6 +41,7 @@ from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import all_reduce
 from utils.registry import ModelArtifacts, Side
 from utils.settings import Family, PositiveInt, Settings, TraceTask, tasks_of
+from utils.spreading import SPREAD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +116,11 @@ def main(settings: Settings) -> None:
     with locked(*(output.path for output, _ in outputs)):
         unfinished = [(output, texts) for output, texts in outputs if not output.is_finished(settings.OVERWRITE)]
         if unfinished:
-            model, tokenizer, _ = open_model(settings, settings.MODEL_NAME, device, 1)
+            if settings.DEVICE == SPREAD:  # all blocks, since none changes
+                model = load_model(settings.MODEL_NAME, device, is_spread=True)
+                tokenizer = load_tokenizer(settings.MODEL_NAME, model)
+            else:
+                model, tokenizer, _ = open_model(settings, settings.MODEL_NAME, device, num_blocks=1)
         for output, texts in unfinished:
             started = time.monotonic()
             representations = represent(model, tokenizer, texts, settings.MAX_LENGTH, settings.TOKENS_PER_BATCH)

@@ -242,7 +242,9 @@ def test_factors_and_subsets_of_dialogues_without_labels_are_refused(workspace, 
     assert "NUM_FACTOR_EXAMPLES = 1 of" in refused(capsys, workspace, STEP_1, *one)
     workspace.run(STEP_1, *one[:2])
     random = ("--TASK_NAME", "truth", "--SCORES_TYPE", "random", "--BOTTOM_K", 1)
-    assert "the subset of BOTTOM_K = 1: none of 1 dialogues" in refused(capsys, workspace, STEP_4, *random)
+    assert "the 1 dialogues that SCORES_TYPE chooses: none of 1 dialogues" in refused(
+        capsys, workspace, STEP_4, *random
+    )
 
 
 def test_answers_without_labels_say_why(tiny_models):

@@ -503,7 +503,7 @@ DIRECT = ["--TASK_NAME", "combined", "--SCORES_TYPE", "direct", "--TASK_WEIGHTS"
         (STEP_4, ["--DAMPING_FACTOR", LARGEST, "--SCORES_TYPE", "random"], ["repair gradient", "DAMPING_FACTOR = 3.4"]),
         (STEP_4, [*DIRECT, LARGEST, LARGEST, LARGEST], ["repair gradient", "change TASK_WEIGHTS = [3.4e+38, "]),
         (STEP_4, [*DIRECT, "1e-320", 0, 0], ["repair gradient", "change TASK_WEIGHTS = [1e-320, "]),
-        (STEP_4, ["--BOTTOM_K", 60, "--PRESERVE_PERPLEXITY", True], ["60 of 60", "set BOTTOM_K to less"]),
+        (STEP_4, ["--BOTTOM_K", 60, "--PRESERVE_PERPLEXITY", True], ["60 of 60", "set BOTTOM_K, or TOP_K, to less"]),
         (STEP_5, [*REPAIR, "--PPL_BUDGET", 0], ["PPL_BUDGET = 0", "above 0"]),
         (STEP_5, [*REPAIR, "--NUM_VALIDATION_EXAMPLES", 0], ["NUM_VALIDATION_EXAMPLES = 0", "at least 1"]),
         (STEP_5, [*REPAIR, "--LEARNING_RATE", LARGEST], ["_lr3.4e+38: the ", "LEARNING_RATE far too large"]),

@@ -208,5 +208,5 @@ def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():
     assert retained == held_out_rows("retain", first, 100, 20, 42) != held_out_rows("retain", first, 100, 20, 1)
     assert len(set(retained) & set(held_out_rows("retain", second, 100, 20, 42))) >= 16
     assert len(held_out_rows("retain", first, 100, 500, 42)) == 48, "half of those left: validation has the rest"
-    with pytest.raises(UserError, match="leaves none for retain; set BOTTOM_K to less"):
+    with pytest.raises(UserError, match="leaves none for retain; set BOTTOM_K, or TOP_K, to less"):
         held_out_rows("retain", range(9), 10, 5, 42)
