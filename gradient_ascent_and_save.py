@@ -202,7 +202,7 @@ def gradient_function(repair: RepairRecord, evaluated: EvaluationModel) -> Calla
         UserError: what step 4 chose the dialogues by has changed since, or is missing.
     """
     from tasks import BackwardTask  # these bring kronfluence, which a single step does without
-    from utils.influence.repair_gradient import repair_gradient
+    from utils.influence.repair_gradient import preconditioner_for, repair_gradient
     from utils.influence.traced_model import trace_model
 
     unset = {"DAMPING_FACTOR": None, "TOKENS_PER_BATCH": "auto"}  # "ga" has no damping
@@ -211,12 +211,9 @@ def gradient_function(repair: RepairRecord, evaluated: EvaluationModel) -> Calla
     repair.require_sources(sources.fingerprints)
     traced = trace_model(artifacts.settings, evaluated.model, evaluated.tokenizer, evaluated.trunk)
     examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
-    task, scores_type = BackwardTask(list(traced.linears)), artifacts.settings.SCORES_TYPE
-
-    def gradient() -> Gradients:
-        return repair_gradient(traced, task, examples, sources, artifacts.factors(), scores_type)[0]
-
-    return gradient
+    task = BackwardTask(list(traced.linears))
+    precondition = preconditioner_for(artifacts.settings.SCORES_TYPE, artifacts.factors(), traced)
+    return lambda: repair_gradient(traced, task, examples, sources, precondition)[0]
 
 
 # -- the step ----------------------------------------------------------------------------------------------------------

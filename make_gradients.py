@@ -63,7 +63,7 @@ from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import banner
 from utils.devices import resolve_device
-from utils.influence.repair_gradient import repair_gradient
+from utils.influence.repair_gradient import preconditioner_for, repair_gradient
 from utils.influence.scores import require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
@@ -131,9 +131,12 @@ def make_gradient(
 ) -> tuple[Gradients, dict[str, Any]]:
     """The gradient of one repair, or the change of weights that a baseline trains, and facts for the manifest."""
     if settings.SCORES_TYPE not in TRAINED:
-        task = BackwardTask(list(traced.linears))
-        choice = (settings.SCORES_TYPE, settings.FIT_ITERATIONS)
-        return repair_gradient(traced, task, examples, sources, factors, *choice)
+        task, precondition = (
+            BackwardTask(list(traced.linears)),
+            preconditioner_for(settings.SCORES_TYPE, factors, traced),
+        )
+        fit_iterations = settings.FIT_ITERATIONS * (settings.SCORES_TYPE == "fitted")
+        return repair_gradient(traced, task, examples, sources, precondition, fit_iterations)
     from utils.baselines import baseline_data, trained_change
 
     data = baseline_data(traced, examples, sources)

@@ -203,12 +203,11 @@ def common_constants(settings: Settings, model: str, seed: int) -> dict[str, Any
 
     The report shows the first seed's dialogues: those of others are split over tokens only to ascend harmful ones.
     """
-    output_dir = Path(settings.OUTPUT_DIR)
-    folder = output_dir if seed == settings.SEEDS[0] else output_dir / f"seed-{seed}"
+    folder = paths.seed_dir(settings.OUTPUT_DIR, seed, settings.SEEDS[0])
     shared = settings.pick(*STEP_CONSTANTS)
     shared["COMPUTE_PER_TOKEN_SCORES"] &= seed == settings.SEEDS[0] or any(settings.HARMFUL_TOKENS_ONLY)
     measured = {"SAVE_TO_DISK": False, "COMPUTE_ANTHROPIC_EVAL": True, "COMPUTE_TASK_EVAL": True}
-    return {**shared, **measured, "MODEL_NAME": model, "SEED": seed, "OUTPUT_DIR": str(folder)}
+    return {**shared, **measured, "MODEL_NAME": model, "SEED": seed, "OUTPUT_DIR": folder}
 
 
 # -- its results -------------------------------------------------------------------------------------------------------

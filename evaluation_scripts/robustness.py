@@ -44,7 +44,7 @@ from utils.evaluation import EvaluationModel, Evaluator
 from utils.fine_tuning import fine_tune, micro_batch_size, training_device
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
-from utils.models import find_blocks, load_model, load_tokenizer, traced_linear_names
+from utils.models import find_blocks, traced_linear_names
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import launched
 from utils.registry import repaired_checkpoints, stressed_artifacts
@@ -242,8 +242,7 @@ class Measurer:
 
         @functools.cache
         def load() -> EvaluationModel:
-            loaded = load_model(model, training_device(self.settings.DEVICE))
-            evaluated = EvaluationModel(loaded, load_tokenizer(model, loaded))
+            evaluated = EvaluationModel.load(model, training_device(self.settings.DEVICE))
             stress.apply(evaluated)
             return evaluated
 

@@ -44,8 +44,8 @@ def comparison_table(runs: Sequence[Sequence[Row]], caption: str, what: str = "m
         f"Improvement in nats per token on the test pairs, mean over {what} ({len(runs)}); ratio: of that mean to "
         f"{REFERENCE}'s; beyond the paper's: the difference to that, with a 95 % interval over {what} (Student's t) "
         "where there are several, which says nothing about other test pairs. Perplexity: change on the test dialogues; "
-        "other tasks: mean improvement of their "
-        "losses, negative is worse. Seconds: of the gradient, or of the retraining."
+        "other tasks: mean improvement of their losses, negative is worse. Seconds: of the gradient, or of the "
+        "retraining."
     )
     return Table(f"{caption} {legend}", header, [_cells(row) for row in data], data)
 

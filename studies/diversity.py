@@ -18,18 +18,17 @@ if __name__ == "__main__":  # before imports that take seconds
     end_at_once()
 
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 from steps import load_script, run_script, run_step
 from studies.methods import BUDGET, settings_of
 from tasks import BackwardTask
 from utils.console import banner, say, shown_path
 from utils.devices import resolve_device
-from utils.evaluation import Evaluator
+from utils.evaluation import EvaluationModel, Evaluator
+from utils.influence.preconditioning import load_preconditioner
 from utils.influence.repair_gradient import repair_gradient
 from utils.influence.traced_model import Gradients, load_traced_model
-from utils.kept_model import keep_model
+from utils.kept_model import keep_model, open_model
 from utils.learning_rate_search import search_on
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, resolve_path
 from utils.performance_functions.hh import tokenize_dialogues
@@ -72,46 +71,38 @@ class Subsets:
         self.sources = choose_sources(self.artifacts, task)
         self.traced = load_traced_model(self.artifacts.settings, settings.MODEL_NAME, resolve_device(step_4.DEVICE))
         self.examples = tokenize_dialogues(self.artifacts.dialogues, self.traced.tokenizer)
-        self.step_5 = load_script(STEP_5)
-        self.settings_5 = settings_of(self.step_5, common)
-        self.evaluator, self.task = Evaluator(self.settings_5, "test"), task
+        self.precondition = load_preconditioner(self.artifacts.factors(), self.traced)
+        step_5 = settings_of(load_script(STEP_5), common)
+        device, num_blocks = resolve_device(step_5.DEVICE), self.artifacts.settings.NUM_BLOCKS
+        self.evaluated = EvaluationModel(*open_model(step_5, settings.MODEL_NAME, device, num_blocks))
+        evaluator = Evaluator(step_5, "test")
+        self.dialogues = evaluator.data("anthropic")
+        self.pairs = {name: evaluator.data(name) for name in self.sources.measurements}
 
     def gradient(self, indices: list[int]) -> Gradients:
         """Step 4's gradient of a subset."""
         sources = replace(self.sources, indices=indices, dialogues=dict.fromkeys(indices, 1 / len(indices)))
         task = BackwardTask(list(self.traced.linears))
-        factors = self.artifacts.factors()
-        return repair_gradient(self.traced, task, self.examples, sources, factors, "pure_ekfac")[0]
+        return repair_gradient(self.traced, task, self.examples, sources, self.precondition)[0]
 
     def measure(self, indices: list[int], learning_rate: float) -> Row:
         """What a step of one length costs, and what the best step within the budget improves."""
-        gradient = self.gradient(indices)
-        model = self.step_5.SteppableModel(self.settings_5, self.artifacts.settings.NUM_BLOCKS)
-        walker = _Walker(model.loaded, gradient, self.step_5)
-        data = {metric: self.evaluator.data(metric) for metric in ("anthropic", *self.sources.measurements)}
-        dialogues, pairs = data.pop("anthropic"), data
-        before = walker.at(0.0).measure("anthropic", dialogues, quiet=True)
-        after = walker.at(learning_rate).measure("anthropic", dialogues, quiet=True)
-        search = search_on(dialogues, pairs, self.sources.measurements, BUDGET, walker.at, counts_error=False)
-        walker.at(0.0)
+        gradient, step_5 = self.gradient(indices), load_script(STEP_5)
+        originals = step_5.original_weights(self.evaluated.model, gradient)
+
+        def at(rate: float) -> EvaluationModel:
+            step_5.ascend(self.evaluated.model, gradient, rate, originals)
+            return self.evaluated
+
+        before, after = (at(rate).measure("anthropic", self.dialogues, quiet=True) for rate in (0.0, learning_rate))
+        weights = self.sources.measurements
+        search = search_on(self.dialogues, self.pairs, weights, BUDGET, at, counts_error=False)
+        at(0.0)
         gains = {trial.learning_rate: trial.gain for trial in search.trials}
         return {
             "cost": compare("anthropic", before, after)["perplexity"]["change_percent"],
             "improvement": gains.get(search.learning_rate, 0.0),
         }
-
-
-class _Walker:
-    """A model at any step along a gradient that is in no file."""
-
-    def __init__(self, evaluated: Any, gradient: Gradients, step_5: Any) -> None:  # noqa: ANN401
-        self.evaluated, self.gradient = evaluated, gradient
-        originals = step_5.original_weights(evaluated.model, gradient)
-        self.go = partial(step_5.ascend, evaluated.model, gradient, originals=originals)
-
-    def at(self, learning_rate: float) -> Any:  # noqa: ANN401
-        self.go(learning_rate=learning_rate)
-        return self.evaluated
 
 
 def rows_for(settings: Settings, task: str) -> list[Row]:

@@ -21,7 +21,6 @@ from utils.evaluation import EvaluationModel, Evaluator
 from utils.learning_rate_search import search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
-from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_dir
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
@@ -138,7 +137,8 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
     with locked(output.path):
         if not output.is_finished(overwrite=True):
             started = time.monotonic()
-            before, after = (_measure(load_for(settings, model), evaluator) for model in models.values())
+            device = resolve_device(settings.DEVICE)
+            before, after = (_measure(EvaluationModel.load(name, device), evaluator) for name in models.values())
             output.save_json({"learning_rate": None, **_changes(before, after)}, started)
         content = output.load_json()
     return {
@@ -146,9 +146,3 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
         **_row(task, "retrain", content),
         "seconds": made["seconds"],
     }
-
-
-def load_for(settings: Settings, name: str) -> EvaluationModel:
-    """A model, ready to be measured."""
-    model = load_model(name, resolve_device(settings.DEVICE))
-    return EvaluationModel(model, load_tokenizer(name, model))

@@ -49,6 +49,7 @@ from utils.paths import (
     model_short_name,
     repaired_model_dir,
     resolve_path,
+    seed_dir,
 )
 from utils.performance_functions.hh import load_dialogues
 from utils.processes import first_process_only
@@ -174,7 +175,7 @@ def choose_recipe(settings: Settings) -> tuple[float, int]:
 
 def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, Any]:
     """The constants that all steps share for one model and seed of the steps."""
-    folder = f"{settings.OUTPUT_DIR}/{fine_tuning}" + ("" if seed == settings.SEEDS[0] else f"/seed-{seed}")
+    folder = seed_dir(f"{settings.OUTPUT_DIR}/{fine_tuning}", seed, settings.SEEDS[0])
     return {
         "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(settings, fine_tuning)}",
         "HH_DATASET": f"{settings.OUTPUT_DIR}/dialogues/{fine_tuning}",

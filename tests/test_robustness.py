@@ -16,6 +16,7 @@ import torch
 from conftest import Workspace, contents, make_model, run_script
 
 from steps import load_script
+from utils import evaluation
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.intervals import ClusterSums
@@ -238,7 +239,7 @@ def test_a_whole_run(copy_of, capsys, monkeypatch):
     assert not [path for path in copy_of.output.rglob("*") if path.suffix in (".partial", ".lock")]
 
     monkeypatch.setattr(EvaluationModel, "measure", lambda *_, **__: pytest.fail("it is measured again"))
-    monkeypatch.setattr(load_script(ROBUSTNESS), "load_model", lambda *_, **__: pytest.fail("it is loaded again"))
+    monkeypatch.setattr(evaluation, "load_model", lambda *_, **__: pytest.fail("it is loaded again"))
     unchanged = contents(copy_of.output)
     copy_of.run(ROBUSTNESS, *SMALL)
     assert contents(copy_of.output) == unchanged

@@ -121,6 +121,16 @@ class EvaluationModel:
         self._tail = trunk.tail if trunk else model
         self._inputs: dict[tuple[Metric, str], EvaluationInput] = {}
 
+    @classmethod
+    def load(cls, name: str, device: torch.device, is_spread: bool = False) -> EvaluationModel:
+        """A hub id or folder, with its tokenizer.
+
+        Raises:
+            UserError: as `load_model`.
+        """
+        model = load_model(name, device, is_spread)
+        return cls(model, load_tokenizer(name, model))
+
     def measure(self, metric: Metric, data: Data, quiet: bool = False) -> Losses:
         """The losses of one measurement on the data; `quiet` shows no progress bar."""
         known = self._input(metric, data)
@@ -286,10 +296,7 @@ def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
     device = resolve_device(settings.DEVICE)
     evaluator = Evaluator(settings, settings.SPLIT)
 
-    def load(name: str) -> EvaluationModel:
-        model = load_model(name, device, settings.DEVICE == SPREAD)
-        return EvaluationModel(model, load_tokenizer(name, model))
-
+    load = partial(EvaluationModel.load, device=device, is_spread=settings.DEVICE == SPREAD)
     return [
         evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name)).numbers
         for name in settings.MODEL_NAMES

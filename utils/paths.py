@@ -84,6 +84,11 @@ def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
 
 
+def seed_dir(output_dir: str | Path, seed: int, first_seed: int) -> str:
+    """OUTPUT_DIR of one seed of a grid: that of the grid for the first, `seed-N` in it for the others."""
+    return str(Path(output_dir) if seed == first_seed else Path(output_dir) / f"seed-{seed}")
+
+
 def factors_dir(output_dir: str | Path, model_name: str, strategy: str, half_precision: bool, seed: int) -> Path:
     """Step 1: kronfluence's factor files, shared by all tasks."""
     return _influence_dir(output_dir, seed) / model_name / f"factors_{strategy}{'_half' * half_precision}"

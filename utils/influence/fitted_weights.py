@@ -17,8 +17,9 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import UserError, progress_bar
-from utils.processes import first_process_only
+from utils.console import UserError
+from utils.influence.conjugate_gradient import conjugate_gradients
+from utils.influence.traced_model import Gradients
 
 
 def fit_weights(
@@ -43,27 +44,17 @@ def fit_weights(
         UserError: a number is not finite.
     """
     roots = num_labels.double().clamp(min=1).sqrt()
-    right = weights.double() / roots
-    solution, residual, direction, history = torch.zeros_like(right), right, right, []
 
-    @first_process_only  # where machines round differently, one of them decides for all
-    def goes_on() -> bool:
-        return len(history) < num_iterations and float(residual.norm()) > torch.finfo(torch.float32).eps * float(
-            right.norm()
-        )
+    def product(coefficients: Gradients) -> Gradients:
+        with torch.enable_grad():
+            scores = gradient_scores(roots * coefficients["weights"].flatten())
+        return {"weights": (scores.double() / roots)[None, None]}
 
-    with progress_bar(num_iterations, "fitting weights", "iterations") as bar:
-        while goes_on():
-            image = gradient_scores(roots * direction).double() / roots
-            step = residual.square().sum() / (direction @ image)
-            solution, previous = solution + step * direction, residual
-            residual = residual - step * image
-            direction = residual + residual.square().sum() / previous.square().sum() * direction
-            history.append(float(residual.norm() / right.norm()))
-            bar.set_postfix_str(f"residual {history[-1]:.2f}")
-            bar.update()
-    fitted = roots * solution
+    right = {"weights": (weights.double() / roots)[None, None]}  # (1, 1, N), a query with a single row
+    tolerance = torch.finfo(torch.float32).eps
+    solution = conjugate_gradients(product, right, lambda vectors: vectors, num_iterations, tolerance, verify=False)
+    fitted = roots * solution.vectors["weights"].flatten()
     total = float(fitted.abs().sum())
     if not 0 < total < float("inf"):
         raise UserError("SCORES_TYPE = 'fitted': the weights are 0 or not finite; set DAMPING_FACTOR to more")
-    return fitted / total, history
+    return fitted / total, [after[0] for after in solution.residuals[1:]]

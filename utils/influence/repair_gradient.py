@@ -184,26 +184,35 @@ def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tup
     return direction, alphas.tolist()
 
 
+def preconditioner_for(scores_type: str, factors: Artifact, traced: TracedModel) -> Preconditioner | None:
+    """P of a way of choosing; None where it does without curvature.
+
+    Raises:
+        UserError: as `load_preconditioner`.
+    """
+    return None if scores_type in WITHOUT_CURVATURE else load_preconditioner(factors, traced)
+
+
 def repair_gradient(
     traced: TracedModel,
     task: Task,
     examples: list[LabelledSequence],
     sources: RepairSources,
-    factors: Artifact,
-    scores_type: str,
+    precondition: Preconditioner | None,
     fit_iterations: int = 0,
 ) -> tuple[Gradients, dict[str, Any]]:
     """G, or with constraints D; (1, out, in) for each Linear, and facts for the manifest.
 
     Args:
         task: whose measurement is a weighted sum of mean token losses.
-        fit_iterations: for "fitted".
+        precondition: P; None leaves the gradient as it is.
+        fit_iterations: for "fitted", whose weights are fitted first; 0 for all others.
     """
-    if scores_type in WITHOUT_CURVATURE:
-        gradient, facts = source_gradient(traced, task, examples, sources)
-        return gradient, sources.facts | facts
-    precondition, facts = load_preconditioner(factors, traced), sources.facts
-    if scores_type == "fitted":
+    facts: dict[str, Any] = sources.facts
+    if precondition is None:
+        gradient, of_sources = source_gradient(traced, task, examples, sources)
+        return gradient, facts | of_sources
+    if fit_iterations:
         sources, facts["residuals"] = with_fitted_weights(traced, task, examples, sources, precondition, fit_iterations)
     gradient, of_sources = source_gradient(traced, task, examples, sources)
     facts |= of_sources
