@@ -24,7 +24,7 @@ from studies.methods import BUDGET, settings_of
 from tasks import BackwardTask
 from utils.console import banner, say, shown_path
 from utils.devices import resolve_device
-from utils.evaluation import EvaluationModel, Evaluator
+from utils.evaluation import Data, EvaluationModel, Evaluator
 from utils.influence.preconditioning import load_preconditioner
 from utils.influence.repair_gradient import repair_gradient
 from utils.influence.traced_model import Gradients, load_traced_model
@@ -36,7 +36,7 @@ from utils.rankings import load_representations, min_max_normalise, ranking_scor
 from utils.registry import ModelArtifacts
 from utils.repair_sources import choose_sources, weights_by_score
 from utils.reporting.tables import Row, Table
-from utils.results import compare
+from utils.results import Losses, Metric, compare
 from utils.selection import most_harmful
 from utils.settings import Choices, NonNegativeFloat, OneTask, PositiveFloat, PositiveInt, Settings
 
@@ -90,14 +90,14 @@ class Subsets:
         gradient, step_5 = self.gradient(indices), load_script(STEP_5)
         originals = step_5.original_weights(self.evaluated.model, gradient)
 
-        def at(rate: float) -> EvaluationModel:
+        def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
             step_5.ascend(self.evaluated.model, gradient, rate, originals)
-            return self.evaluated
+            return self.evaluated.measure(metric, data, quiet=True)
 
-        before, after = (at(rate).measure("anthropic", self.dialogues, quiet=True) for rate in (0.0, learning_rate))
+        before, after = (losses_at(rate, "anthropic", self.dialogues) for rate in (0.0, learning_rate))
         weights = self.sources.measurements
-        search = search_on(self.dialogues, self.pairs, weights, BUDGET, at, counts_error=False)
-        at(0.0)
+        search = search_on(self.dialogues, self.pairs, weights, BUDGET, losses_at, counts_error=False)
+        step_5.ascend(self.evaluated.model, gradient, 0.0, originals)
         gains = {trial.learning_rate: trial.gain for trial in search.trials}
         return {
             "cost": compare("anthropic", before, after)["perplexity"]["change_percent"],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from steps import load_script, run_script
@@ -17,7 +16,7 @@ from studies.dialogues import rows_of, without, write_folder
 from utils.artifacts import Artifact
 from utils.console import banner
 from utils.devices import resolve_device
-from utils.evaluation import EvaluationModel, Evaluator
+from utils.evaluation import Data, EvaluationModel, Evaluator
 from utils.learning_rate_search import search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
@@ -33,6 +32,7 @@ from utils.settings import TASK_NAMES, Settings, load_settings, task_weights
 BUDGET = 0.01  # more perplexity on the test dialogues
 MADE_BY = "studies/methods.py"
 METRICS: tuple[Metric, ...] = ("anthropic", *TASK_NAMES)
+Known = dict[tuple[float, Metric, str], Losses]  # by learning rate, measurement and fingerprint of its data
 
 
 def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequence[RepairChoice]) -> list[Row]:
@@ -42,6 +42,7 @@ def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequen
         common: constants that all steps share, with MODEL_NAME.
     """
     script, rows, model = load_script(STEP_5), [], None
+    unchanged: Known = {}
     for choice in choices:
         constants = {**common, **choice.constants}
         for task in (task for task in tasks if choice.fits(task)):
@@ -52,7 +53,7 @@ def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequen
             record = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
             model = model or script.SteppableModel(settings, record.num_blocks)
             model.settings = settings
-            content = _at_budget(record, model)
+            content = _at_budget(record, model, unchanged)
             seconds = record.gradient["seconds"]
             rows.append({**vars(choice), **_row(task, choice.method, content), "seconds": seconds, **_found(record)})
     return rows
@@ -83,10 +84,6 @@ def _row(task: str, method: str, content: dict[str, Any]) -> Row:
     }
 
 
-def _measure(model: EvaluationModel, evaluator: Evaluator) -> dict[Metric, Losses]:
-    return {metric: model.measure(metric, evaluator.data(metric), quiet=True) for metric in METRICS}
-
-
 def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[str, Any]:
     """The change of every measurement, and the improvement of every single pair."""
     measured: dict[str, Any] = {}
@@ -96,20 +93,34 @@ def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[
     return {"measurements": measured, "of_pairs": of_pairs}
 
 
-def _at_budget(record: RepairRecord, model: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The best step of one repair, and what it does to every measurement; kept beside the searches of step 5."""
+def _at_budget(record: RepairRecord, model: Any, unchanged: Known) -> dict[str, Any]:  # noqa: ANN401
+    """The best step of one repair, and what it does to every measurement; kept beside the searches of step 5.
+
+    Args:
+        unchanged: the losses that the model is known to have before any repair; more are added.
+    """
     artifacts, evaluator = record.artifacts, Evaluator(record.artifacts.settings, "test")
     inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
     output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, {"BUDGET": BUDGET}, inputs)
+    stepped: Known = {}
+
+    def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
+        known, key = unchanged if rate == 0 else stepped, (rate, metric, data.fingerprint)
+        if key not in known:
+            known[key] = model.at(record, rate).measure(metric, data, quiet=True)
+        return known[key]
+
     with locked(output.path):
         if not output.is_finished(overwrite=True):  # what was made from other inputs is made anew
             banner("at the budget", f"{record.task}, {artifacts.repair_name}, {artifacts.model}")
-            started, at = time.monotonic(), partial(model.at, record)
-            weights = task_weights(artifacts.settings, record.task)
+            started, weights = time.monotonic(), task_weights(artifacts.settings, record.task)
             pairs = {name: evaluator.data(name) for name in weights}
-            search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, at, counts_error=False)
-            before, after = (_measure(at(rate), evaluator) for rate in (0.0, search.learning_rate))
+            search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, counts_error=False)
+            before, after = (
+                {metric: losses_at(rate, metric, evaluator.data(metric)) for metric in METRICS}
+                for rate in (0.0, search.learning_rate)
+            )
             content = {"learning_rate": search.learning_rate, "stopped": search.stopped}
             output.save_json({**content, **_changes(before, after)}, started)
         return output.load_json()
@@ -138,7 +149,10 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
         if not output.is_finished(overwrite=True):
             started = time.monotonic()
             device = resolve_device(settings.DEVICE)
-            before, after = (_measure(EvaluationModel.load(name, device), evaluator) for name in models.values())
+            before, after = (
+                {metric: loaded.measure(metric, evaluator.data(metric), quiet=True) for metric in METRICS}
+                for loaded in (EvaluationModel.load(name, device) for name in models.values())
+            )
             output.save_json({"learning_rate": None, **_changes(before, after)}, started)
         content = output.load_json()
     return {

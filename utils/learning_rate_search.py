@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from utils.console import say
-from utils.evaluation import EvaluationModel
+from utils.evaluation import Data, EvaluationModel
 from utils.files import fingerprint_of
 from utils.intervals import ClusterSums, estimate_difference
 from utils.locks import locked
@@ -27,7 +27,7 @@ from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
-from utils.results import quantities
+from utils.results import Losses, Metric, quantities
 from utils.selection import held_out_rows
 from utils.settings import task_weights
 
@@ -208,7 +208,11 @@ def search_learning_rate(
             return artifact.load_json()
         model = model_at(0.0)  # loads the model, which the search's seconds leave out
         started = time.monotonic()
-        search = search_on(validation, pairs, weights, settings.PPL_BUDGET, model_at)
+
+        def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
+            return model_at(rate).measure(metric, data, quiet=True)
+
+        search = search_on(validation, pairs, weights, settings.PPL_BUDGET, losses_at)
         content = {
             "learning_rate": search.learning_rate,
             "stopped": search.stopped,
@@ -234,22 +238,22 @@ def search_on(
     pairs: dict[str, AnswerPairs],
     weights: dict[str, float],
     budget: float,
-    model_at: Callable[[float], EvaluationModel],
+    losses_at: Callable[[float, Metric, Data], Losses],
     counts_error: bool = True,
 ) -> Search:
     """Search on these dialogues and pairs.
 
     Args:
         weights: of the tasks' gains.
+        losses_at: gives the losses of the model updated at a learning rate; 0 is the POST-SFT model.
         counts_error: whether a standard error over the dialogues counts against the budget.
     """
 
     def losses(learning_rate: float) -> tuple[ClusterSums, dict[str, float]]:
-        model = model_at(learning_rate)
         of_pairs = {
-            name: float(model.measure(name, of_task, quiet=True)["loss"].mean()) for name, of_task in pairs.items()
+            name: float(losses_at(learning_rate, name, of_task)["loss"].mean()) for name, of_task in pairs.items()
         }
-        return quantities(model.measure("anthropic", dialogues, quiet=True))["loss"], of_pairs
+        return quantities(losses_at(learning_rate, "anthropic", dialogues))["loss"], of_pairs
 
     nll_before, before = losses(0.0)
 
