@@ -85,8 +85,13 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 # -----------------------------------------------------------------------------------------------------------
 
 
-def curvature_loader(settings: Settings, traced: TracedModel, examples: list[LabelledSequence]) -> BatchLoader:
+def curvature_loader(
+    settings: Settings, traced: TracedModel, examples: list[LabelledSequence], keeps_labels: bool = False
+) -> BatchLoader:
     """The seeded subset of the training dialogues whose curvature F is.
+
+    Args:
+        keeps_labels: for passes that sample the same labels.
 
     Raises:
         UserError: none of them has a label.
@@ -96,7 +101,7 @@ def curvature_loader(settings: Settings, traced: TracedModel, examples: list[Lab
     require_labels([examples[i] for i in indices], f"NUM_FACTOR_EXAMPLES = {count} of {settings.HH_DATASET}")
     longest = min(MAX_DIALOGUE_TOKENS, traced.tokenizer.model_max_length)
     pad_to = longest if settings.FISHER_POSITIONS == "all" else None
-    return traced.loader(examples, cached=True, indices=indices, pad_to=pad_to)
+    return traced.loader(examples, cached=True, keeps_labels=keeps_labels, indices=indices, pad_to=pad_to)
 
 
 def fit(
@@ -104,7 +109,7 @@ def fit(
 ) -> None:
     """Fit the factors of F."""
     started = time.monotonic()
-    loader = curvature_loader(settings, traced, examples)
+    loader = curvature_loader(settings, traced, examples, keeps_labels=True)
     with output.staging_folder() as folder:
         fit_factors(traced, task, loader, folder)
         output.publish_folder(

@@ -108,7 +108,7 @@ PRESERVE_TASKS: bool = False  # True (beyond the paper): the other tasks' measur
 NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY, "ga_kl" and "npo": retained dialogues, at most
 BASELINE_STEPS: PositiveInt = 20  # for baselines that are trained: optimizer steps
 BASELINE_RATE: PositiveFloat = 1e-4  # for baselines that are trained: learning rate of AdamW
-FIT_ITERATIONS: PositiveInt = 8  # for "fitted": iterations, of two passes over the dialogues each
+FIT_ITERATIONS: PositiveInt = 8  # for "fitted": iterations, each one pass over the dialogues
 GRADIENT_REDUCTION_TYPE: Literal["mean", "sum"] = "mean"  # over the subset: "mean", "sum" (divided by 100)
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
 

@@ -14,6 +14,7 @@ import torch
 from conftest import DEMO, OWN_LOGITS, Workspace, make_model
 from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
+from kronfluence.utils.constants import GRADIENT_COVARIANCE_MATRIX_NAME
 from kronfluence.utils.dataset import DataLoaderKwargs
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
@@ -22,12 +23,14 @@ from tasks import TRUST_TASKS, BackwardTask
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import UserError
 from utils.influence import factors as factors_module
+from utils.influence import label_gradients
 from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
 from utils.influence.preconditioning import Preconditioner, require_invertible
-from utils.influence.scores import mean_measurement_gradient, score_training_examples
+from utils.influence.scores import mean_measurement_gradient, score_training_examples, weigh_by_score
 from utils.influence.token_scores import score_tokens
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
+from utils.performance_functions import losses
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sampled_label_loss, sequence_nll
 from utils.performance_functions.pairs import TokenizedPairs, tokenize_pairs
@@ -218,6 +221,56 @@ def test_gradients_and_identity_scores_equal_plain_autograd(tiny_models, small_d
         for position in (0, 17, 59):
             assert scores[query, position] == pytest.approx(float(dot_products[position]), rel=1e-3, abs=1e-5)
         assert spearman(scores[query], dot_products) > 0.9999
+
+
+@pytest.mark.parametrize("family", ["pythia", "qwen"])
+def test_weighing_by_score_in_one_pass_equals_two(tiny_models, small_data, family):
+    subject = make_subject(tiny_models[family], small_data)
+    traced, task = subject.traced(Curvature()), subject.tasks["truth"]
+    sequences = subject.queries["truth"].sequences
+    query = mean_measurement_gradient(traced, task, subject.loader(sequences))
+    scores, total = weigh_by_score(
+        traced, task, subject.loader(subject.train), query, lambda rows, scores: scores * (rows % 3)
+    )
+    expected = score_training_examples(traced, task, subject.loader(subject.train), query)[0]
+    torch.testing.assert_close(scores, expected)
+    # The measurement takes the mean over labels, the training loss their sum.
+    weights = expected.double() * (torch.arange(len(expected)) % 3)
+    num_labels = np.array([example.num_labels for example in subject.train])
+    loader = subject.loader(subject.train, weights=weights.numpy() * num_labels)
+    plain = mean_measurement_gradient(traced, task, loader)
+    for name, gradient in total.items():
+        assert torch.norm(gradient - plain[name]) <= 1e-5 * torch.norm(plain[name])
+
+
+@pytest.mark.parametrize("max_bytes", [0, 1, 1 << 30])  # none, one batch, all
+def test_labels_that_are_kept_change_no_bit(tiny_models, small_data, monkeypatch, max_bytes):
+    monkeypatch.setattr(label_gradients, "BYTES_ON_CPU", max_bytes)
+    calls = []
+    chunks = losses.logit_chunks
+    monkeypatch.setattr(losses, "logit_chunks", lambda *states: calls.append(1) or chunks(*states))
+    subject = make_subject(tiny_models["qwen"], small_data)
+    task, train = subject.tasks["truth"], subject.train
+    opened = SimpleNamespace(pad_token_id=0)
+    traced = dataclasses.replace(subject.traced(Curvature()), tokenizer=opened)
+    loader = traced.loader(train, keeps_labels=True)
+
+    def passes(loader: BatchLoader) -> list[torch.Tensor]:
+        """Two of the data's labels, between two of sampled ones."""
+        sampled = [fit_covariances(traced, task, loader)[GRADIENT_COVARIANCE_MATRIX_NAME]]
+        data = [mean_measurement_gradient(traced, task, loader) for _ in range(2)]
+        sampled += [fit_covariances(traced, task, loader)[GRADIENT_COVARIANCE_MATRIX_NAME]]
+        return [tensor for of_modules in (*sampled, *data) for tensor in of_modules.values()]
+
+    plain = passes(traced.loader(train))
+    num_plain = len(calls)
+    kept = passes(loader)
+    for ours, expected in zip(kept, plain, strict=True):
+        assert torch.equal(ours, expected)
+    num_batches = num_plain // 4
+    assert num_batches > 3
+    num_kept = {0: 0, 1: 1}.get(max_bytes, num_batches)
+    assert len(calls) - num_plain == num_plain - 2 * num_kept
 
 
 @pytest.mark.parametrize("family", ["pythia", "qwen"])

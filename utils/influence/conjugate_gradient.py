@@ -61,7 +61,6 @@ def conjugate_gradients(
     precondition: Callable[[Gradients], Gradients],
     max_iterations: int,
     tolerance: float,
-    verify: bool = True,
 ) -> Solution:
     """Solve A x = b for several b at once, A symmetric and positive definite (Hestenes and Stiefel 1952).
 
@@ -72,7 +71,6 @@ def conjugate_gradients(
         right_sides: b, likewise.
         precondition: an approximate inverse of A, symmetric and positive definite as well.
         tolerance: of |b - A x| / |b|.
-        verify: compute the last residual anew, which takes one more product.
 
     Raises:
         UserError: a residual is not finite.
@@ -101,7 +99,5 @@ def conjugate_gradients(
             direction = _add(preconditioned, torch.where(rests, zeros, decrease / previous), direction)
             bar.set_postfix_str(f"residual {max(history[-1]):.1e}")
             bar.update()
-    if not verify:
-        return Solution(x, history, history[-1])
     remainder = _add(right_sides, -torch.ones_like(norms), product(x))
     return Solution(x, history, (_norms(remainder) / norms).tolist())

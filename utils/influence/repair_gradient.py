@@ -12,6 +12,7 @@ R_1, R_2, ... (the gradients of losses that are to stay, to first order)
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from utils.batching import LabelledSequence
 from utils.console import UserError
 from utils.influence.fitted_weights import fit_weights
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
-from utils.influence.scores import mean_measurement_gradient, score_training_examples
+from utils.influence.scores import mean_measurement_gradient, weigh_by_score
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.paths import STEP_1
 from utils.performance_functions import MEASUREMENTS
@@ -121,25 +122,23 @@ def source_gradient(
     return dialogue_gradient(traced, task, examples, weights, "subset"), facts
 
 
-def with_fitted_weights(
+def fitted_gradient(
     traced: TracedModel,
     task: Task,
     examples: list[LabelledSequence],
     sources: RepairSources,
     precondition: Preconditioner,
     num_iterations: int,
-) -> tuple[RepairSources, list[float]]:
-    """The sources with weights of dialogues fitted from the scores, and what was left to fit after each iteration."""
-    train = traced.loader(examples, cached=True)
-
-    def gradient_scores(weights: torch.Tensor) -> torch.Tensor:
-        gradient = dialogue_gradient(traced, task, examples, dict(enumerate(weights.tolist())), "")
-        return score_training_examples(traced, task, train, precondition(gradient))[0]
-
-    num_labels = torch.tensor([example.num_labels for example in examples])
+) -> tuple[Gradients, dict[str, Any]]:
+    """g with weights of all dialogues that are fitted from their scores, and facts for the manifest."""
+    require_labels(examples, f"the {len(examples)} dialogues that SCORES_TYPE chooses")
+    device, loader = traced.model.device, traced.loader(examples, cached=True, keeps_labels=True)
+    num_labels = torch.tensor([example.num_labels for example in examples], device=device)
     by_score = torch.tensor([sources.dialogues[row] for row in range(len(examples))], dtype=torch.float64)
-    weights, residuals = fit_weights(by_score, num_labels, gradient_scores, num_iterations)
-    return replace(sources, dialogues=dict(enumerate(weights.tolist()))), residuals
+    zeros = {name: traced.zeros(1, *shape) for name, shape in traced.gradient_shapes().items()}
+    weigh = partial(weigh_by_score, traced, task, loader)
+    fit = fit_weights(by_score.to(device), num_labels, zeros, weigh, precondition, num_iterations)
+    return fit.gradient, {"residuals": fit.residuals}
 
 
 def constraint_gradients(
@@ -213,8 +212,9 @@ def repair_gradient(
         gradient, of_sources = source_gradient(traced, task, examples, sources)
         return gradient, facts | of_sources
     if fit_iterations:
-        sources, facts["residuals"] = with_fitted_weights(traced, task, examples, sources, precondition, fit_iterations)
-    gradient, of_sources = source_gradient(traced, task, examples, sources)
+        gradient, of_sources = fitted_gradient(traced, task, examples, sources, precondition, fit_iterations)
+    else:
+        gradient, of_sources = source_gradient(traced, task, examples, sources)
     facts |= of_sources
     constraints = constraint_gradients(traced, task, examples, sources)
     if not constraints:

@@ -7,7 +7,7 @@ scores of the training data                     (tasks, N) in one pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from kronfluence.task import Task
 
 from utils.batching import Batch, BatchLoader
 from utils.console import UserError
-from utils.influence.token_gradients import row_scores, summed_gradient
+from utils.influence.token_gradients import TokenRows, row_scores, summed_gradient
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.processes import all_reduce
 
@@ -80,3 +80,44 @@ def score_training_examples(
     traced.backward_passes(loader, lambda batch: task.compute_train_loss(batch, traced.model), add_scores)
     all_reduce(scores)
     return scores.cpu()
+
+
+def weigh_by_score(
+    traced: TracedModel,
+    task: Task,
+    loader: BatchLoader,
+    query: Gradients,
+    weights_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, Gradients]:
+    """Score every training example, weigh it by its score, and sum the gradients: in one pass.
+
+    sum_i w_i grad L(z_i),   w_i a function of s_i = <query, grad L(z_i)>
+
+    Args:
+        query: (1, out, in) for each module.
+        weights_of: from rows of examples (B,) and their scores (B,) to their weights (B,).
+
+    Returns:
+        Scores (N,) in dataset order, and the sum, (1, out, in) for each module.
+    """
+    scores, totals = traced.zeros(len(loader.sequences)), traced.totals(traced.gradient_shapes())
+    rows_of: dict[str, TokenRows] = {}  # of one batch
+
+    def keep(_: Batch, name: str, inputs: torch.Tensor, gradients: torch.Tensor) -> None:
+        rows_of[name] = traced.active_rows(name, inputs, gradients)
+
+    def add(batch: Batch) -> None:
+        examples = {name: rows.is_active.nonzero()[:, 0] for name, rows in rows_of.items()}  # (n,) of each token
+        of_batch = traced.zeros(len(batch["index"]))
+        for name, rows in rows_of.items():
+            of_batch.index_add_(0, examples[name], row_scores(query[name], rows)[0])
+        weights = weights_of(batch["index"], of_batch).to(of_batch)
+        for name, rows in rows_of.items():
+            weighted = rows._replace(gradients=weights[examples[name], None] * rows.gradients)
+            totals.add(name, summed_gradient(weighted))
+        scores[batch["index"]] = of_batch
+        rows_of.clear()
+
+    traced.backward_passes(loader, lambda batch: task.compute_train_loss(batch, traced.model), keep, add)
+    all_reduce(scores)
+    return scores, {name: total.unsqueeze(0) for name, total in totals.over_processes().items()}

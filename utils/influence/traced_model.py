@@ -13,6 +13,7 @@ from torch import nn
 
 from utils.batching import Batch, BatchLoader, LabelledSequence, token_budget
 from utils.console import UserError
+from utils.influence.label_gradients import LabelGradientCache
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
 from utils.kept_model import open_model
@@ -79,20 +80,30 @@ class TracedModel:
         self,
         sequences: Sequence[LabelledSequence],
         cached: bool = False,
+        keeps_labels: bool = False,
         **keywords: Any,  # noqa: ANN401
     ) -> BatchLoader:
         """Batches of sequences within the token budget, on the model's device; `keywords` as for BatchLoader.
 
         Args:
             cached: cache the hidden states, for the training dialogues, which several passes see.
+            keeps_labels: keep also the labels' gradients, as long as the loader lives, which must not see the model
+                change.
         """
-        cache = self.trunk and self.trunk.cache_for(sequences, keep=cached)
+        states = self.trunk and self.trunk.cache_for(sequences, keep=cached)
+        labels = LabelGradientCache(self.model.device) if keeps_labels else None
+
+        def transform(batch: Batch) -> Batch:
+            for cache in filter(None, (states, labels)):
+                batch = cache.add_to(batch)
+            return batch
+
         return BatchLoader(
             sequences,
             self.tokens_per_batch,
             self.tokenizer.pad_token_id,
             self.model.device,
-            transform=cache.add_to if cache else None,
+            transform=transform,
             **keywords,
         )
 
@@ -101,6 +112,7 @@ class TracedModel:
         loader: BatchLoader,
         loss_of: Callable[[Batch], torch.Tensor],
         on_gradient: Callable[[Batch, str, torch.Tensor, torch.Tensor], None],
+        after_batch: Callable[[Batch], None] = lambda _: None,
     ) -> None:
         """Forward and backward over every batch; `on_gradient(batch, name, inputs, output_gradients)` as it comes."""
 
@@ -113,6 +125,7 @@ class TracedModel:
                 with self.curvature.autocast(self.model.device):
                     loss = loss_of(batch)
                 loss.backward()
+            after_batch(batch)
 
     def active_rows(self, name: str, inputs: torch.Tensor, output_gradients: torch.Tensor) -> TokenRows:
         """The tokens at which a Linear has a gradient, in the curvature's precision."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 SAMPLING_BLOCK = 256  # vocabulary entries that are summed together when a label is drawn
 LOGIT_BYTES_ON_CPU = 30 << 20  # a chunk of logits: stays in the cache, and in the heap that malloc reuses
 LOGIT_BYTES_ON_GPU = 1 << 30
+KNOWN_LABELS = "known_labels"  # in a batch: `KnownLabels`, for passes that see it again with the same weights
+KnownLabels = dict[str, tuple[torch.Tensor, torch.Tensor]]  # by kind of labels: NLL (n,), gradients (n, hidden size)
 
 
 class SequenceNLL(NamedTuple):
@@ -69,7 +71,13 @@ class _LabelNLL(torch.autograd.Function):
         targets: torch.Tensor | None,
         uniform: torch.Tensor | None,
         mapping: LogitMap,
+        known: KnownLabels | None,
+        kind: str,
     ) -> torch.Tensor:
+        if known and kind in known:
+            nll, gradient = known[kind]
+            ctx.save_for_backward(gradient)
+            return nll.clone()
         at_least_float32 = torch.promote_types(hidden.dtype, torch.float32)
         nll = hidden.new_empty(len(hidden), dtype=at_least_float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -91,13 +99,15 @@ class _LabelNLL(torch.autograd.Function):
                 if mapping != PLAIN_LOGITS:
                     probabilities *= slope
                 gradient[chunk] = probabilities.to(weight.dtype) @ weight
+        if known is not None and gradient is not None:
+            known[kind] = (nll.clone(), gradient)
         ctx.save_for_backward(gradient)
         return nll
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_nll: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_nll[:, None].to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_nll[:, None].to(gradient.dtype), *[None] * 7
 
 
 def label_nll(
@@ -106,6 +116,8 @@ def label_nll(
     targets: torch.Tensor | None = None,
     uniform: torch.Tensor | None = None,
     mapping: LogitMap = PLAIN_LOGITS,
+    known: KnownLabels | None = None,
+    kind: str = "",
 ) -> torch.Tensor:
     """NLL of one label for each hidden state; differentiable in the hidden states alone.
 
@@ -116,6 +128,8 @@ def label_nll(
         uniform: (n,) float64 in [0, 1), in place of targets: labels are drawn from the model by inverting its
             distribution function.
         mapping: from the output embedding's product to the model's logits.
+        known: what an earlier pass found for the same states and labels, in place of all of these; filled in if empty.
+        kind: of the labels, in `known`.
 
     Returns:
         (n,) nats, float32 or wider.
@@ -125,7 +139,8 @@ def label_nll(
     """
     if torch.is_grad_enabled() and output_embedding.weight.requires_grad:
         raise ValueError("label_nll has no gradient for the output embedding; freeze it")
-    return _LabelNLL.apply(hidden, output_embedding.weight, output_embedding.bias, targets, uniform, mapping)
+    weight, bias = output_embedding.weight, output_embedding.bias
+    return _LabelNLL.apply(hidden, weight, bias, targets, uniform, mapping, known, kind)
 
 
 def label_hidden_states(
@@ -148,8 +163,10 @@ def sequence_nll(model: PreTrainedModel, batch: Batch) -> SequenceNLL:
     targets = batch["labels"][:, 1:]
     is_label = targets != IGNORED_LABEL
     hidden, rows = label_hidden_states(model, batch, is_label)
-    mapping = logit_map(model.config)
-    token_nll = label_nll(model.get_output_embeddings(), hidden, targets[is_label], mapping=mapping)  # (n,)
+    mapping, known = logit_map(model.config), batch.get(KNOWN_LABELS)
+    token_nll = label_nll(
+        model.get_output_embeddings(), hidden, targets[is_label], mapping=mapping, known=known, kind="of the data"
+    )  # (n,)
     total = token_nll.new_zeros(len(targets)).index_add(0, rows, token_nll)
     return SequenceNLL(total, is_label.sum(dim=1))
 
@@ -221,8 +238,8 @@ def sampled_label_loss(model: PreTrainedModel, batch: Batch, seed: int, all_posi
     counts = torch.bincount(rows, minlength=len(predicts_label)).tolist()
     draws = [fisher_draws(seed, index, n) for index, n in zip(batch["index"].tolist(), counts, strict=True)]
     uniform = torch.from_numpy(np.concatenate(draws)).to(hidden.device)
-    mapping = logit_map(model.config)
-    return label_nll(model.get_output_embeddings(), hidden, uniform=uniform, mapping=mapping).sum()
+    embedding, mapping, known = model.get_output_embeddings(), logit_map(model.config), batch.get(KNOWN_LABELS)
+    return label_nll(embedding, hidden, uniform=uniform, mapping=mapping, known=known, kind="sampled").sum()
 
 
 def inverse_cdf_sample(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
