@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from studies.style import answers_only_probabilities, is_close_in_length
-from utils.console import UserError, shown_path
-from utils.files import write_if_changed
 from utils.intervals import Estimate, estimate_values
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.data_files import read_csv
-from utils.processes import first_process_only
 from utils.reporting.tables import Row, Table, WithInterval, with_interval
 
 FEWEST = 5  # pairs that an interval is given for
-
-
-@first_process_only
-def write_category_split(data_dir: Path, folder: Path, seed: int) -> None:
-    """Copy DATA_DIR with TruthfulQA split by category: no question is tested whose category was trained on.
-
-    Half of the categories train, by a seeded draw, and the others test.
-
-    Raises:
-        UserError: TruthfulQA.csv has no two categories.
-    """
-    for part in ("bias", "ethics"):
-        shutil.copytree(data_dir / part, folder / part, dirs_exist_ok=True)
-    file = data_dir / "truthfulness" / "TruthfulQA.csv"
-    table = read_csv(file, ["Category", "Question"])
-    categories = sorted(table["Category"].unique())
-    if len(categories) < 2:
-        raise UserError(f"{shown_path(file)} has {len(categories)} category, and to hold some out takes two")
-    trained = set(random.Random(seed).sample(categories, len(categories) // 2))
-    is_trained = table["Category"].isin(trained)
-    splits = folder / "truthfulness" / "splits"
-    splits.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", table[is_trained]), ("test", table[~is_trained])):
-        write_if_changed(splits / f"TruthfulQA_{name}.csv", rows.to_csv(index=False))
 
 
 def style_groups(data_dir: Path) -> dict[str, np.ndarray]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from utils.console import UserError
-from utils.intervals import estimate_values
+from utils.intervals import Estimate, estimate_mean, estimate_values, sum_by_cluster
 from utils.reporting.figures import save_figure
-from utils.reporting.tables import Row, Table, WithInterval
+from utils.reporting.tables import Row, Table, with_interval
 from utils.settings import TASK_NAMES
 
 REFERENCE = "pure_ekfac"  # the paper's direction: up the loss of the most harmful dialogues
@@ -28,24 +31,28 @@ def require_reference(scores_types: Sequence[str]) -> None:
         )
 
 
-def comparison_table(runs: Sequence[Sequence[Row]], caption: str, what: str = "models") -> Table:
+def comparison_table(runs: Sequence[Sequence[Row]], caption: str, are_models: bool = True) -> Table:
     """One row for each task and method: the mean over runs of what it improves, and its ratio to REFERENCE.
 
     Args:
         runs: for each a row for each repair (studies/methods.py); what only some have is left out.
-        what: the runs are: "models", or "seeds of the steps" on one model.
+        are_models: whether they are of several models; else of several seeds of the steps on one model, whose intervals
+            are over its test pairs.
     """
-    by_model = [{_key(row): row for row in rows} for rows in runs]
-    data = [_compared(by_model, key) for key in by_model[0] if all(key in rows for rows in by_model)]
+    by_run = [{_key(row): row for row in rows} for rows in runs]
+    estimate = _over_runs if are_models else _over_pairs
+    data = [_compared(by_run, key, estimate) for key in by_run[0] if all(key in rows for rows in by_run)]
     data.sort(key=lambda row: (row["task"], -row["improvement"]))
     header = ["repaired for", "method", "improvement", "ratio", "beyond the paper's", "perplexity", "other tasks"]
     header += ["seconds", "each of them"]
+    runs_are, over = ("models", "models (Student's t), which says nothing about other test pairs")
+    if not are_models:
+        runs_are, over = ("seeds of the steps", "clusters of test pairs, paired")
     legend = (
-        f"Improvement in nats per token on the test pairs, mean over {what} ({len(runs)}); ratio: of that mean to "
-        f"{REFERENCE}'s; beyond the paper's: the difference to that, with a 95 % interval over {what} (Student's t) "
-        "where there are several, which says nothing about other test pairs. Perplexity: change on the test dialogues; "
-        "other tasks: mean improvement of their losses, negative is worse. Seconds: of the gradient, or of the "
-        "retraining."
+        f"Improvement in nats per token on the test pairs, mean over {runs_are} ({len(runs)}); ratio: of that mean to "
+        f"{REFERENCE}'s; beyond the paper's: the difference to that. In brackets 95 % intervals over {over}. "
+        "Perplexity: change on the test dialogues; other tasks: mean improvement of their losses, negative is worse. "
+        "Seconds: of the gradient, or of the retraining."
     )
     return Table(f"{caption} {legend}", header, [_cells(row) for row in data], data)
 
@@ -54,18 +61,17 @@ def _key(row: Row) -> Key:
     return row["task"], row["method"], row["if_weight"]
 
 
-def _compared(by_model: Sequence[dict[Key, Row]], key: Key) -> Row:
+def _compared(by_run: Sequence[dict[Key, Row]], key: Key, estimate: Callable[..., Estimate]) -> Row:
     task, method, if_weight = key
-    reference = next(other for other in by_model[0] if other[:2] == (task, REFERENCE))
-    rows, theirs = ([rows[k] for rows in by_model] for k in (key, reference))
-    beyond = estimate_values([a["improvement"] - b["improvement"] for a, b in zip(rows, theirs, strict=True)])
-    mean, other = (statistics.fmean(row["improvement"] for row in some) for some in (rows, theirs))
+    reference = next(other for other in by_run[0] if other[:2] == (task, REFERENCE))
+    rows, theirs = ([rows[k] for rows in by_run] for k in (key, reference))
+    improvement, beyond, paper = estimate(rows), estimate(rows, theirs), estimate(theirs)
     others = [name for name in TASK_NAMES if task not in (name, "combined")]
     return {
         "task": task,
         "method": method + (f" {if_weight:g}" if method.startswith("dpp") else ""),
-        "improvement": mean,
-        "ratio": mean / other if other else None,
+        **improvement.fields("improvement"),
+        "ratio": improvement.value / paper.value if paper.value else None,
         **beyond.fields("beyond"),
         "perplexity_change_percent": statistics.fmean(row["perplexity_change_percent"] for row in rows),
         **{f"{name}_change": _mean_of(rows, name) for name in others},
@@ -74,17 +80,42 @@ def _compared(by_model: Sequence[dict[Key, Row]], key: Key) -> Row:
     }
 
 
+def _over_runs(rows: Sequence[Row], minus: Sequence[Row] | None = None) -> Estimate:
+    """The mean improvement, less that of other rows of the same runs; runs are what is sampled."""
+    values = [row["improvement"] for row in rows]
+    if minus:
+        values = [value - other["improvement"] for value, other in zip(values, minus, strict=True)]
+    return estimate_values(values)
+
+
+def _over_pairs(rows: Sequence[Row], minus: Sequence[Row] | None = None) -> Estimate:
+    """The same; test pairs are what is sampled, by their clusters. Of "combined", the mean over the tasks."""
+    names = TASK_NAMES if rows[0]["task"] == "combined" else (rows[0]["task"],)
+    estimates = []
+    for name in names:
+        values = _of_pairs(rows, name) - (_of_pairs(minus, name) if minus else 0)
+        estimates.append(estimate_mean(sum_by_cluster(values, torch.as_tensor(rows[0]["clusters"][name]))))
+    error = math.hypot(*(one.standard_error for one in estimates)) / len(names)
+    value = statistics.fmean(one.value for one in estimates)
+    return Estimate(value, error, min(one.clusters for one in estimates))
+
+
+def _of_pairs(rows: Sequence[Row], task: str) -> torch.Tensor:
+    """(P,) the improvement of each test pair, mean over runs."""
+    return torch.tensor([row["of_pairs"][task] for row in rows], dtype=torch.float64).mean(dim=0)
+
+
 def _mean_of(rows: Sequence[Row], task: str) -> float:
     return statistics.fmean(row["measurements"][task]["improvement"] for row in rows)
 
 
 def _cells(row: Row) -> list[str]:
-    beyond = WithInterval(row["beyond"], row["beyond_low"], row["beyond_high"])
+    improvement, beyond = (with_interval(row, name) for name in ("improvement", "beyond"))
     others = [f"{name} {row[f'{name}_change']:+.3f}" for name in TASK_NAMES if f"{name}_change" in row]
     return [
         row["task"],
         row["method"],
-        f"{row['improvement']:+.3f}",
+        improvement.shown("+.3f"),
         "–" if row["ratio"] is None else f"{row['ratio']:.2f}",
         beyond.shown("+.3f") if row["method"] != REFERENCE else "–",
         f"{row['perplexity_change_percent']:+.2f} %",

@@ -41,8 +41,9 @@ def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequen
     Args:
         common: constants that all steps share, with MODEL_NAME.
     """
-    script, rows, model = load_script(STEP_5), [], None
-    unchanged: Known = {}
+    script, rows, model, unchanged = load_script(STEP_5), [], None, {}
+    evaluator = Evaluator(settings_of(script, common), "test")
+    clusters = clusters_of(evaluator)
     for choice in choices:
         constants = {**common, **choice.constants}
         for task in (task for task in tasks if choice.fits(task)):
@@ -53,14 +54,15 @@ def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequen
             record = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
             model = model or script.SteppableModel(settings, record.num_blocks)
             model.settings = settings
-            content = _at_budget(record, model, unchanged)
-            seconds = record.gradient["seconds"]
-            rows.append({**vars(choice), **_row(task, choice.method, content), "seconds": seconds, **_found(record)})
+            content = _at_budget(record, model, evaluator, unchanged)
+            of_repair = {name: record.gradient[name] for name in ("seconds", "indices")}
+            rows.append({**vars(choice), **_row(task, choice.method, content), **of_repair, "clusters": clusters})
     return rows
 
 
-def _found(record: RepairRecord) -> Row:
-    return {"repair": record.artifacts.repair_name, "indices": record.gradient["indices"]}
+def clusters_of(evaluator: Evaluator) -> dict[str, list[int]]:
+    """The cluster of every test pair, by task."""
+    return {task: evaluator.data(task).cluster_numbers.tolist() for task in TASK_NAMES}
 
 
 def settings_of(script: Any, constants: dict[str, Any]) -> Settings:  # noqa: ANN401
@@ -93,13 +95,13 @@ def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[
     return {"measurements": measured, "of_pairs": of_pairs}
 
 
-def _at_budget(record: RepairRecord, model: Any, unchanged: Known) -> dict[str, Any]:  # noqa: ANN401
+def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged: Known) -> dict[str, Any]:  # noqa: ANN401
     """The best step of one repair, and what it does to every measurement; kept beside the searches of step 5.
 
     Args:
         unchanged: the losses that the model is known to have before any repair; more are added.
     """
-    artifacts, evaluator = record.artifacts, Evaluator(record.artifacts.settings, "test")
+    artifacts = record.artifacts
     inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
     output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, {"BUDGET": BUDGET}, inputs)
@@ -159,4 +161,5 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
         **vars(RepairChoice("pure_ekfac", len(removed))),
         **_row(task, "retrain", content),
         "seconds": made["seconds"],
+        "clusters": clusters_of(evaluator),
     }

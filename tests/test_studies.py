@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -16,13 +17,15 @@ from safetensors.torch import load_file
 
 from steps import load_script
 from studies import smollm2
-from studies.beyond_pairs import beyond_table, write_category_split
+from studies.beyond_pairs import beyond_table
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant, without
 from studies.methods import BUDGET, rows_at_budget
+from studies.splits import twin_groups, write_category_split, write_twin_free_split
 from studies.style import answers_only_probabilities, is_close_in_length
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
+from utils.intervals import Estimate, estimate_mean, sum_by_cluster
 from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_1, STEP_2, STEP_5
 from utils.performance_functions import MEASUREMENTS
@@ -30,6 +33,7 @@ from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 from utils.repairs import RepairChoice
 from utils.reporting.figures import is_whole_picture
+from utils.settings import TASK_NAMES
 
 STUDY = "studies/real_model.py"
 
@@ -124,6 +128,37 @@ def test_the_comparison_is_of_means_over_models(tmp_path):
     assert is_whole_picture(tmp_path / "methods.png")
 
 
+def test_on_one_model_the_intervals_are_over_clusters_of_test_pairs():
+    generator = torch.Generator().manual_seed(0)
+    clusters = [0, 0, 1, 1, 1, 2, 3, 3, 4, 5]
+
+    def row(task: str, method: str, shift: float) -> dict:
+        of_pairs = {name: (torch.randn(10, generator=generator) + shift).tolist() for name in TASK_NAMES}
+        means = {name: {"improvement": sum(values) / 10} for name, values in of_pairs.items()}
+        numbers = {"perplexity_change_percent": 1.0, "seconds": 2.0, "measurements": means, "of_pairs": of_pairs}
+        value = means[task]["improvement"] if task in means else sum(of["improvement"] for of in means.values()) / 3
+        return {
+            **{"task": task, "method": method, "if_weight": 10.0, "improvement": value, **numbers},
+            "clusters": dict.fromkeys(TASK_NAMES, clusters),
+        }
+
+    for task in ("truth", "combined"):
+        runs = [[row(task, "pure_ekfac", 0.0), row(task, "direct", 5.0)] for _ in range(2)]
+        direct, paper = comparison_table(runs, "Caption.", are_models=False).data
+        names = TASK_NAMES if task == "combined" else (task,)
+        estimates = []
+        for name in names:
+            of = [[torch.tensor(one["of_pairs"][name]).double() for one in rows] for rows in runs]
+            difference = sum(theirs - ours for ours, theirs in of) / 2
+            estimates.append(estimate_mean(sum_by_cluster(difference, torch.tensor(clusters))))
+        assert direct["beyond"] == pytest.approx(direct["improvement"] - paper["improvement"])
+        assert direct["beyond"] == pytest.approx(sum(one.value for one in estimates) / len(names))
+        error = sum(one.standard_error**2 for one in estimates) ** 0.5 / len(names)
+        assert direct["beyond_standard_error"] == pytest.approx(error)
+        assert direct["beyond_high"] - direct["beyond"] == pytest.approx(Estimate(0, error, 6).margin)
+        assert paper["beyond"] == 0
+
+
 def test_the_subsets_of_other_weights_and_widths(traced, quick_repairs):
     """At a weight beyond all diversity the picks are the most harmful dialogues, and do what those do."""
     where = ["--MODEL_NAME", traced.model, "--HH_DATASET", traced.data / "hh", "--DATA_DIR", traced.data]
@@ -177,6 +212,42 @@ def with_categories(small_data, tmp_path_factory) -> Path:
 def read_questions(file: Path) -> list[dict[str, str]]:
     with file.open(encoding="utf-8-sig", newline="") as opened:
         return list(csv.DictReader(opened))
+
+
+def test_no_twin_is_trained_and_tested(tmp_path):
+    subjects = ["my neighbour", "the old teacher", "a tired nurse", "our landlord", "the new pilot", "his uncle"]
+    deeds = ["helped carry shopping home from work", "stole money out of the box near church", "sang at the party"]
+    rows = []
+    for number, (subject, deed) in enumerate((subject, deed) for subject in subjects for deed in deeds):
+        for label, word in ((0, "gladly"), (1, "nearly")):  # twins differ by a word
+            text = f"{subject} {word} {deed} with number {number} in mind"
+            rows.append({"label": label, "input": text, "is_short": True, "edited": number})
+    random.Random(0).shuffle(rows)
+    rows.insert(3, {"label": 1, "input": "a long story " * 9, "is_short": False, "edited": -1})
+    data = tmp_path / "data"
+    for part, parts in (("train", rows[:25]), ("test", rows[25:])):
+        (data / "ethics").mkdir(parents=True, exist_ok=True)
+        pd.DataFrame(parts).to_csv(data / "ethics" / f"cm_{part}.csv", index=False)
+    for part in ("bias", "truthfulness"):
+        (data / part / "deep").mkdir(parents=True)
+        (data / part / "deep" / "file.json").write_text(part)
+    write_twin_free_split(data, tmp_path / "split", 42)
+    train, test = (pd.read_csv(tmp_path / "split" / "ethics" / f"cm_{part}.csv") for part in ("train", "test"))
+    assert not set(train["edited"]) & set(test["edited"])
+    assert len(test) in (12, 13), "in the size it had, up to a group"
+    assert sorted(pd.concat([train, test])["input"]) == sorted(row["input"] for row in rows)
+    assert train["is_short"].tolist().count(False) == 1
+    before = contents(tmp_path / "split")
+    write_twin_free_split(data, tmp_path / "split", 42)
+    assert contents(tmp_path / "split") == before
+    assert (tmp_path / "split" / "bias" / "deep" / "file.json").read_text() == "bias"
+
+
+def test_twins_are_linked_by_others():
+    texts = ["one two three four", "five six", "one two three four five", "two three four five nine", "seven"]
+    first, other, again, third, alone = twin_groups(texts)
+    assert first == again == third
+    assert len({first, other, alone}) == 3
 
 
 def test_no_category_is_trained_and_tested(with_categories, small_data, tmp_path):

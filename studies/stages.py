@@ -1,0 +1,188 @@
+"""What the study of a real model does with each fine-tuned model, in stages that can be run one by one.
+
+The settings are those of studies/real_model.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from steps import run_script
+from studies.beyond_pairs import beyond_table, style_groups
+from studies.comparison import comparison_figure, comparison_table
+from studies.dialogues import write_folder
+from studies.methods import rows_at_budget
+from studies.splits import write_category_split
+from utils.artifacts import Artifact
+from utils.console import say
+from utils.kept_model import keep_model
+from utils.paths import (
+    PAPER_TABLES,
+    ROBUSTNESS,
+    STEP_0,
+    STEP_1,
+    STEP_2,
+    STEP_5,
+    STEP_6,
+    factors_dir,
+    model_short_name,
+    repaired_model_dir,
+    resolve_path,
+    seed_dir,
+)
+from utils.performance_functions.hh import load_dialogues
+from utils.processes import first_process_only
+from utils.repairs import RepairChoice
+from utils.settings import Settings
+
+FURTHER_STEPS, BATCH_SIZE = 20, 16  # of fine-tuning after a repair
+NUM_NARRATIVES = 200
+
+
+def base_model(settings: Settings) -> str:
+    """What is fine-tuned."""
+    return settings.BASE_MODEL or f"{settings.OUTPUT_DIR}/smollm2-135m"
+
+
+def data_dir(settings: Settings) -> str:
+    """The measurements' data, with a split of ETHICS that no twins cross."""
+    return f"{settings.OUTPUT_DIR}/data"
+
+
+def model_name(settings: Settings, fine_tuning: str) -> str:
+    """The folder of a fine-tuned model."""
+    return f"{model_short_name(base_model(settings))}-{fine_tuning.replace('_', '-')}-sft"
+
+
+def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, Any]:
+    """The constants that all steps share for one model and seed of the steps."""
+    folder = seed_dir(f"{settings.OUTPUT_DIR}/{fine_tuning}", seed, settings.SEEDS[0])
+    return {
+        "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(settings, fine_tuning)}",
+        "HH_DATASET": f"{settings.OUTPUT_DIR}/dialogues/{fine_tuning}",
+        "DATA_DIR": data_dir(settings),
+        "OUTPUT_DIR": folder,
+        "SEED": seed,
+    }
+
+
+def study_methods(settings: Settings, fine_tuning: str) -> None:
+    """Every method at one budget, for every seed of the steps; two tables."""
+    by_seed = []
+    for seed in settings.SEEDS:
+        common = steps_common(settings, fine_tuning, seed)
+        run_script(STEP_1, common)
+        run_script(STEP_2, common)
+        types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
+        choices = [RepairChoice(name, settings.BOTTOM_K) for name in types]
+        by_seed.append(rows_at_budget(common, settings.TASKS, choices))
+    folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
+    table = comparison_table(by_seed, f"{name}.", are_models=False)
+    table.write(folder / "methods")
+    comparison_figure(table.data, folder / "methods.png")
+    say(f"\n{table.markdown()}")
+    comparison_table(by_seed[:1], f"{name}.", are_models=False).write(folder / "all_methods")
+
+
+def study_tables(settings: Settings, fine_tuning: str) -> None:
+    """The tables, pictures and the report, with the search that a user runs."""
+    first = settings.SEEDS[0]
+    common = steps_common(settings, fine_tuning, first)
+    grid = {
+        "SEEDS": settings.SEEDS,
+        "TASKS": settings.TASKS,
+        "SCORES_TYPES": settings.SCORES_TYPES,
+        "BOTTOM_K": [settings.BOTTOM_K],
+        "IF_WEIGHT": [10.0],
+        "PRESERVE_PERPLEXITY": [False],
+        "COMPUTE_PER_TOKEN_SCORES": False,
+        "SWEPT_RATES": None,
+    }
+    run_script(PAPER_TABLES, common, **grid)
+
+
+def study_beyond(settings: Settings, fine_tuning: str) -> None:
+    """Repairs for truth: style and multiple choice, then with whole categories held out."""
+    folder, first = resolve_path(settings.OUTPUT_DIR) / fine_tuning, settings.SEEDS[0]
+    common = steps_common(settings, fine_tuning, first)
+    choices = [RepairChoice(name, settings.BOTTOM_K) for name in (*settings.SCORES_TYPES, "direct_shuffled", "descent")]
+    by_category = {
+        **common,
+        "DATA_DIR": f"{settings.OUTPUT_DIR}/data-by-category",
+        "OUTPUT_DIR": f"{settings.OUTPUT_DIR}/{fine_tuning}/by-category",
+    }
+    write_category_split(resolve_path(data_dir(settings)), resolve_path(by_category["DATA_DIR"]), settings.SEED)
+    copy_factors(common, by_category)
+    run_script(STEP_1, by_category, TASK_NAME="truth")
+    run_script(STEP_2, by_category)
+    for name, constants in (("beyond", common), ("beyond_categories", by_category)):
+        rows = rows_at_budget(constants, ["truth"], choices)
+        groups = style_groups(resolve_path(constants["DATA_DIR"]))
+        split = "categories" if constants is by_category else "questions"
+        table = beyond_table(
+            rows, groups, f"{model_name(settings, fine_tuning)}, repaired for truth; test {split} were held out."
+        )
+        table.write(folder / name)
+        say(f"\n{table.markdown()}")
+
+
+@first_process_only
+def copy_factors(source: dict[str, Any], target: dict[str, Any]) -> None:
+    """Take over the factors, which do not depend on the pairs."""
+    names = [
+        factors_dir(common["OUTPUT_DIR"], model_short_name(common["MODEL_NAME"]), "ekfac", False, common["SEED"])
+        for common in (source, target)
+    ]
+    if not names[1].is_dir():
+        partial = names[1].with_name(f".{names[1].name}.copy")
+        shutil.copytree(names[0], partial, dirs_exist_ok=True)
+        partial.replace(names[1])
+
+
+def study_robustness(settings: Settings, fine_tuning: str) -> None:
+    """Repaired checkpoints for truth: after rounding and further fine-tuning, and on text of another kind.
+
+    The fine-tuning goes on at the learning rate of the model's own.
+    """
+    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    choices = [RepairChoice(name, settings.BOTTOM_K) for name in ("pure_ekfac", "fitted", "direct")]
+    checkpoints = []
+    for row, choice in zip(rows_at_budget(common, ["truth"], choices), choices, strict=True):
+        constants = {**common, **choice.constants}
+        run_script(STEP_5, constants, TASK_NAME="truth", LEARNING_RATE=row["learning_rate"])
+        location = ("truth", model_short_name(common["MODEL_NAME"]), choice.name, row["learning_rate"])
+        checkpoints.append(str(repaired_model_dir(common["OUTPUT_DIR"], *location)))
+    made = Artifact(resolve_path(common["MODEL_NAME"]), STEP_0, is_folder=True).require()
+    num_steps = min(FURTHER_STEPS, len(load_dialogues(common["HH_DATASET"], "train")) // BATCH_SIZE)
+    further = {"NUM_FINE_TUNING_STEPS": num_steps, "LEARNING_RATE": made["settings"]["LEARNING_RATE"]}
+    run_script(ROBUSTNESS, common, REPAIRED_MODELS=checkpoints, **further)
+    narratives = Path(settings.OUTPUT_DIR) / "dialogues" / "narratives"
+    write_narratives(resolve_path(data_dir(settings)), resolve_path(narratives))
+    other = {**common, "HH_DATASET": str(narratives), "OUTPUT_DIR": f"{common['OUTPUT_DIR']}/narratives"}
+    run_script(STEP_6["anthropic"], other, MODEL_NAMES=[common["MODEL_NAME"], *checkpoints])
+
+
+def write_narratives(data: Path, folder: Path) -> None:
+    """The long statements of ETHICS commonsense, which no measurement uses, as text without a prompt.
+
+    Personal stories of several paragraphs: their perplexity shows what a repair does to text that is no dialogue.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(data / "ethics" / "cm_test.csv")
+    stories = table[~table["is_short"]]["input"].head(NUM_NARRATIVES)
+    rows = [{"prompt": "", "chosen": f" {story}"} for story in stories]
+    write_folder(folder, rows, rows)
+
+
+def run_stages(settings: Settings, fine_tuning: str) -> None:
+    """Run the chosen stages on one model."""
+    stages = {"methods": study_methods, "beyond": study_beyond, "tables": study_tables}
+    with keep_model():
+        for name in settings.STAGES:
+            if name in stages:
+                stages[name](settings, fine_tuning)
+    if "robustness" in settings.STAGES:  # which fine-tunes: nothing else is kept in memory then
+        study_robustness(settings, fine_tuning)
