@@ -33,8 +33,7 @@ from utils.console import UserError, banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.locks import locked
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
-from utils.performance_functions.data_files import is_there, parse_json, read_text, shown_value
-from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.hh import load_dialogues, read_known_harm
 from utils.repairs import CONSTANTS, DIVERSE, RepairChoice
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
@@ -304,36 +303,6 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
                     results[metric] = Artifact(result, script).load_json()
                 baselines.append((f"{short} ({stage})", results))
     return baselines
-
-
-def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]] | None:
-    """Rows of the training split that are known to be harmful, by kind of harm, from planted.json beside the dialogues.
-
-    A kind may be a task, whose repairs' recall is then known, or any other.
-
-    Returns:
-        None if there is no such file.
-
-    Raises:
-        UserError: the file is not JSON, or does not map kinds to lists of different rows of the `num_dialogues`.
-    """
-    file = paths.resolve_path(hh_dataset) / "planted.json"
-    if not is_there(file):
-        return None
-    remedy = "fix it, or remove it if no harm is known"
-    rows = parse_json(read_text(file, remedy), shown_path(file))
-    if not isinstance(rows, dict) or not all(isinstance(of_kind, list) for of_kind in rows.values()):
-        raise UserError(f"{shown_path(file)} must map kinds of harm to lists of rows of the training split; {remedy}")
-    for kind, of_kind in rows.items():
-        known: set[int] = set()
-        for row in of_kind:
-            if type(row) is not int or not 0 <= row < num_dialogues or row in known:  # True is an int, too
-                raise UserError(
-                    f"{shown_path(file)}: {shown_value(kind)} has {shown_value(row)}; "
-                    f"allowed are rows from 0 to {num_dialogues - 1}, each once: {remedy}"
-                )
-            known.add(row)
-    return rows
 
 
 def main(settings: Settings) -> None:

@@ -14,6 +14,7 @@ from studies.beyond_pairs import beyond_table, style_groups
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import write_folder
 from studies.methods import rows_at_budget
+from studies.recall import recall_table
 from studies.splits import write_category_split
 from utils.artifacts import Artifact
 from utils.console import say
@@ -32,7 +33,7 @@ from utils.paths import (
     resolve_path,
     seed_dir,
 )
-from utils.performance_functions.hh import load_dialogues
+from utils.performance_functions.hh import load_dialogues, read_known_harm
 from utils.processes import first_process_only
 from utils.repairs import RepairChoice
 from utils.settings import Settings
@@ -84,6 +85,12 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
     comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
     comparison_table(by_seed[:1], f"{name}.", are_models=False).write(folder / "all_methods")
+    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
+    if known_harm:
+        table = recall_table(common, known_harm, f"{name}.")
+        table.write(folder / "recall")
+        say(f"\n{table.markdown()}")
 
 
 def study_tables(settings: Settings, fine_tuning: str) -> None:

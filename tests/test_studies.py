@@ -15,12 +15,12 @@ import torch
 from conftest import Workspace, contents, read_rows, run_script
 from safetensors.torch import load_file
 
-from steps import load_script
-from studies import smollm2
+from studies import smollm2, stages
 from studies.beyond_pairs import beyond_table
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant, without
 from studies.methods import BUDGET, rows_at_budget
+from studies.recall import recall
 from studies.splits import twin_groups, write_category_split, write_twin_free_split
 from studies.style import answers_only_probabilities, is_close_in_length
 from utils.console import UserError
@@ -243,6 +243,16 @@ def test_no_twin_is_trained_and_tested(tmp_path):
     assert (tmp_path / "split" / "bias" / "deep" / "file.json").read_text() == "bias"
 
 
+def test_recall_is_counted_from_the_top():
+    order = np.zeros(50, dtype=bool)
+    order[[0, 1, 3, 30]] = True
+    found = recall(order)
+    assert (found["known"], found["first_20"], found["found"], found["recall"]) == (4, 3, 3, 0.75)
+    assert found["average_precision"] == pytest.approx((1 + 1 + 3 / 4 + 4 / 31) / 4)
+    assert found["recall_low"] < 0.75 < found["recall_high"] <= 1
+    assert found["chance"] == 0.08
+
+
 def test_twins_are_linked_by_others():
     texts = ["one two three four", "five six", "one two three four five", "two three four five nine", "seven"]
     first, other, again, third, alone = twin_groups(texts)
@@ -311,8 +321,7 @@ def studied(tiny_models, with_categories, tmp_path_factory):
 
 def test_the_whole_study_on_a_tiny_model(studied, quick_repairs, monkeypatch):
     output, arguments = studied
-    table = load_script("studies/real_model.py")
-    monkeypatch.setattr(table, "NUM_NARRATIVES", 5)
+    monkeypatch.setattr(stages, "NUM_NARRATIVES", 5)
     run_script(STUDY, *arguments)
     choice = json.loads((output / "choice.json").read_text())
     assert [(row["learning_rate"], row["epochs"]) for row in choice][:2] == [(1e-5, 1), (1e-3, 1)]
@@ -321,6 +330,10 @@ def test_the_whole_study_on_a_tiny_model(studied, quick_repairs, monkeypatch):
     assert all(name in methods for name in ("pure_ekfac", "fitted", "direct"))
     assert "sft_pairs" in (folder / "all_methods.md").read_text(encoding="utf-8")
     assert "sft_pairs" not in methods, "with one seed alone there is no mean over seeds"
+    recalls = pd.read_csv(folder / "recall.csv")
+    planted = json.loads((output / "dialogues" / "planted" / "planted.json").read_text())
+    assert recalls["known"].tolist() == [len(planted[task]) for task in recalls["task"]]
+    assert set(recalls["ranking"]) == {"pure_ekfac", "bm25"}
     assert "direct_shuffled" in (folder / "beyond.md").read_text(encoding="utf-8")
     assert (folder / "beyond_categories.md").is_file()
     assert "known harm" in (folder / "results" / "tables" / "main.md").read_text(encoding="utf-8")

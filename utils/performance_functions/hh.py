@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from utils.batching import LabelledSequence
-from utils.console import UserError, require_encodable, say_read
+from utils.console import UserError, require_encodable, say_read, shown_path
 from utils.files import fingerprint_of
 from utils.hub import decide_on_dataset_code, hub_access
 from utils.labels import label_texts
 from utils.paths import may_be_hub_id, require_not_here, resolve_path
-from utils.performance_functions.data_files import read_json_lines, require_length, shown_names, shown_value
+from utils.performance_functions.data_files import (
+    is_there,
+    parse_json,
+    read_json_lines,
+    read_text,
+    require_length,
+    shown_names,
+    shown_value,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,3 +180,33 @@ def released_loss(totals: Sequence[float], num_tokens: Sequence[int]) -> float:
     batches = [slice(start, start + 8) for start in range(0, len(totals), 8)]
     # A batch without a label token would be 0 / 0; it counts nothing, as its dialogues do.
     return float(np.mean([totals[i].sum() / num_tokens[i].sum() for i in batches if num_tokens[i].any()]))
+
+
+def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]] | None:
+    """Rows of the training split that are known to be harmful, by kind of harm, from planted.json beside the dialogues.
+
+    A kind may be a task, whose repairs' recall is then known, or any other.
+
+    Returns:
+        None if there is no such file.
+
+    Raises:
+        UserError: the file is not JSON, or does not map kinds to lists of different rows of the `num_dialogues`.
+    """
+    file = resolve_path(hh_dataset) / "planted.json"
+    if not is_there(file):
+        return None
+    remedy = "fix it, or remove it if no harm is known"
+    rows = parse_json(read_text(file, remedy), shown_path(file))
+    if not isinstance(rows, dict) or not all(isinstance(of_kind, list) for of_kind in rows.values()):
+        raise UserError(f"{shown_path(file)} must map kinds of harm to lists of rows of the training split; {remedy}")
+    for kind, of_kind in rows.items():
+        known: set[int] = set()
+        for row in of_kind:
+            if type(row) is not int or not 0 <= row < num_dialogues or row in known:  # True is an int, too
+                raise UserError(
+                    f"{shown_path(file)}: {shown_value(kind)} has {shown_value(row)}; "
+                    f"allowed are rows from 0 to {num_dialogues - 1}, each once: {remedy}"
+                )
+            known.add(row)
+    return rows

@@ -1,0 +1,90 @@
+"""How many of the dialogues that are known to be harmful stand first in a ranking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from steps import load_script
+from studies.methods import settings_of
+from utils.paths import STEP_4
+from utils.rankings import ranking_scores
+from utils.registry import ModelArtifacts
+from utils.reporting.tables import Row, Table, with_interval
+from utils.selection import most_harmful
+from utils.settings import ranking_of
+
+RANKINGS = ("pure_ekfac", "bm25")  # as SCORES_TYPE; bm25 sees words alone: what a tracing has to beat
+
+
+def recall_table(common: dict[str, Any], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
+    """One row for each task and ranking.
+
+    Args:
+        common: constants that all steps share, with MODEL_NAME; step 1 is done.
+        known_harm: rows of the training split, by the task that they harm.
+    """
+    data = []
+    for task, rows in known_harm.items():
+        for name in RANKINGS:
+            constants = {**common, "TASK_NAME": task, "SCORES_TYPE": name, "MODEL_NAMES": [common["MODEL_NAME"]]}
+            artifacts = ModelArtifacts(settings_of(load_script(STEP_4), constants), common["MODEL_NAME"])
+            artifacts = artifacts.with_constants(artifacts.factors().require()["settings"])
+            scores, _ = ranking_scores(artifacts, task, ranking_of(name))
+            order = most_harmful(scores, len(scores))
+            data.append({"task": task, "ranking": name, **recall(np.isin(order, list(rows)))})
+    header = [
+        "task",
+        "ranking",
+        "known",
+        "among the first 20",
+        "among as many",
+        "of them",
+        "average precision",
+        "chance",
+    ]
+    cells = [
+        [
+            row["task"],
+            row["ranking"],
+            f"{row['known']}",
+            f"{row['first_20']}",
+            f"{row['found']}",
+            with_interval(row, "recall").shown(".2f"),
+            f"{row['average_precision']:.2f}",
+            f"{row['chance']:.2f}",
+        ]
+        for row in data
+    ]
+    legend = (
+        "Known: harmful dialogues of the task's kind; then how many of them stand among the first 20 of the ranking, "
+        "and among as many as there are, as a share with its 95 % interval (Clopper and Pearson). Chance: their share "
+        "of all dialogues, which a random order gives as recall and average precision."
+    )
+    return Table(f"{caption} {legend}", header, cells, data)
+
+
+def recall(is_known: np.ndarray) -> Row:
+    """What a ranking finds.
+
+    Args:
+        is_known: (N,) bool in the ranking's order, most harmful first.
+    """
+    from scipy.stats import binomtest
+
+    known = int(is_known.sum())
+    found = int(is_known[:known].sum())
+    low, high = binomtest(found, known).proportion_ci()
+    ranks = np.flatnonzero(is_known) + 1
+    return {
+        "known": known,
+        "first_20": int(is_known[:20].sum()),
+        "found": found,
+        "recall": found / known,
+        "recall_low": float(low),
+        "recall_high": float(high),
+        "average_precision": float((np.arange(1, known + 1) / ranks).mean()),
+        "chance": known / len(is_known),
+    }
