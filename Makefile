@@ -21,13 +21,14 @@ validate: $(VENV)/ready
 	$(VALIDATE) > $(VENV)/validate.log 2>&1 & second=$$!; \
 	$(VALIDATE); first=$$?; wait $$second || { tail -n 3 $(VENV)/validate.log; exit 1; }; exit $$first
 
-# A real pretrained model, fine-tuned, traced and repaired in every way, on the data that data/prepare.py brings; many
-# hours on two cores; goes on where it was stopped.
-HH ?= data/hh
-DATA ?= data
+# A real pretrained model, fine-tuned, traced and repaired in every way, on the data that data/prepare.py brings: run that
+# first. Then the same methods on the demo. Many hours on two cores; goes on where it was stopped.
+HH_DATASET ?= data/hh
+DATA_DIR ?= data
 study: $(VENV)/ready
+	$(if $(wildcard $(HH_DATASET)),HF_HUB_OFFLINE=1) $(VENV)/bin/python studies/real_model.py \
+	    --HH_DATASET $(HH_DATASET) --DATA_DIR $(DATA_DIR)
 	$(RUN) studies/demo_repairs.py
-	$(RUN) studies/real_model.py --HH_DATASET $(HH) --DATA_DIR $(DATA)
 
 # Three quarters of an hour on two cores: the released recipe is slow.
 bench: $(VENV)/ready

@@ -292,10 +292,16 @@ def measure(
     return results(artifacts.name, artifacts.fingerprint, 0.0), after
 
 
-def say_report(report: dict[str, Any]) -> None:
-    """One line for each measurement."""
-    for metric, row in report["measurements"].items():
+def say_report(report: dict[str, Any], search: dict[str, Any] | None) -> None:
+    """One line for each measurement, and one if a search's step costs more on the test dialogues than its budget."""
+    measured = report["measurements"]
+    for metric, row in measured.items():
         say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {change_in_words(metric, row)}")
+    if search and "perplexity" in measured and measured["perplexity"]["change_percent"] > 100 * search["budget"]:
+        say(
+            f"   PPL_BUDGET = {search['budget']:g} was kept on {search['validation_dialogues']} training dialogues: the"
+            " test dialogues cost more; for less give a smaller one"
+        )
 
 
 def repair_task(
@@ -324,7 +330,7 @@ def repair_task(
             repair.write(report)
             if settings.NUM_COMPLETIONS:
                 write_completions(repair, rate, model, evaluator)
-        say_report(report)
+        say_report(report, search)
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
         reports.append(report)
     if isinstance(rates, list):
@@ -367,11 +373,15 @@ def main(settings: Settings) -> None:
 
 
 def tables_command(settings: Settings) -> str:
-    """The command that compares all ways of choosing on this model."""
+    """The command that compares all ways of choosing on this model; from another than the default, this with that."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
     own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "PRESERVE_TASKS", "HARMFUL_TOKENS_ONLY", "NUM_STEPS")
     same = {name: [getattr(settings, name)] for name in own}
     same |= {"TOP_K": settings.TOP_K, "SEEDS": [settings.SEED], "SWEPT_RATES": None}
+    if settings.SCORES_TYPE != "pure_ekfac":
+        same["SCORES_TYPES"] = ["pure_ekfac", settings.SCORES_TYPE]
+    if settings.TASK_NAME != "all":
+        same["TASKS"] = [settings.TASK_NAME]
     return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
 
 

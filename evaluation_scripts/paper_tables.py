@@ -213,20 +213,20 @@ def common_constants(settings: Settings, model: str, seed: int) -> dict[str, Any
 
 
 def repair_row(
-    output_dir: str, model: str, repair: RepairConfig, seed: int, learning_rate: str | float
+    output_dir: str, model: str, repair: RepairConfig, seed: int, learning_rate: str | float, budget: float
 ) -> dict[str, Any]:
     """What one repair did, from the report of step 5.
 
     Args:
         model: short name.
-        learning_rate: as it was given to step 5; the search's result replaces "auto".
+        learning_rate, budget: as they were given to step 5; the search's result replaces "auto".
 
     Returns:
         The repair, seed, seconds, learning rate, unlearned rows (`indices`), why a search `stopped`, the improvement
         of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
-        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.choice.name), STEP_5)
+        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.choice.name, budget), STEP_5)
         learning_rate = search.load_json()["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.choice.name, learning_rate)
     report = read_report(Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5))
@@ -274,7 +274,8 @@ def run_everything(settings: Settings, grid: dict[str, list[RepairConfig]]) -> l
             repairs = list(dict.fromkeys(repair for part in grid.values() for repair in part))
             run_grid(common, repairs, settings.LEARNING_RATE)
             name = paths.model_short_name(model)
-            rows += [repair_row(common["OUTPUT_DIR"], name, repair, seed, settings.LEARNING_RATE) for repair in repairs]
+            rate, budget = settings.LEARNING_RATE, settings.PPL_BUDGET
+            rows += [repair_row(common["OUTPUT_DIR"], name, repair, seed, rate, budget) for repair in repairs]
         if settings.SWEPT_RATES:
             first = common_constants(settings, model, settings.SEEDS[0])
             run_grid({**first, "NUM_COMPLETIONS": 0}, grid["main"], settings.SWEPT_RATES)

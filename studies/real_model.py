@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before imports that take seconds
 
     end_at_once()
 
+import itertools
 import random
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
@@ -36,6 +37,7 @@ from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.files import to_json, write_if_changed
 from utils.paths import STEP_0, resolve_path
+from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.settings import Between, Choices, OneTask, PositiveFloat, PositiveInt, ScoresType, Seed, Settings
 
@@ -168,10 +170,12 @@ def main(settings: Settings) -> None:
     banner("study", shown_path(folder))
     require_reference(settings.SCORES_TYPES)
     require_packages(settings)
-    if settings.BASE_MODEL is None:
-        run_script(SMOLLM2, {}, BASE_MODEL_DIR=base_model(settings))
+    for measurement, split in itertools.product(MEASUREMENTS.values(), ("train", "test")):
+        measurement.load_pairs(resolve_path(settings.DATA_DIR), split)  # what is missing is found before the hours
     write_dialogues(settings, folder / "dialogues")
     write_twin_free_split(resolve_path(settings.DATA_DIR), resolve_path(data_dir(settings)), settings.SEED)
+    if settings.BASE_MODEL is None:
+        run_script(SMOLLM2, {}, BASE_MODEL_DIR=base_model(settings))
     rate, epochs = choose_recipe(settings)
     for name in settings.FINE_TUNINGS:
         fine_tune(settings, name, model_name(settings, name), rate, epochs)

@@ -20,7 +20,7 @@ from steps import load_script, next_command
 from utils import console
 from utils.console import UserError, banner, progress_bar, remedy_for, say, say_error, say_read, silence
 from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
-from utils.settings import Settings
+from utils.settings import Settings, load_settings
 
 
 def run_as_user(command: str, monkeypatch, capsys) -> str:
@@ -54,6 +54,15 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
     for word in (str(workspace.model), str(workspace.output), str(workspace.data / "hh")):
         assert word in command
     assert (workspace.output / "gradient_ascent_models").is_dir()
+
+
+def test_after_another_repair_the_next_command_compares_it_with_the_papers():
+    step_5 = load_script(STEP_5)
+    settings = load_settings(step_5, ["--SCORES_TYPE", "fitted", "--TASK_NAME", "truth"])
+    command = step_5.tables_command(settings)
+    assert "--SCORES_TYPES pure_ekfac fitted" in command
+    assert "--TASKS truth" in command
+    assert "SCORES_TYPES" not in step_5.tables_command(load_settings(step_5, []))
 
 
 def test_the_next_command_says_only_what_the_script_does_not():

@@ -195,9 +195,25 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
     looked.clear()
     workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
     assert not looked
-    with pytest.raises(SystemExit):
-        workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto", "--PPL_BUDGET", 0.5)
-    assert "PPL_BUDGET = 0.01 there, 0.5 now" in capsys.readouterr().err
+    capsys.readouterr()
+    workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto", "--PPL_BUDGET", 0.5)
+    results = workspace.output / "results"
+    of_budget = {
+        budget: next(iter(results.glob(f"bias_*_preserve_search{name}.json")))
+        for budget, name in ((0.01, ""), (0.5, "_budget0.5"))
+    }
+    rates = {budget: read_json(file)["learning_rate"] for budget, file in of_budget.items()}
+    assert rates[0.01] == report["learning_rate"] < rates[0.5], "budgets stand side by side"
+
+
+@pytest.mark.parametrize(("cost", "is_told"), [(0.9, False), (1.1, True)])
+def test_a_step_that_costs_more_on_the_test_dialogues_says_so(capsys, cost, is_told):
+    row = {"before": 10.0, "after": 10.0 * (1 + cost / 100), "change_percent": cost, "improvement": 0.0}
+    search = {"budget": 0.01, "validation_dialogues": 50}
+    load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, search)
+    assert ("for less give a smaller one" in capsys.readouterr().out) == is_told
+    load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, None)
+    assert "PPL_BUDGET" not in capsys.readouterr().out
 
 
 def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():

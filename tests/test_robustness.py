@@ -372,7 +372,10 @@ def test_a_wrong_constant_is_one_line(repaired, capsys, words, told):
         (lambda folder, _: (folder / "repair.json").write_text("{"), "repair.json"),
         (lambda folder, _: (folder / "repair.json").write_text("[]"), "has the task None"),
         (lambda folder, report: write(folder, {**report, "task": "charm"}), "has the task 'charm'"),
-        (lambda folder, report: write(folder, {**report, "model": "other"}), "repaired from 'other'"),
+        (
+            lambda folder, report: [(folder / "manifest.json").unlink(), write(folder, {**report, "model": "other"})],
+            "repaired from 'other'",
+        ),
         (lambda folder, _: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
     ],
 )
@@ -386,6 +389,13 @@ def test_a_folder_that_is_no_repair_of_the_model_is_refused(copy_of, capsys, spo
 
 def write(folder: Path, report: dict) -> None:
     (folder / "repair.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def test_the_same_model_under_another_name_has_the_same_repairs(copy_of, tmp_path):
+    model = Path(shutil.copytree(copy_of.model, tmp_path / "renamed"))
+    renamed = Workspace(model, copy_of.data, copy_of.output)
+    renamed.run(ROBUSTNESS, "--BITS", 8, "--NUM_FINE_TUNING_STEPS", 0)
+    assert (copy_of.output / "results" / "robustness" / "renamed" / "robustness.md").is_file()
 
 
 def test_a_repair_of_the_model_as_it_was_before_is_refused(copy_of, tmp_path, capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 from utils.console import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_SEED = 42
+DEFAULT_SEED, PAPER_BUDGET = 42, 0.01  # in whose place a name has others
 
 # The scripts, by their paths in the repository.
 STEP_0, STEP_1 = "data/make_sft_model.py", "compute_factors_and_scores.py"
@@ -193,9 +193,14 @@ def report_file(output_dir: str | Path, checkpoint_name: str) -> Path:
     return results_dir(output_dir) / f"{checkpoint_name}_repair.json"
 
 
-def search_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:
-    """Step 5 with LEARNING_RATE = "auto": the rates that were tried, and the one that was chosen."""
-    return results_dir(output_dir) / f"{task}_{model_name}_{repair}_search.json"
+def search_file(output_dir: str | Path, task: str, model_name: str, repair: str, budget: float) -> Path:
+    """Step 5 with LEARNING_RATE = "auto": the rates that were tried, and the one that was chosen.
+
+    Args:
+        budget: PPL_BUDGET; only another than the paper's is in the name.
+    """
+    of_budget = "" if budget == PAPER_BUDGET else f"_budget{budget:g}"
+    return results_dir(output_dir) / f"{task}_{model_name}_{repair}_search{of_budget}.json"
 
 
 def sweep_file(output_dir: str | Path, task: str, model_name: str, repair: str) -> Path:

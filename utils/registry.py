@@ -177,7 +177,7 @@ class ModelArtifacts:
 
     def learning_rate_search(self, task: str, **inputs: str) -> Artifact:
         """Step 5 with LEARNING_RATE "auto": the rates that were tried; `inputs` are what they were measured on."""
-        path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name)
+        path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.PPL_BUDGET)
         constants = {**self._known("PPL_BUDGET"), **self._combination(task)}
         return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
 

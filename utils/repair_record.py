@@ -177,8 +177,8 @@ def repaired_task(repaired: str, model: str, fingerprint: str) -> str:
     task, repaired_from = (report.get(name) if isinstance(report, dict) else None for name in ("task", "model"))
     if task not in (*TASK_NAMES, "combined"):
         raise UserError(f"{where}, whose repair.json has the task {task!r}; {needed}")
-    if repaired_from != public_name(model):
-        raise UserError(f"{where}, which was repaired from {repaired_from!r} by its repair.json; {needed}")
-    if (folder / MANIFEST_NAME).is_file():  # the model may have been made anew since
+    if (folder / MANIFEST_NAME).is_file():  # the same model may have several names, or have been made anew since
         Artifact(folder, STEP_5, inputs={"model": fingerprint}, is_folder=True).require()
+    elif repaired_from != public_name(model):
+        raise UserError(f"{where}, which was repaired from {repaired_from!r} by its repair.json; {needed}")
     return task

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_DIALOGUE_TOKENS = 1_024
-FOLDER_NEEDS = "a folder that needs train.jsonl and test.jsonl"
+FOLDER_NEEDS = "allowed is a folder with train.jsonl and test.jsonl"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def _read_folder(folder: Path, split: str, source: str) -> list[dict[str, Any]]:
 def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
     if not may_be_hub_id(hh_dataset):
         raise UserError(
-            f"{source}: no such folder; give one with train.jsonl and test.jsonl, or a hub id like Dahoas/static-hh"
+            f"{source}: no such folder; give one with train.jsonl and test.jsonl, which data/prepare.py makes, or a "
+            "hub id like Dahoas/static-hh"
         )
     require_not_here(hh_dataset)
     from datasets import load_dataset  # slow to import
