@@ -68,7 +68,7 @@ def repository(tiny_models, small_data, tmp_path_factory) -> Path:
     shutil.copytree(small_data, root / "data" / "demo")
     shutil.copytree(DEMO / "tokenizer", root / "data" / "demo" / "tokenizer")
     rows = read_rows(DEMO / "hh" / "train.jsonl")
-    for folder, count in (("my/dialogues", 80), ("small/hh", 240), ("path/to/hh", 80)):
+    for folder, count in (("my/dialogues", 80), ("small/hh", 240), ("path/to/hh", 80), ("data/demo/hh", 125)):
         write_rows(root / folder / "train.jsonl", rows[:count])
         write_rows(root / folder / "test.jsonl", read_rows(small_data / "hh" / "test.jsonl"))
     for folder, family in (
