@@ -562,7 +562,7 @@ def test_more_validation_examples_than_there_are(ready):
 def test_budgets_that_allow_nothing_or_everything(ready, budget, is_nothing):
     words = [*REPAIR, "--LEARNING_RATE", "auto", "--SAVE_TO_DISK", False, "--COMPUTE_TASK_EVAL", False]
     ready.run(STEP_5, *words, "--PPL_BUDGET", budget)
-    (search,) = (ready.output / "results").glob("bias_*_search_budget*.json")
+    (search,) = (ready.output / "results").glob(f"bias_*_search_budget{float(budget):g}.json")
     content = json.loads(search.read_text(encoding="utf-8"))
     assert not is_nothing or content["learning_rate"] == 0
     assert content["budget"] == float(budget)
