@@ -268,7 +268,7 @@ def test_missing_split(ready, refusal, script, arguments, split):
     """Step 5 included: the file is missed before the checkpoint is written."""
     (ready.data / "hh" / f"{split}.jsonl").unlink()
     line = refusal(ready, script, *arguments)
-    assert all_in(line, "HH_DATASET", f"hh/{split}.jsonl is missing", "allowed is a folder with train.jsonl and test.jsonl")
+    assert all_in(line, "HH_DATASET", f"hh/{split}.jsonl is missing", "a folder with train.jsonl and test.jsonl")
 
 
 GOOD_LINE = b'{"prompt": "\\n\\nHuman: Hi\\n\\nAssistant:", "chosen": " Hello."}\n'
