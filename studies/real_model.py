@@ -32,7 +32,7 @@ from steps import run_script, run_step
 from studies.comparison import require_reference
 from studies.dialogues import plant, rows_of, write_folder
 from studies.splits import write_twin_free_split
-from studies.stages import base_model, data_dir, model_name, run_stages
+from studies.stages import BATCH_SIZE, base_model, data_dir, model_name, run_stages
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.files import to_json, write_if_changed
@@ -87,7 +87,7 @@ FURTHER_SCORES_TYPES: Choices[ScoresType] = [  # as in step 4; with the first se
 # -----------------------------------------------------------------------------------------------------------
 
 SMOLLM2 = "studies/smollm2.py"
-BATCH_SIZE, BATCH_SIZE_PER_DEVICE = 16, 2  # two long dialogues at a time: 5 GB with the optimizer's state
+BATCH_SIZE_PER_DEVICE = 2  # long dialogues at a time: 5 GB with the optimizer's state
 STEPS_BETWEEN_CHECKPOINTS = 20
 
 

@@ -38,7 +38,8 @@ from utils.processes import first_process_only
 from utils.repairs import RepairChoice
 from utils.settings import Settings
 
-FURTHER_STEPS, BATCH_SIZE = 20, 16  # of fine-tuning after a repair
+BATCH_SIZE = 16  # of all fine-tunings
+FURTHER_STEPS = 20  # of fine-tuning after a repair
 NUM_NARRATIVES = 200
 
 
