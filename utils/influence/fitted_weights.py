@@ -11,7 +11,8 @@ that long and short dialogues have gradients of one size, the first iteration gi
     c_i = w_i / sqrt(n_i),   M c = sum_i c_i grad L_i / sqrt(n_i),   A = M^T P M,   b_i = -s_i / sqrt(n_i),   A c = b
 
 An iteration takes A p and M r for the residual r = b - A c. Both come from one pass over the dialogues (`Weigher`): the
-residual of a dialogue changes by its own score alone, so it is known by the time its gradient is summed.
+residual of a dialogue changes by its own score alone, so it is known by the time its gradient is summed. The loop of
+conjugate_gradient.py asks for A p alone, which would take two passes: hence one of its own here.
 """
 
 from __future__ import annotations
