@@ -8,7 +8,8 @@ measured on it. So the number compares methods; it is no forecast of what a user
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from steps import load_script, run_script
@@ -86,6 +87,10 @@ def _row(task: str, method: str, content: dict[str, Any]) -> Row:
     }
 
 
+def _all_losses(evaluator: Evaluator, measure: Callable[[Metric, Data], Losses]) -> dict[Metric, Losses]:
+    return {metric: measure(metric, evaluator.data(metric)) for metric in METRICS}
+
+
 def _changes(before: dict[Metric, Losses], after: dict[Metric, Losses]) -> dict[str, Any]:
     """The change of every measurement, and the improvement of every single pair."""
     measured: dict[str, Any] = {}
@@ -119,10 +124,8 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
             started, weights = time.monotonic(), task_weights(artifacts.settings, record.task)
             pairs = {name: evaluator.data(name) for name in weights}
             search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, counts_error=False)
-            before, after = (
-                {metric: losses_at(rate, metric, evaluator.data(metric)) for metric in METRICS}
-                for rate in (0.0, search.learning_rate)
-            )
+            rates = (0.0, search.learning_rate)
+            before, after = (_all_losses(evaluator, partial(losses_at, rate)) for rate in rates)
             content = {"learning_rate": search.learning_rate, "stopped": search.stopped}
             output.save_json({**content, **_changes(before, after)}, started)
         return output.load_json()
@@ -151,10 +154,8 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
         if not output.is_finished(overwrite=True):
             started = time.monotonic()
             device = resolve_device(settings.DEVICE)
-            before, after = (
-                {metric: loaded.measure(metric, evaluator.data(metric), quiet=True) for metric in METRICS}
-                for loaded in (EvaluationModel.load(name, device) for name in models.values())
-            )
+            loaded = (EvaluationModel.load(name, device) for name in models.values())
+            before, after = (_all_losses(evaluator, partial(model.measure, quiet=True)) for model in loaded)
             output.save_json({"learning_rate": None, **_changes(before, after)}, started)
         content = output.load_json()
     return {
