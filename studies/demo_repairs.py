@@ -95,8 +95,7 @@ def repair(settings: Settings, seed: int) -> list[Row]:
     run_script(STEP_2, common)
     rows = rows_at_budget(common, settings.TASKS, planned_choices(settings))
     if settings.RETRAIN:
-        found = {row["task"]: row["indices"] for row in rows if row["method"] == "pure_ekfac"}
-        rows += [retrained_row(common, {"SEED": seed}, task, indices) for task, indices in found.items()]
+        rows += [retrained_row(common, rows, task) for task in settings.TASKS]
     return rows
 
 

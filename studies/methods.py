@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from steps import load_script, run_script
+from studies.comparison import REFERENCE
 from studies.dialogues import rows_of, without, write_folder
 from utils.artifacts import Artifact
 from utils.console import banner
@@ -131,19 +132,22 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
         return output.load_json()
 
 
-def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, removed: Sequence[int]) -> Row:
-    """What fine-tuning again without some dialogues does, whatever it costs: the baseline that repairs replace.
+def retrained_row(common: dict[str, Any], rows: Sequence[Row], task: str, **constants: Any) -> Row:
+    """What fine-tuning again without the dialogues found for a task does, whatever it costs: what repairs replace.
 
     Args:
-        common: constants that all steps share, with MODEL_NAME.
-        recipe: constants of data/make_sft_model.py that the model was made with.
-        removed: rows of the dialogues that were found for the task.
+        common: constants that all steps share, with MODEL_NAME, a model made by data/make_sft_model.py.
+        rows: of the repairs, REFERENCE for the task among them.
+        constants: of data/make_sft_model.py, where the model's record does not say them: BASE_MODEL where it is a path,
+            and those that do not change what is made, as BATCH_SIZE_PER_DEVICE.
     """
+    removed = next(row["indices"] for row in rows if (row["task"], row["method"]) == (task, REFERENCE))
     settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task})
     folder = f"{settings.OUTPUT_DIR}/retrained/without-{task}"
     train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
     write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)
-    run_script(STEP_0, recipe, HH_DATASET=f"{folder}-dialogues", SFT_MODEL_DIR=f"{folder}-sft")
+    recipe = Artifact(resolve_path(settings.MODEL_NAME), STEP_0, is_folder=True).require()["settings"]
+    run_script(STEP_0, {**recipe, **constants}, HH_DATASET=f"{folder}-dialogues", SFT_MODEL_DIR=f"{folder}-sft")
     made = Artifact(resolve_path(f"{folder}-sft"), STEP_0, is_folder=True).require()
     evaluator = Evaluator(settings, "test")
     models = {"before": settings.MODEL_NAME, "after": f"{folder}-sft"}
@@ -159,7 +163,7 @@ def retrained_row(common: dict[str, Any], recipe: dict[str, Any], task: str, rem
             output.save_json({"learning_rate": None, **_changes(before, after)}, started)
         content = output.load_json()
     return {
-        **vars(RepairChoice("pure_ekfac", len(removed))),
+        **vars(RepairChoice(REFERENCE, len(removed))),
         **_row(task, "retrain", content),
         "seconds": made["seconds"],
         "clusters": clusters_of(evaluator),

@@ -32,7 +32,7 @@ from steps import run_script, run_step
 from studies.comparison import require_reference
 from studies.dialogues import plant, rows_of, write_folder
 from studies.splits import write_twin_free_split
-from studies.stages import BATCH_SIZE, base_model, data_dir, model_name, run_stages
+from studies.stages import BATCH_SIZE, IN_LITTLE_MEMORY, base_model, data_dir, model_name, run_stages
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.files import to_json, write_if_changed
@@ -84,11 +84,10 @@ FURTHER_SCORES_TYPES: Choices[ScoresType] = [  # as in step 4; with the first se
     "dpo",
     "sft_pairs",
 ]
+RETRAIN_TASKS: Choices[OneTask] | None = ["truth"]  # of TASKS: also fine-tune again without what pure_ekfac found
 # -----------------------------------------------------------------------------------------------------------
 
 SMOLLM2 = "studies/smollm2.py"
-BATCH_SIZE_PER_DEVICE = 2  # long dialogues at a time: 5 GB with the optimizer's state
-STEPS_BETWEEN_CHECKPOINTS = 20
 
 
 # -- dialogues ---------------------------------------------------------------------------------------------------------
@@ -121,9 +120,8 @@ def fine_tune(settings: Settings, dialogues: str, model: str, learning_rate: flo
         LEARNING_RATE=learning_rate,
         NUM_EPOCHS=num_epochs,
         BATCH_SIZE=BATCH_SIZE,
-        BATCH_SIZE_PER_DEVICE=BATCH_SIZE_PER_DEVICE,
-        SAVE_EVERY=STEPS_BETWEEN_CHECKPOINTS,
         SEED=settings.SEED,
+        **IN_LITTLE_MEMORY,
     )
     return Artifact(resolve_path(folder / "models" / model), STEP_0, is_folder=True).require()["perplexity"]
 

@@ -13,7 +13,7 @@ from steps import run_script
 from studies.beyond_pairs import beyond_table, style_groups
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import write_folder
-from studies.methods import rows_at_budget
+from studies.methods import retrained_row, rows_at_budget
 from studies.recall import recall_table
 from studies.splits import write_category_split
 from utils.artifacts import Artifact
@@ -39,6 +39,7 @@ from utils.repairs import RepairChoice
 from utils.settings import Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
+IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 2, "SAVE_EVERY": 20}  # 5 GB with the optimizer's state
 FURTHER_STEPS = 20  # of fine-tuning after a repair
 NUM_NARRATIVES = 200
 
@@ -80,13 +81,18 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
         types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
         choices = [RepairChoice(name, settings.BOTTOM_K) for name in types]
         by_seed.append(rows_at_budget(common, settings.TASKS, choices))
+    common, first = steps_common(settings, fine_tuning, settings.SEEDS[0]), by_seed[0]
+    first += [
+        retrained_row(common, first, task, BASE_MODEL=base_model(settings), **IN_LITTLE_MEMORY)
+        for task in settings.TASKS
+        if task in (settings.RETRAIN_TASKS or [])
+    ]
     folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
     table = comparison_table(by_seed, f"{name}.", are_models=False)
     table.write(folder / "methods")
     comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
-    comparison_table(by_seed[:1], f"{name}.", are_models=False).write(folder / "all_methods")
-    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    comparison_table([first], f"{name}.", are_models=False).write(folder / "all_methods")
     known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
     if known_harm:
         table = recall_table(common, known_harm, f"{name}.")

@@ -319,7 +319,32 @@ def studied(tiny_models, with_categories, tmp_path_factory):
     return output, arguments
 
 
-def test_the_whole_study_on_a_tiny_model(studied, quick_repairs, monkeypatch):
+def require_retrained(folder: Path, models: Path, data: Path) -> None:
+    """The row of a model that was fine-tuned again is what that model measures, and it has not seen what was found."""
+    (before,), after = models.glob("*-planted-sft"), folder / "retrained" / "without-truth-sft"
+    (found,) = folder.glob(
+        "ekfac_experiments/influence_results/truth_*/query_grads_pure_ekfac_bottom3/aggregated_query_grads.manifest.json"
+    )
+    removed = json.loads(found.read_text())["indices"]
+    seen, kept = (
+        read_rows(path / "train.jsonl")
+        for path in (folder.parent / "dialogues" / "planted", folder / "retrained" / "without-truth-dialogues")
+    )
+    assert kept == [row for number, row in enumerate(seen) if number not in removed]
+    made, again = (json.loads((model / "manifest.json").read_text()) for model in (before, after))
+    assert made["settings"] == again["settings"]
+    pairs, losses = MEASUREMENTS["truth"].load_pairs(data, "test"), []
+    for path in (before, after):
+        model = load_model(str(path), torch.device("cpu"))
+        losses.append(
+            float(EvaluationModel(model, load_tokenizer(str(path), model)).measure("truth", pairs)["loss"].mean())
+        )
+    table = pd.read_csv(folder / "all_methods.csv").set_index("method")
+    assert table.loc["retrain", "improvement"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
+    assert table.loc["retrain", "seconds"] == again["seconds"]
+
+
+def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs, monkeypatch):
     output, arguments = studied
     monkeypatch.setattr(stages, "NUM_NARRATIVES", 5)
     run_script(STUDY, *arguments)
@@ -330,6 +355,7 @@ def test_the_whole_study_on_a_tiny_model(studied, quick_repairs, monkeypatch):
     assert all(name in methods for name in ("pure_ekfac", "fitted", "direct"))
     assert "sft_pairs" in (folder / "all_methods.md").read_text(encoding="utf-8")
     assert "sft_pairs" not in methods, "with one seed alone there is no mean over seeds"
+    require_retrained(folder, output / "models", with_categories)
     recalls = pd.read_csv(folder / "recall.csv")
     planted = json.loads((output / "dialogues" / "planted" / "planted.json").read_text())
     assert recalls["known"].tolist() == [len(planted[task]) for task in recalls["task"]]
