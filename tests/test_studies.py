@@ -177,6 +177,26 @@ def test_the_subsets_of_other_weights_and_widths(traced, quick_repairs):
     assert not {name for name, content in before.items() if contents(traced.output)[name] != content}
 
 
+def test_baselines_with_other_settings(traced, quick_repairs, capsys):
+    where = ["--MODEL_NAME", traced.model, "--HH_DATASET", traced.data / "hh", "--DATA_DIR", traced.data]
+    settings = ["--BASELINE_STEPS", 2, 5, "--BASELINE_RATES", 1e-3]
+    arguments = [*where, "--OUTPUT_DIR", traced.output, "--TASKS", "truth", "--BOTTOM_K", 4, *settings]
+    before = contents(traced.output)
+    run_script("studies/baselines.py", *arguments, "--SCORES_TYPES", "dpo", "task_vector")
+    table = pd.read_csv(traced.output / "baselines.csv").set_index("method")
+    names = [f"{name}, {steps} steps at 0.001" for name in ("dpo", "task_vector") for steps in (2, 5)]
+    assert set(table.index) == {"pure_ekfac", "direct", *names}
+    choice = RepairChoice("dpo", 4)
+    own = {**common_of(traced), "BASELINE_STEPS": 5, "BASELINE_RATE": 1e-3}
+    (row,) = rows_at_budget(own, ["truth"], [choice])
+    assert table.loc[names[1], "improvement"] == pytest.approx(row["improvement"], abs=1e-7)
+    assert table.loc[names[0], "improvement"] != table.loc[names[1], "improvement"]
+    assert not {name for name, content in before.items() if contents(traced.output)[name] != content}
+    with pytest.raises(SystemExit):
+        run_script("studies/baselines.py", *arguments, "--SCORES_TYPES", "dpo", "ga")
+    assert "SCORES_TYPES: ga is not trained" in capsys.readouterr().err
+
+
 def test_style_alone_is_told_from_truth():
     """Good answers that hedge are found by style; pairs without a difference in style are not."""
     generator = np.random.default_rng(0)

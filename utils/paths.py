@@ -79,9 +79,14 @@ def model_short_name(model: str | Path) -> str:
     return Path(os.path.normpath(PROJECT_ROOT / Path(model).expanduser())).name
 
 
+def experiments_dir(output_dir: str | Path) -> Path:
+    """Steps 1 and 4: factors, scores and gradients."""
+    return resolve_path(output_dir) / "ekfac_experiments"
+
+
 def _influence_dir(output_dir: str | Path, seed: int) -> Path:
     suffix = "" if seed == DEFAULT_SEED else f"-{seed}"
-    return resolve_path(output_dir) / "ekfac_experiments" / f"influence_results{suffix}"
+    return experiments_dir(output_dir) / f"influence_results{suffix}"
 
 
 def seed_dir(output_dir: str | Path, seed: int, first_seed: int) -> str:
