@@ -121,7 +121,8 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
     """Repairs for truth: style and multiple choice, then with whole categories held out."""
     folder, first = resolve_path(settings.OUTPUT_DIR) / fine_tuning, settings.SEEDS[0]
     common = steps_common(settings, fine_tuning, first)
-    choices = [RepairChoice(name, settings.BOTTOM_K) for name in (*settings.SCORES_TYPES, "direct_shuffled", "descent")]
+    names = dict.fromkeys((*settings.SCORES_TYPES, "dpo", "direct_shuffled", "descent"))
+    choices = [RepairChoice(name, settings.BOTTOM_K) for name in names]
     by_category = {
         **common,
         "DATA_DIR": f"{settings.OUTPUT_DIR}/data-by-category",
