@@ -7,9 +7,9 @@ Brings SmolLM2-135M-Instruct (studies/smollm2.py), chooses the learning rate and
 training dialogues, and fine-tunes it twice: on the dialogues as they are, and on the same with 5 % of planted harm, so
 that there are rows that a method has to find. Both models are traced with several seeds of the steps and repaired by
 every method at the same perplexity budget (studies/methods.py); then the tables of evaluation_scripts/paper_tables.py,
-what repairs for truth do beyond their pairs (studies/beyond_pairs.py), and how much survives rounding and further
-fine-tuning (evaluation_scripts/robustness.py). Many hours on two cores; what is finished is not done again, so that a
-stopped study goes on.
+what repairs for truth do beyond their pairs (studies/beyond_pairs.py), how much survives rounding and further
+fine-tuning (evaluation_scripts/robustness.py), and the methods on models that were fine-tuned with other seeds. Many
+hours on two cores; what is finished is not done again, so that a stopped study goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from steps import run_script, run_step
 from studies.comparison import require_reference
 from studies.dialogues import plant, rows_of, write_folder
 from studies.splits import write_twin_free_split
-from studies.stages import BATCH_SIZE, IN_LITTLE_MEMORY, base_model, data_dir, model_name, run_stages
+from studies.stages import BATCH_SIZE, IN_LITTLE_MEMORY, base_model, data_dir, model_name, run_stages, training_seeds
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.files import to_json, write_if_changed
@@ -49,17 +49,19 @@ OUTPUT_DIR: str = "studies/output"  # folder for models and results
 NUM_TRAIN: PositiveInt = 1800  # first training dialogues that are used, at most
 NUM_TEST: PositiveInt = 200  # first test dialogues that are used, at most
 PLANTED_SHARE: Annotated[float, Between(0, 0.5, is_above=True)] = 0.05  # of the second fine-tuning's dialogues
-SEED: Seed = 42  # of the fine-tunings, the choice of held-out dialogues and the planted harm
+SEED: Seed = 42  # of the choice of held-out dialogues, the splits and the planted harm
 NUM_CHOICE_TRAIN: PositiveInt = 240  # training dialogues that learning rates are tried on
 NUM_CHOICE_TEST: PositiveInt = 120  # other training dialogues, which decide between them
 LEARNING_RATES: Choices[PositiveFloat] = [1e-5, 3e-5, 1e-4, 3e-4]  # tried with one epoch
 NUM_EPOCHS: Choices[PositiveInt] = [1, 2]  # tried with the best of the rates
 FINE_TUNINGS: Choices[Literal["as_is", "planted"]] = ["as_is", "planted"]  # "as_is", "planted": models to study
-STAGES: Choices[Literal["methods", "tables", "beyond", "robustness"]] = [  # what to do with them, of these four:
+TRAINING_SEEDS: Choices[Seed] = [42, 0, 1]  # of the fine-tunings; models of the others than the first are for "models"
+STAGES: Choices[Literal["methods", "beyond", "tables", "robustness", "models"]] = [  # what to do, of these five:
     "methods",
     "beyond",
     "tables",
     "robustness",
+    "models",
 ]
 SEEDS: Choices[Seed] = [42, 0, 1]  # of the steps
 TASKS: Choices[OneTask] = ["bias", "ethics", "truth"]  # that models are repaired for: also "combined"
@@ -108,7 +110,9 @@ def write_dialogues(settings: Settings, folder: Path) -> None:
 # -- fine-tuning -------------------------------------------------------------------------------------------------------
 
 
-def fine_tune(settings: Settings, dialogues: str, model: str, learning_rate: float, num_epochs: int) -> dict[str, Any]:
+def fine_tune(
+    settings: Settings, dialogues: str, model: str, learning_rate: float, num_epochs: int, seed: int
+) -> dict[str, Any]:
     """Fine-tune the base on a folder of dialogues; gives the perplexity of its test split, before and after."""
     folder = Path(settings.OUTPUT_DIR)
     run_script(
@@ -120,7 +124,7 @@ def fine_tune(settings: Settings, dialogues: str, model: str, learning_rate: flo
         LEARNING_RATE=learning_rate,
         NUM_EPOCHS=num_epochs,
         BATCH_SIZE=BATCH_SIZE,
-        SEED=settings.SEED,
+        SEED=seed,
         **IN_LITTLE_MEMORY,
     )
     return Artifact(resolve_path(folder / "models" / model), STEP_0, is_folder=True).require()["perplexity"]
@@ -139,7 +143,8 @@ def choose_recipe(settings: Settings) -> tuple[float, int]:
     def try_all(recipes: list[tuple[float, int]]) -> None:
         for rate, epochs in recipes:
             if (rate, epochs) not in tried:
-                tried[rate, epochs] = fine_tune(settings, "choice", f"choice-lr{rate:g}-epochs{epochs}", rate, epochs)
+                model = f"choice-lr{rate:g}-epochs{epochs}"
+                tried[rate, epochs] = fine_tune(settings, "choice", model, rate, epochs, settings.TRAINING_SEEDS[0])
 
     try_all([(rate, settings.NUM_EPOCHS[0]) for rate in settings.LEARNING_RATES])
     best_rate, _ = best()
@@ -175,8 +180,8 @@ def main(settings: Settings) -> None:
     if settings.BASE_MODEL is None:
         run_script(SMOLLM2, {}, BASE_MODEL_DIR=base_model(settings))
     rate, epochs = choose_recipe(settings)
-    for name in settings.FINE_TUNINGS:
-        fine_tune(settings, name, model_name(settings, name), rate, epochs)
+    for name, seed in itertools.product(settings.FINE_TUNINGS, training_seeds(settings)):
+        fine_tune(settings, name, model_name(settings, name, seed), rate, epochs, seed)
     for name in settings.FINE_TUNINGS:
         run_stages(settings, name)
 

@@ -6,6 +6,7 @@ The settings are those of studies/real_model.py.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from utils.paths import (
 from utils.performance_functions.hh import load_dialogues, read_known_harm
 from utils.processes import first_process_only
 from utils.repairs import RepairChoice
-from utils.settings import Settings
+from utils.reporting.tables import Row
+from utils.settings import ScoresType, Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
 IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 2, "SAVE_EVERY": 20}  # 5 GB with the optimizer's state
@@ -54,16 +56,22 @@ def data_dir(settings: Settings) -> str:
     return f"{settings.OUTPUT_DIR}/data"
 
 
-def model_name(settings: Settings, fine_tuning: str) -> str:
-    """The folder of a fine-tuned model."""
-    return f"{model_short_name(base_model(settings))}-{fine_tuning.replace('_', '-')}-sft"
+def training_seeds(settings: Settings) -> list[int]:
+    """Those of the fine-tunings that the stages need."""
+    return settings.TRAINING_SEEDS if "models" in settings.STAGES else settings.TRAINING_SEEDS[:1]
 
 
-def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, Any]:
+def model_name(settings: Settings, fine_tuning: str, training_seed: int | None = None) -> str:
+    """The folder of a fine-tuned model, by default that of the first of TRAINING_SEEDS."""
+    suffix = "" if training_seed in (None, settings.TRAINING_SEEDS[0]) else f"-seed{training_seed}"
+    return f"{model_short_name(base_model(settings))}-{fine_tuning.replace('_', '-')}-sft{suffix}"
+
+
+def steps_common(settings: Settings, fine_tuning: str, seed: int, training_seed: int | None = None) -> dict[str, Any]:
     """The constants that all steps share for one model and seed of the steps."""
     folder = seed_dir(f"{settings.OUTPUT_DIR}/{fine_tuning}", seed, settings.SEEDS[0])
     return {
-        "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(settings, fine_tuning)}",
+        "MODEL_NAME": f"{settings.OUTPUT_DIR}/models/{model_name(settings, fine_tuning, training_seed)}",
         "HH_DATASET": f"{settings.OUTPUT_DIR}/dialogues/{fine_tuning}",
         "DATA_DIR": data_dir(settings),
         "OUTPUT_DIR": folder,
@@ -71,16 +79,19 @@ def steps_common(settings: Settings, fine_tuning: str, seed: int) -> dict[str, A
     }
 
 
+def traced_and_repaired(settings: Settings, common: dict[str, Any], scores_types: Sequence[ScoresType]) -> list[Row]:
+    """Trace a model, then repair it by every method at one budget."""
+    run_script(STEP_1, common)
+    run_script(STEP_2, common)
+    return rows_at_budget(common, settings.TASKS, [RepairChoice(name, settings.BOTTOM_K) for name in scores_types])
+
+
 def study_methods(settings: Settings, fine_tuning: str) -> None:
     """Every method at one budget, for every seed of the steps; two tables."""
     by_seed = []
     for seed in settings.SEEDS:
-        common = steps_common(settings, fine_tuning, seed)
-        run_script(STEP_1, common)
-        run_script(STEP_2, common)
         types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
-        choices = [RepairChoice(name, settings.BOTTOM_K) for name in types]
-        by_seed.append(rows_at_budget(common, settings.TASKS, choices))
+        by_seed.append(traced_and_repaired(settings, steps_common(settings, fine_tuning, seed), types))
     common, first = steps_common(settings, fine_tuning, settings.SEEDS[0]), by_seed[0]
     first += [
         retrained_row(common, first, task, BASE_MODEL=base_model(settings), **IN_LITTLE_MEMORY)
@@ -143,6 +154,15 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         say(f"\n{table.markdown()}")
 
 
+def study_models(settings: Settings, fine_tuning: str) -> None:
+    """Every method at one budget on models of several training seeds; one table of the means over them."""
+    commons = [steps_common(settings, fine_tuning, settings.SEEDS[0], seed) for seed in settings.TRAINING_SEEDS]
+    models = [traced_and_repaired(settings, common, settings.SCORES_TYPES) for common in commons]
+    table = comparison_table(models, f"{model_name(settings, fine_tuning)}, fine-tuned with several seeds.")
+    table.write(resolve_path(settings.OUTPUT_DIR) / fine_tuning / "models")
+    say(f"\n{table.markdown()}")
+
+
 @first_process_only
 def copy_factors(source: dict[str, Any], target: dict[str, Any]) -> None:
     """Take over the factors, which do not depend on the pairs."""
@@ -194,7 +214,7 @@ def write_narratives(data: Path, folder: Path) -> None:
 
 def run_stages(settings: Settings, fine_tuning: str) -> None:
     """Run the chosen stages on one model."""
-    stages = {"methods": study_methods, "beyond": study_beyond, "tables": study_tables}
+    stages = {"methods": study_methods, "beyond": study_beyond, "tables": study_tables, "models": study_models}
     with keep_model():
         for name in settings.STAGES:
             if name in stages:

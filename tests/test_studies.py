@@ -27,7 +27,7 @@ from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.intervals import Estimate, estimate_mean, sum_by_cluster
 from utils.models import load_model, load_tokenizer
-from utils.paths import STEP_1, STEP_2, STEP_5
+from utils.paths import STEP_1, STEP_2, STEP_5, gradients_file
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
@@ -334,7 +334,7 @@ def studied(tiny_models, with_categories, tmp_path_factory):
         ),
         *("--LEARNING_RATES", 1e-5, 1e-3, "--NUM_EPOCHS", 1, 2, "--FINE_TUNINGS", "planted", "--SEEDS", 42, 0),
         *("--TASKS", "truth", "--BOTTOM_K", 3, "--SCORES_TYPES", "pure_ekfac", "fitted", "direct"),
-        *("--FURTHER_SCORES_TYPES", "sft_pairs"),
+        *("--FURTHER_SCORES_TYPES", "sft_pairs", "--TRAINING_SEEDS", 42, 3),
     ]
     return output, arguments
 
@@ -342,10 +342,8 @@ def studied(tiny_models, with_categories, tmp_path_factory):
 def require_retrained(folder: Path, models: Path, data: Path) -> None:
     """The row of a model that was fine-tuned again is what that model measures, and it has not seen what was found."""
     (before,), after = models.glob("*-planted-sft"), folder / "retrained" / "without-truth-sft"
-    (found,) = folder.glob(
-        "ekfac_experiments/influence_results/truth_*/query_grads_pure_ekfac_bottom3/aggregated_query_grads.manifest.json"
-    )
-    removed = json.loads(found.read_text())["indices"]
+    gradients = gradients_file(folder, "truth", before.name, "pure_ekfac_bottom3", seed=42)
+    removed = json.loads(gradients.with_name("aggregated_query_grads.manifest.json").read_text())["indices"]
     seen, kept = (
         read_rows(path / "train.jsonl")
         for path in (folder.parent / "dialogues" / "planted", folder / "retrained" / "without-truth-dialogues")
@@ -362,6 +360,23 @@ def require_retrained(folder: Path, models: Path, data: Path) -> None:
     table = pd.read_csv(folder / "all_methods.csv").set_index("method")
     assert table.loc["retrain", "improvement"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
     assert table.loc["retrain", "seconds"] == again["seconds"]
+
+
+def require_models(folder: Path, models: Path) -> None:
+    """The models of other training seeds are other models, and the table has the mean over all."""
+    of_seed = {path.name.rpartition("-sft")[2]: path for path in models.glob("*-planted-sft*")}
+    manifests = {name: json.loads((path / "manifest.json").read_text()) for name, path in of_seed.items()}
+    assert {name: made["settings"]["SEED"] for name, made in manifests.items()} == {"": 42, "-seed3": 3}
+    assert manifests[""]["perplexity"]["before"] == manifests["-seed3"]["perplexity"]["before"]
+    assert manifests[""]["checksum"] != manifests["-seed3"]["checksum"]
+    table = pd.read_csv(folder / "models.csv").set_index("method")
+    for method, name in (("pure_ekfac", "pure_ekfac_bottom3"), ("fitted", "fitted"), ("direct", "direct")):
+        rows = [
+            json.loads(path.read_text()) for path in (folder / "results").glob(f"truth_*-sft*_{name}_at_budget.json")
+        ]
+        improvements = [row["measurements"]["truth"]["improvement"] for row in rows]
+        assert len(improvements) == 2
+        assert table.loc[method, "improvement"] == pytest.approx(sum(improvements) / 2)
 
 
 def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs, monkeypatch):
@@ -386,6 +401,7 @@ def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs
     assert "known harm" in (folder / "results" / "tables" / "main.md").read_text(encoding="utf-8")
     assert list((folder / "results" / "robustness").rglob("robustness.md"))
     assert list((folder / "narratives").rglob("*_anthropic_test.json"))
+    require_models(folder, output / "models")
     before = contents(output)
     run_script(STUDY, *arguments)
     after = contents(output)
