@@ -40,8 +40,16 @@ DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "studies/output/baselines"  # folder for results
 TASKS: Choices[OneTask] = ["bias", "ethics", "truth"]  # that models are repaired for: also "combined"
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
-SCORES_TYPES: Choices[ScoresType] = ["dpo", "sft_pairs", "npo", "ga_kl", "task_vector"]  # those that are trained
-BASELINE_STEPS: Choices[PositiveInt] = [20, 100]  # optimizer steps, as in step 4
+SCORES_TYPES: Choices[ScoresType] = [  # those that are trained
+    "npo",
+    "npo_random",
+    "sft_retained",
+    "ga_kl",
+    "task_vector",
+    "dpo",
+    "sft_pairs",
+]
+BASELINE_STEPS: Choices[PositiveInt] = [20, 100, 400]  # optimizer steps, as in step 4
 BASELINE_RATES: Choices[PositiveFloat] = [1e-4, 1e-3]  # learning rates of AdamW, each with every number of steps
 # -----------------------------------------------------------------------------------------------------------
 

@@ -87,12 +87,14 @@ def plain_loss(name: str, model, reference, data: BaselineData) -> torch.Tensor:
             (now, _), (before, _) = log_softmaxes(model, sequence), log_softmaxes(reference, sequence)
             total, count = total + (before.exp() * (before - now)).sum(), count + len(now)
         return total / count - mean_loss(model, data.subset)
-    if name == "npo":
+    if name in ("npo", "npo_random"):
         by_dialogue = [2 / BETA * torch.log(1 + ratio(sequence).exp() ** BETA) for sequence in data.subset]
         return sum(by_dialogue) / len(by_dialogue) + mean_loss(model, data.retained)
     if name == "dpo":
         margins = [BETA * (ratio(c) - ratio(r)) for c, r in zip(data.chosen, data.rejected, strict=True)]
         return -sum(w * torch.log(torch.sigmoid(m)) for w, m in zip(data.weights, margins, strict=True))
+    if name == "sft_retained":
+        return mean_loss(model, data.retained)
     if name == "sft_pairs":
         return sum(w * mean_loss(model, [c]) for w, c in zip(data.weights, data.chosen, strict=True))
     return mean_loss(model, data.subset)
@@ -279,7 +281,7 @@ def test_npo_tends_to_gradient_ascent_as_beta_goes_to_0(subject, data):
 def test_a_seed_gives_the_same_change(name, tiny_models, data):
     _, traced = make_traced(tiny_models["pythia"], torch.float32)
     many = replace(data, subset=data.subset * 6, chosen=data.chosen * 3, rejected=data.rejected * 3)
-    many = replace(many, weights=np.tile(data.weights, 3) / 3)
+    many = replace(many, retained=data.retained * 3, weights=np.tile(data.weights, 3) / 3)
     first, second, other = (trained_change(name, traced, many, 2, RATE, seed) for seed in (0, 0, 1))
     assert all(torch.equal(first[module], second[module]) for module in first)
     assert not all(torch.equal(first[module], other[module]) for module in first)
@@ -318,6 +320,7 @@ def test_a_step_goes_where_its_loss_falls(subject, data):
     for name, sequences, sign in (
         ("ga_kl", data.subset, 1),
         ("npo", data.subset, 1),
+        ("sft_retained", data.retained, -1),
         ("task_vector", data.subset, 1),
         ("sft_pairs", data.chosen, -1),
     ):

@@ -285,13 +285,24 @@ def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
     change, manifest = gradient_of(workspace, "combined", choice.name)
     assert manifest["settings"]["BASELINE_STEPS"] == 3
     assert len(manifest["indices"]) == (0 if scores_type in ("dpo", "sft_pairs") else 5)
-    assert len(manifest["retained"]) == (9 if scores_type in ("ga_kl", "npo") else 0)
+    assert len(manifest["retained"]) == (9 if scores_type in ("ga_kl", "npo", "npo_random", "sft_retained") else 0)
     workspace.run(STEP_5, *common, "--LEARNING_RATE", 0.5)
     folder = workspace.output / "gradient_ascent_models"
     repaired = load_model(str(folder / f"combined_{workspace.model.name}_{choice.name}_lr0.5"), CPU)
     for module, value in change.items():
         before, after = (model.get_submodule(module) for model in (plain.model, repaired))
         torch.testing.assert_close(after.weight, before.weight + 0.5 * value[0, :, : before.in_features])
+
+
+def test_the_controls_of_npo_differ_from_it_in_one_thing(plain):
+    rows = {}
+    for scores_type in ("npo", "npo_random", "sft_retained", "random"):
+        plain.workspace.run(STEP_4, "--TASK_NAME", "ethics", "--SCORES_TYPE", scores_type, "--NUM_RETAIN_EXAMPLES", 9)
+        _, manifest = gradient_of(plain.workspace, "ethics", RepairChoice(scores_type, 20).name)
+        rows[scores_type] = (manifest["indices"], manifest["retained"])
+    assert rows["sft_retained"] == rows["npo"], "the traced dialogues are left out, the same ones retained"
+    assert rows["npo_random"][0] == rows["random"][0] != rows["npo"][0]
+    assert not set(rows["npo_random"][0]) & set(rows["npo_random"][1])
 
 
 def test_fitted_weights_solve_the_normal_equations(plain):

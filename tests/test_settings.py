@@ -315,6 +315,7 @@ def test_an_evaluation_has_the_constants_it_promises(script):
                 *{"pure_ekfac", "dpp", "random", "ekfac_cg", "identity", "representation", "mean_difference", "bm25"},
                 *{"direct", "contrast", "weighted", "fitted", "dpp_weighted"},
                 *{"ga", "ga_kl", "npo", "task_vector", "dpo", "sft_pairs", "descent", "direct_shuffled"},
+                *{"npo_random", "sft_retained"},
             },
         ),
         ("GRADIENT_REDUCTION_TYPE", {"mean", "sum"}),

@@ -6,6 +6,11 @@
     sft_pairs    fine-tuning on the pairs' trustworthy answers
     task_vector  minus what fine-tuning on the subset changes
 
+and two controls of npo:
+
+    npo_random   the same with a random subset, which shows what tracing adds
+    sft_retained fine-tuning on the same retained dialogues alone, its second term
+
 Each ends in a change of weights, which step 5 scales within a perplexity budget like any repair gradient. All that is
 below the traced blocks is constant: it runs once for each sequence, as long as memory allows (utils/trunk.py).
 """
@@ -150,6 +155,7 @@ def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int
         dpo          sum_p w_p dpo_losses                        (Rafailov et al. 2023)
         sft_pairs    sum_p w_p Lbar(chosen_p)
         task_vector  mean_S Lbar, whose change is negated later  (Ilharco et al. 2023)
+        sft_retained mean_R Lbar
     """
     traced = trained.traced
     model, autocast, device = traced.model, traced.curvature.autocast, traced.model.device
@@ -195,10 +201,12 @@ def loss_terms(name: str, trained: TrainedLinears, data: BaselineData, seed: int
         return [Term(Minibatches(traced, pairs, OTHERS_SIZE, seed, data.weights), dpo)]
     if name == "sft_pairs":
         return [Term(dialogues(data.chosen, OTHERS_SIZE, data.weights), mean_nll)]
+    if name == "sft_retained":
+        return [Term(dialogues(data.retained, OTHERS_SIZE), mean_nll)]
     subset = dialogues(data.subset, SUBSET_SIZE)
     if name == "task_vector":
         return [Term(subset, mean_nll)]
-    if name == "npo":
+    if name in ("npo", "npo_random"):
         return [Term(subset, npo), Term(dialogues(data.retained, OTHERS_SIZE), mean_nll)]
     if name == "ga_kl":
         num_labels = sum(sequence.num_labels for sequence in data.retained)

@@ -10,12 +10,21 @@ from utils.settings import ScoresType, Settings
 
 DIVERSE = ("dpp", "dpp_weighted")  # by step 3
 OF_PAIRS = ("direct", "direct_shuffled", "dpo", "sft_pairs")  # look at the answer pairs, at no dialogue
-TRAINED = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs")  # changes of weights that an optimizer made
+TRAINED = (
+    "ga_kl",
+    "npo",
+    "task_vector",
+    "dpo",
+    "sft_pairs",
+    "npo_random",
+    "sft_retained",
+)  # changes of weights by AdamW
 WITHOUT_CURVATURE = ("ga", *TRAINED)
 BY_SCORE = ("weighted", "fitted")  # all dialogues, each with its weight
 WITHOUT_SUBSET = (*OF_PAIRS, *BY_SCORE, "descent")
+OF_RANDOM = ("random", "npo_random")  # unlearn dialogues that are drawn at random
 WITH_TOP_K = ("contrast", "descent")
-WITH_RETAINED = ("ga_kl", "npo")  # dialogues that a term of the loss keeps as they are
+WITH_RETAINED = ("ga_kl", "npo", "npo_random", "sft_retained")  # dialogues that a term of the loss keeps as they are
 HELPFUL_FOR_EACH_HARMFUL = 5  # dialogues, where TOP_K is None
 
 # The constants of steps 4 and 5 that a choice stands for.

@@ -12,7 +12,7 @@ from utils.console import UserError, shown_path
 from utils.paths import STEP_3
 from utils.rankings import ranking_scores
 from utils.registry import ModelArtifacts
-from utils.repairs import DIVERSE, RepairChoice
+from utils.repairs import DIVERSE, OF_RANDOM, RepairChoice
 from utils.settings import ranking_of
 
 
@@ -26,7 +26,7 @@ def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
     if not RepairChoice.of(settings).has_subset:
         return []
     require_enough(settings.BOTTOM_K, total)
-    if settings.SCORES_TYPE == "random":
+    if settings.SCORES_TYPE in OF_RANDOM:
         return random_subset(total, settings.BOTTOM_K, settings.SEED)
     if settings.SCORES_TYPE in DIVERSE:
         return diverse_subset(artifacts, task)
