@@ -19,7 +19,7 @@ from utils.artifacts import Artifact
 from utils.console import banner
 from utils.devices import resolve_device
 from utils.evaluation import Data, EvaluationModel, Evaluator
-from utils.learning_rate_search import search_on
+from utils.learning_rate_search import FIRST_RATE, first_rate, search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
 from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_dir
@@ -110,7 +110,9 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
     artifacts = record.artifacts
     inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
-    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, {"BUDGET": BUDGET}, inputs)
+    first = first_rate(artifacts.settings.SCORES_TYPE)
+    made_with = {"BUDGET": BUDGET} | ({"FIRST_RATE": first} if first != FIRST_RATE else {})
+    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, made_with, inputs)
     stepped: Known = {}
 
     def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
@@ -124,7 +126,9 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
             banner("at the budget", f"{record.task}, {artifacts.repair_name}, {artifacts.model}")
             started, weights = time.monotonic(), task_weights(artifacts.settings, record.task)
             pairs = {name: evaluator.data(name) for name in weights}
-            search = search_on(evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, counts_error=False)
+            search = search_on(
+                evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, first, counts_error=False
+            )
             rates = (0.0, search.learning_rate)
             before, after = (_all_losses(evaluator, partial(losses_at, rate)) for rate in rates)
             content = {"learning_rate": search.learning_rate, "stopped": search.stopped}

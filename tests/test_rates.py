@@ -12,7 +12,14 @@ from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.files import read_json
 from utils.intervals import ClusterSums
-from utils.learning_rate_search import PRECISION, Trial, largest_gain_within, perplexity_change, search_learning_rate
+from utils.learning_rate_search import (
+    PRECISION,
+    Trial,
+    first_rate,
+    largest_gain_within,
+    perplexity_change,
+    search_learning_rate,
+)
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
@@ -72,6 +79,21 @@ def test_a_repair_that_costs_nothing_ends_somewhere():
     found = largest_gain_within(BUDGET, measure)
     assert math.isfinite(found.learning_rate)
     assert found.stopped == "no step that was tried exceeds the budget"
+
+
+def test_what_an_optimizer_reached_is_found_behind_a_part_that_costs_more():
+    """On the straight way to trained weights the cost may rise and fall again, and the gain begin below 0."""
+
+    def cost(rate: float) -> float:
+        return 5 * BUDGET * math.sin(math.pi * rate) if rate < 1 else BUDGET * (rate - 0.9)
+
+    measure, asked = curves(cost, lambda rate: rate - 0.3)
+    assert largest_gain_within(BUDGET, measure).learning_rate == 0
+    first = first_rate("npo")
+    found = largest_gain_within(BUDGET, measure, first)
+    assert found.learning_rate == pytest.approx(1.9, rel=0.011)
+    assert first in asked
+    assert first_rate("pure_ekfac") == 0.012, "of the paper"
 
 
 def test_numbers_that_are_none_count_as_too_dear():

@@ -27,11 +27,13 @@ from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
+from utils.repairs import TRAINED
 from utils.results import Losses, Metric, quantities
 from utils.selection import held_out_rows
-from utils.settings import task_weights
+from utils.settings import ScoresType, task_weights
 
 FIRST_RATE = 0.012  # of the paper
+TRAINED_RATE = 1.0  # where an optimizer left the model: on the straight way there a part may cost more than the whole
 PRECISION = 0.01  # relative, of the rate that is found
 SMALLEST_RATE, LARGEST_RATE = FIRST_RATE * 2.0**-30, FIRST_RATE * 2.0**30  # the search gives up beyond these
 LARGEST_STRIDE = 8.0  # from one rate to the next, as a ratio
@@ -69,7 +71,12 @@ class Search:
     trials: list[Trial]
 
 
-def largest_gain_within(budget: float, measure: Callable[[float], Trial]) -> Search:
+def first_rate(scores_type: ScoresType) -> float:
+    """Where the search for a repair's step begins."""
+    return TRAINED_RATE if scores_type in TRAINED else FIRST_RATE
+
+
+def largest_gain_within(budget: float, measure: Callable[[float], Trial], first: float = FIRST_RATE) -> Search:
     """Find the largest step within the budget to PRECISION, or a smaller one if the gain peaks before it.
 
     The cost of a step grows like a power of it (quadratically near a minimum), so the next rate to try is where a
@@ -79,6 +86,7 @@ def largest_gain_within(budget: float, measure: Callable[[float], Trial]) -> Sea
     Args:
         budget: largest allowed `cost`.
         measure: tries a rate above 0.
+        first: rate that is tried first.
     """
     tried: dict[float, Trial] = {}
 
@@ -93,7 +101,7 @@ def largest_gain_within(budget: float, measure: Callable[[float], Trial]) -> Sea
 
     inside: Trial | None = None
     outside: Trial | None = None
-    rate = FIRST_RATE
+    rate = first
     while SMALLEST_RATE <= rate <= LARGEST_RATE:
         trial = try_rate(rate)
         if trial.cost <= budget:
@@ -212,7 +220,8 @@ def search_learning_rate(
         def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
             return model_at(rate).measure(metric, data, quiet=True)
 
-        search = search_on(validation, pairs, weights, settings.PPL_BUDGET, losses_at)
+        first = first_rate(settings.SCORES_TYPE)
+        search = search_on(validation, pairs, weights, settings.PPL_BUDGET, losses_at, first)
         content = {
             "learning_rate": search.learning_rate,
             "stopped": search.stopped,
@@ -239,6 +248,7 @@ def search_on(
     weights: dict[str, float],
     budget: float,
     losses_at: Callable[[float, Metric, Data], Losses],
+    first: float = FIRST_RATE,
     counts_error: bool = True,
 ) -> Search:
     """Search on these dialogues and pairs.
@@ -246,6 +256,7 @@ def search_on(
     Args:
         weights: of the tasks' gains.
         losses_at: gives the losses of the model updated at a learning rate; 0 is the POST-SFT model.
+        first: learning rate that is tried first.
         counts_error: whether a standard error over the dialogues counts against the budget.
     """
 
@@ -271,4 +282,4 @@ def search_on(
     def measure(learning_rate: float) -> Trial:
         return trial_of(learning_rate, *losses(learning_rate))
 
-    return largest_gain_within(budget, measure)
+    return largest_gain_within(budget, measure, first)
