@@ -39,8 +39,8 @@ Controls:
 
     descent          down the loss of TOP_K random dialogues
     direct_shuffled  "direct" with the prompts of other pairs, which leaves only the style of good answers to learn
-    npo_random       "npo" with random dialogues in place of those of "pure_ekfac"
-    sft_retained     fine-tuning on the retained dialogues of "npo" alone
+    npo_random       "npo" with random dialogues in place of those of "pure_ekfac", trained like it
+    sft_retained     fine-tuning on the retained dialogues of "npo" alone, likewise
 
 With HARMFUL_TOKENS_ONLY, Lbar is the mean over those tokens of a chosen dialogue whose own scores are negative. With
 PRESERVE_PERPLEXITY, the component of G that changes the loss of retained dialogues is removed, with PRESERVE_TASKS
@@ -107,7 +107,7 @@ IF_WEIGHT: NonNegativeFloat = 10.0  # for "dpp" and "dpp_weighted": weight of th
 HARMFUL_TOKENS_ONLY: bool = False  # True (beyond the paper): of chosen dialogues, only tokens with negative scores
 PRESERVE_PERPLEXITY: bool = False  # True (beyond the paper): retained dialogues keep their loss, to first order
 PRESERVE_TASKS: bool = False  # True (beyond the paper): the other tasks' measurements stay, to first order
-NUM_RETAIN_EXAMPLES: PositiveInt = 500  # for PRESERVE_PERPLEXITY, "ga_kl", "npo": retained dialogues, at most
+NUM_RETAIN_EXAMPLES: PositiveInt = 500  # retained dialogues at most: PRESERVE_PERPLEXITY, "ga_kl", "npo", its controls
 BASELINE_STEPS: PositiveInt = 20  # for baselines that are trained: optimizer steps
 BASELINE_RATE: PositiveFloat = 1e-4  # for baselines that are trained: learning rate of AdamW
 FIT_ITERATIONS: PositiveInt = 8  # for "fitted": iterations, each one pass over the dialogues

@@ -19,14 +19,14 @@ from utils.artifacts import Artifact
 from utils.console import banner
 from utils.devices import resolve_device
 from utils.evaluation import Data, EvaluationModel, Evaluator
-from utils.learning_rate_search import FIRST_RATE, first_rate, search_on
+from utils.learning_rate_search import search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
 from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_dir
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
-from utils.repairs import DIVERSE, RepairChoice
+from utils.repairs import DIVERSE, FIRST_RATE, RepairChoice
 from utils.reporting.tables import Row
 from utils.results import Losses, Metric, compare
 from utils.settings import TASK_NAMES, Settings, load_settings, task_weights
@@ -110,8 +110,8 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
     artifacts = record.artifacts
     inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
-    first = first_rate(artifacts.settings.SCORES_TYPE)
-    made_with = {"BUDGET": BUDGET} | ({"FIRST_RATE": first} if first != FIRST_RATE else {})
+    first = RepairChoice.of(artifacts.settings).first_rate
+    made_with = {"BUDGET": BUDGET} | ({"FIRST_RATE": first} if first != FIRST_RATE else {})  # where it may matter
     output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, made_with, inputs)
     stepped: Known = {}
 

@@ -4,12 +4,17 @@
     python studies/real_model.py --HH_DATASET Dahoas/static-hh --BASE_MODEL EleutherAI/pythia-160m
 
 Brings SmolLM2-135M-Instruct (studies/smollm2.py), chooses the learning rate and the number of epochs on held-out
-training dialogues, and fine-tunes it twice: on the dialogues as they are, and on the same with 5 % of planted harm, so
-that there are rows that a method has to find. Both models are traced with several seeds of the steps and repaired by
-every method at the same perplexity budget (studies/methods.py); then the tables of evaluation_scripts/paper_tables.py,
-what repairs for truth do beyond their pairs (studies/beyond_pairs.py), how much survives rounding and further
-fine-tuning (evaluation_scripts/robustness.py), and the methods on models that were fine-tuned with other seeds. Many
-hours on two cores; what is finished is not done again, so that a stopped study goes on.
+training dialogues, and fine-tunes it in two ways: on the dialogues as they are, and on the same with 5 % of planted
+harm, so that there are rows that a method has to find. Both models go through these stages:
+
+    methods      traced with several seeds of the steps and repaired by every method at the same perplexity budget
+                 (studies/methods.py); fine-tuned again without what was found; how much of the planted harm was found
+    beyond       what repairs for truth do beyond their pairs (studies/beyond_pairs.py)
+    tables       evaluation_scripts/paper_tables.py, with the search that a user runs
+    robustness   how much survives rounding and further fine-tuning (evaluation_scripts/robustness.py)
+    models       the methods on models that were fine-tuned with other seeds
+
+Many hours on two cores; what is finished is not done again, so that a stopped study goes on.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ NUM_CHOICE_TEST: PositiveInt = 120  # other training dialogues, which decide bet
 LEARNING_RATES: Choices[PositiveFloat] = [1e-5, 3e-5, 1e-4, 3e-4]  # tried with one epoch
 NUM_EPOCHS: Choices[PositiveInt] = [1, 2]  # tried with the best of the rates
 FINE_TUNINGS: Choices[Literal["as_is", "planted"]] = ["as_is", "planted"]  # "as_is", "planted": models to study
-TRAINING_SEEDS: Choices[Seed] = [42, 0, 1]  # of the fine-tunings; models of the others than the first are for "models"
+TRAINING_SEEDS: Choices[Seed] = [42, 0, 1]  # of the fine-tunings; all but the first are for stage "models" alone
 STAGES: Choices[Literal["methods", "beyond", "tables", "robustness", "models"]] = [  # what to do, of these five:
     "methods",
     "beyond",
@@ -86,7 +91,7 @@ FURTHER_SCORES_TYPES: Choices[ScoresType] = [  # as in step 4; with the first se
     "dpo",
     "sft_pairs",
 ]
-RETRAIN_TASKS: Choices[OneTask] | None = ["truth"]  # of TASKS: also fine-tune again without what pure_ekfac found
+RETRAIN_TASKS: Choices[OneTask] | None = ["bias", "truth"]  # those of TASKS to also fine-tune again for; None: none
 # -----------------------------------------------------------------------------------------------------------
 
 SMOLLM2 = "studies/smollm2.py"
@@ -173,6 +178,8 @@ def main(settings: Settings) -> None:
     banner("study", shown_path(folder))
     require_reference(settings.SCORES_TYPES)
     require_packages(settings)
+    if "models" in settings.STAGES and len(settings.TRAINING_SEEDS) < 2:
+        raise UserError("TRAINING_SEEDS: the mean over models of STAGES = 'models' needs two or more, or leave it out")
     for measurement, split in itertools.product(MEASUREMENTS.values(), ("train", "test")):
         measurement.load_pairs(resolve_path(settings.DATA_DIR), split)  # what is missing is found before the hours
     write_dialogues(settings, folder / "dialogues")

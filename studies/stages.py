@@ -5,7 +5,6 @@ The settings are those of studies/real_model.py.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from steps import run_script
 from studies.beyond_pairs import beyond_table, style_groups
 from studies.comparison import comparison_figure, comparison_table
+from studies.copying import copy_new
 from studies.dialogues import write_folder
 from studies.methods import retrained_row, rows_at_budget
 from studies.recall import recall_table
@@ -35,7 +35,6 @@ from utils.paths import (
     seed_dir,
 )
 from utils.performance_functions.hh import load_dialogues, read_known_harm
-from utils.processes import first_process_only
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
 from utils.settings import ScoresType, Settings
@@ -89,12 +88,13 @@ def traced_and_repaired(settings: Settings, common: dict[str, Any], scores_types
 def study_methods(settings: Settings, fine_tuning: str) -> None:
     """Every method at one budget, for every seed of the steps; two tables."""
     by_seed = []
-    for seed in settings.SEEDS:
-        types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
-        by_seed.append(traced_and_repaired(settings, steps_common(settings, fine_tuning, seed), types))
-    common, first = steps_common(settings, fine_tuning, settings.SEEDS[0]), by_seed[0]
-    first += [
-        retrained_row(common, first, task, BASE_MODEL=base_model(settings), **IN_LITTLE_MEMORY)
+    with keep_model():
+        for seed in settings.SEEDS:
+            types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
+            by_seed.append(traced_and_repaired(settings, steps_common(settings, fine_tuning, seed), types))
+    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    retrained = [
+        retrained_row(common, by_seed[0], task, BASE_MODEL=base_model(settings), **IN_LITTLE_MEMORY)
         for task in settings.TASKS
         if task in (settings.RETRAIN_TASKS or [])
     ]
@@ -103,7 +103,7 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
     table.write(folder / "methods")
     comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
-    comparison_table([first], f"{name}.", are_models=False).write(folder / "all_methods")
+    comparison_table([[*by_seed[0], *retrained]], f"{name}.", are_models=False).write(folder / "all_methods")
     known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
     if known_harm:
         table = recall_table(common, known_harm, f"{name}.")
@@ -125,7 +125,8 @@ def study_tables(settings: Settings, fine_tuning: str) -> None:
         "COMPUTE_PER_TOKEN_SCORES": False,
         "SWEPT_RATES": None,
     }
-    run_script(PAPER_TABLES, common, **grid)
+    with keep_model():
+        run_script(PAPER_TABLES, common, **grid)
 
 
 def study_beyond(settings: Settings, fine_tuning: str) -> None:
@@ -140,7 +141,11 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         "OUTPUT_DIR": f"{settings.OUTPUT_DIR}/{fine_tuning}/by-category",
     }
     write_category_split(resolve_path(data_dir(settings)), resolve_path(by_category["DATA_DIR"]), settings.SEED)
-    copy_factors(common, by_category)
+    factors = [
+        factors_dir(constants["OUTPUT_DIR"], model_short_name(common["MODEL_NAME"]), "ekfac", False, common["SEED"])
+        for constants in (common, by_category)
+    ]
+    copy_new(*factors)  # which do not depend on the pairs
     run_script(STEP_1, by_category, TASK_NAME="truth")
     run_script(STEP_2, by_category)
     for name, constants in (("beyond", common), ("beyond_categories", by_category)):
@@ -157,23 +162,11 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
 def study_models(settings: Settings, fine_tuning: str) -> None:
     """Every method at one budget on models of several training seeds; one table of the means over them."""
     commons = [steps_common(settings, fine_tuning, settings.SEEDS[0], seed) for seed in settings.TRAINING_SEEDS]
-    models = [traced_and_repaired(settings, common, settings.SCORES_TYPES) for common in commons]
+    with keep_model():
+        models = [traced_and_repaired(settings, common, settings.SCORES_TYPES) for common in commons]
     table = comparison_table(models, f"{model_name(settings, fine_tuning)}, fine-tuned with several seeds.")
     table.write(resolve_path(settings.OUTPUT_DIR) / fine_tuning / "models")
     say(f"\n{table.markdown()}")
-
-
-@first_process_only
-def copy_factors(source: dict[str, Any], target: dict[str, Any]) -> None:
-    """Take over the factors, which do not depend on the pairs."""
-    names = [
-        factors_dir(common["OUTPUT_DIR"], model_short_name(common["MODEL_NAME"]), "ekfac", False, common["SEED"])
-        for common in (source, target)
-    ]
-    if not names[1].is_dir():
-        partial = names[1].with_name(f".{names[1].name}.copy")
-        shutil.copytree(names[0], partial, dirs_exist_ok=True)
-        partial.replace(names[1])
 
 
 def study_robustness(settings: Settings, fine_tuning: str) -> None:
@@ -212,12 +205,16 @@ def write_narratives(data: Path, folder: Path) -> None:
     write_folder(folder, rows, rows)
 
 
+STAGES = {
+    "methods": study_methods,
+    "beyond": study_beyond,
+    "tables": study_tables,
+    "robustness": study_robustness,
+    "models": study_models,
+}
+
+
 def run_stages(settings: Settings, fine_tuning: str) -> None:
     """Run the chosen stages on one model."""
-    stages = {"methods": study_methods, "beyond": study_beyond, "tables": study_tables, "models": study_models}
-    with keep_model():
-        for name in settings.STAGES:
-            if name in stages:
-                stages[name](settings, fine_tuning)
-    if "robustness" in settings.STAGES:  # which fine-tunes: nothing else is kept in memory then
-        study_robustness(settings, fine_tuning)
+    for name in settings.STAGES:
+        STAGES[name](settings, fine_tuning)

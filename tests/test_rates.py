@@ -15,7 +15,6 @@ from utils.intervals import ClusterSums
 from utils.learning_rate_search import (
     PRECISION,
     Trial,
-    first_rate,
     largest_gain_within,
     perplexity_change,
     search_learning_rate,
@@ -24,6 +23,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
+from utils.repairs import RepairChoice
 from utils.results import quantities
 from utils.selection import held_out_rows
 from utils.settings import load_settings
@@ -89,11 +89,11 @@ def test_what_an_optimizer_reached_is_found_behind_a_part_that_costs_more():
 
     measure, asked = curves(cost, lambda rate: rate - 0.3)
     assert largest_gain_within(BUDGET, measure).learning_rate == 0
-    first = first_rate("npo")
+    first = RepairChoice("npo", 20).first_rate
     found = largest_gain_within(BUDGET, measure, first)
     assert found.learning_rate == pytest.approx(1.9, rel=0.011)
     assert first in asked
-    assert first_rate("pure_ekfac") == 0.012, "of the paper"
+    assert RepairChoice("pure_ekfac", 20).first_rate == 0.012, "of the paper"
 
 
 def test_numbers_that_are_none_count_as_too_dear():
@@ -179,6 +179,17 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
             best = max(best, gain)
     assert best > 0
     assert chosen["gain"] >= 0.95 * best
+
+
+def test_the_search_for_trained_weights_begins_where_the_optimizer_ended(make_workspace, capsys):
+    workspace = make_workspace("pythia")
+    workspace.run("compute_factors_and_scores.py")
+    common = ("--TASK_NAME", "truth", "--BOTTOM_K", 5, "--SCORES_TYPE", "task_vector")
+    workspace.run(STEP_4, *common, "--BASELINE_STEPS", 2)
+    capsys.readouterr()
+    workspace.run(STEP_5, *common, "--LEARNING_RATE", "auto")
+    tried = [line for line in capsys.readouterr().out.splitlines() if "tried" in line]
+    assert tried[0].strip().startswith("tried 1:")
 
 
 def _train_pairs(name, workspace):

@@ -284,7 +284,7 @@ def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
     workspace.run(STEP_4, *common, "--BASELINE_STEPS", 3, "--BASELINE_RATE", 1e-3, "--NUM_RETAIN_EXAMPLES", 9)
     change, manifest = gradient_of(workspace, "combined", choice.name)
     assert manifest["settings"]["BASELINE_STEPS"] == 3
-    assert len(manifest["indices"]) == (0 if scores_type in ("dpo", "sft_pairs") else 5)
+    assert len(manifest["indices"]) == (0 if scores_type in ("dpo", "sft_pairs", "sft_retained") else 5)
     assert len(manifest["retained"]) == (9 if scores_type in ("ga_kl", "npo", "npo_random", "sft_retained") else 0)
     workspace.run(STEP_5, *common, "--LEARNING_RATE", 0.5)
     folder = workspace.output / "gradient_ascent_models"
@@ -294,15 +294,18 @@ def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
         torch.testing.assert_close(after.weight, before.weight + 0.5 * value[0, :, : before.in_features])
 
 
-def test_the_controls_of_npo_differ_from_it_in_one_thing(plain):
-    rows = {}
+def test_the_controls_of_npo_retain_what_it_retains(plain):
+    unlearned, retained = {}, {}
     for scores_type in ("npo", "npo_random", "sft_retained", "random"):
-        plain.workspace.run(STEP_4, "--TASK_NAME", "ethics", "--SCORES_TYPE", scores_type, "--NUM_RETAIN_EXAMPLES", 9)
-        _, manifest = gradient_of(plain.workspace, "ethics", RepairChoice(scores_type, 20).name)
-        rows[scores_type] = (manifest["indices"], manifest["retained"])
-    assert rows["sft_retained"] == rows["npo"], "the traced dialogues are left out, the same ones retained"
-    assert rows["npo_random"][0] == rows["random"][0] != rows["npo"][0]
-    assert not set(rows["npo_random"][0]) & set(rows["npo_random"][1])
+        arguments = ["--TASK_NAME", "ethics", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 7]
+        plain.workspace.run(STEP_4, *arguments, "--NUM_RETAIN_EXAMPLES", 9)
+        _, manifest = gradient_of(plain.workspace, "ethics", RepairChoice(scores_type, 7).name)
+        unlearned[scores_type], retained[scores_type] = (set(manifest[name]) for name in ("indices", "retained"))
+    assert retained["sft_retained"] == retained["npo"]
+    assert not unlearned["sft_retained"]
+    assert unlearned["npo_random"] == unlearned["random"] != unlearned["npo"]
+    assert not retained["npo_random"] & (unlearned["npo"] | unlearned["random"]), "neither holds the traced ones"
+    assert retained["npo"] - unlearned["random"] <= retained["npo_random"], "else the same, as many as are free"
 
 
 def test_fitted_weights_solve_the_normal_equations(plain):

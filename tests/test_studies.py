@@ -191,10 +191,13 @@ def test_baselines_with_other_settings(traced, quick_repairs, capsys):
     (row,) = rows_at_budget(own, ["truth"], [choice])
     assert table.loc[names[1], "improvement"] == pytest.approx(row["improvement"], abs=1e-7)
     assert table.loc[names[0], "improvement"] != table.loc[names[1], "improvement"]
+    (found,) = traced.output.glob("results/truth_*_dpo_at_budget.manifest.json")
+    assert json.loads(found.read_text())["settings"] == {"BUDGET": BUDGET, "FIRST_RATE": 1.0}
+    assert "tried 1:" in capsys.readouterr().out, "where the optimizer left the model"
     assert not {name for name, content in before.items() if contents(traced.output)[name] != content}
     with pytest.raises(SystemExit):
         run_script("studies/baselines.py", *arguments, "--SCORES_TYPES", "dpo", "ga")
-    assert "SCORES_TYPES: ga is not trained" in capsys.readouterr().err
+    assert "SCORES_TYPES = ga: not trained by AdamW" in capsys.readouterr().err
 
 
 def test_style_alone_is_told_from_truth():

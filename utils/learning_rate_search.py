@@ -27,13 +27,11 @@ from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
-from utils.repairs import TRAINED
+from utils.repairs import FIRST_RATE, RepairChoice
 from utils.results import Losses, Metric, quantities
 from utils.selection import held_out_rows
-from utils.settings import ScoresType, task_weights
+from utils.settings import task_weights
 
-FIRST_RATE = 0.012  # of the paper
-TRAINED_RATE = 1.0  # where an optimizer left the model: on the straight way there a part may cost more than the whole
 PRECISION = 0.01  # relative, of the rate that is found
 SMALLEST_RATE, LARGEST_RATE = FIRST_RATE * 2.0**-30, FIRST_RATE * 2.0**30  # the search gives up beyond these
 LARGEST_STRIDE = 8.0  # from one rate to the next, as a ratio
@@ -69,11 +67,6 @@ class Search:
     learning_rate: float
     stopped: str
     trials: list[Trial]
-
-
-def first_rate(scores_type: ScoresType) -> float:
-    """Where the search for a repair's step begins."""
-    return TRAINED_RATE if scores_type in TRAINED else FIRST_RATE
 
 
 def largest_gain_within(budget: float, measure: Callable[[float], Trial], first: float = FIRST_RATE) -> Search:
@@ -220,7 +213,7 @@ def search_learning_rate(
         def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
             return model_at(rate).measure(metric, data, quiet=True)
 
-        first = first_rate(settings.SCORES_TYPE)
+        first = RepairChoice.of(settings).first_rate
         search = search_on(validation, pairs, weights, settings.PPL_BUDGET, losses_at, first)
         content = {
             "learning_rate": search.learning_rate,

@@ -23,7 +23,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.pairs import AnswerPairs
 from utils.rankings import min_max_normalise, ranking_scores, relative_weights, task_scores, token_scores
 from utils.registry import ModelArtifacts
-from utils.repairs import BY_SCORE, OF_PAIRS, WITH_RETAINED, WITH_TOP_K, RepairChoice
+from utils.repairs import BY_SCORE, CONTROLS_OF_NPO, OF_PAIRS, WITH_RETAINED, WITH_TOP_K, RepairChoice
 from utils.selection import choose_subset, held_out_rows, most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES, task_weights
 
@@ -93,6 +93,8 @@ def choose_sources(artifacts: ModelArtifacts, task: str, retained: list[int] | N
         retained = []
     elif retained is None:
         used = [*indices, *helpful]
+        if choice.scores_type in CONTROLS_OF_NPO:  # retain what "npo" does
+            used += most_harmful(ranking_scores(artifacts, task)[0], settings.BOTTOM_K)
         retained = held_out_rows("retain", used, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
     if retained:
         fingerprints["retained"] = fingerprint_of(retained)
@@ -119,7 +121,7 @@ def dialogue_weights(
     """The weight of each dialogue's mean token loss by row, as SCORES_TYPE has it, and their fingerprints."""
     total, seed = len(artifacts.dialogues), artifacts.settings.SEED
     of_subset = {"subset": fingerprint_of(indices)}
-    if choice.scores_type in OF_PAIRS:
+    if choice.scores_type in (*OF_PAIRS, "sft_retained"):
         return {}, {}
     if choice.scores_type in BY_SCORE:
         weights = weights_by_score(artifacts, task)

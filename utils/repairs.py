@@ -10,22 +10,17 @@ from utils.settings import ScoresType, Settings
 
 DIVERSE = ("dpp", "dpp_weighted")  # by step 3
 OF_PAIRS = ("direct", "direct_shuffled", "dpo", "sft_pairs")  # look at the answer pairs, at no dialogue
-TRAINED = (
-    "ga_kl",
-    "npo",
-    "task_vector",
-    "dpo",
-    "sft_pairs",
-    "npo_random",
-    "sft_retained",
-)  # changes of weights by AdamW
+CONTROLS_OF_NPO = ("npo_random", "sft_retained")
+TRAINED = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs", *CONTROLS_OF_NPO)  # changes of weights by AdamW
 WITHOUT_CURVATURE = ("ga", *TRAINED)
 BY_SCORE = ("weighted", "fitted")  # all dialogues, each with its weight
-WITHOUT_SUBSET = (*OF_PAIRS, *BY_SCORE, "descent")
+WITHOUT_SUBSET = (*OF_PAIRS, *BY_SCORE, "descent", "sft_retained")
 OF_RANDOM = ("random", "npo_random")  # unlearn dialogues that are drawn at random
 WITH_TOP_K = ("contrast", "descent")
-WITH_RETAINED = ("ga_kl", "npo", "npo_random", "sft_retained")  # dialogues that a term of the loss keeps as they are
+WITH_RETAINED = ("ga_kl", "npo", *CONTROLS_OF_NPO)  # dialogues that a term of the loss keeps as they are
 HELPFUL_FOR_EACH_HARMFUL = 5  # dialogues, where TOP_K is None
+FIRST_RATE = 0.012  # of the paper, from which the search for a step goes on
+TRAINED_RATE = 1.0  # where AdamW left the weights; on the line there perplexity may rise first and fall again
 
 # The constants of steps 4 and 5 that a choice stands for.
 CONSTANTS = {
@@ -70,6 +65,16 @@ class RepairChoice:
         return self.scores_type not in WITHOUT_SUBSET
 
     @property
+    def counts_bottom_k(self) -> bool:
+        """Whether BOTTOM_K matters: those dialogues are unlearned, or what a control retains leaves them out."""
+        return self.has_subset or self.scores_type in CONTROLS_OF_NPO
+
+    @property
+    def first_rate(self) -> float:
+        """The learning rate that a search tries first."""
+        return TRAINED_RATE if self.scores_type in TRAINED else FIRST_RATE
+
+    @property
     def num_helpful(self) -> int:
         """Number of dialogues whose loss goes down."""
         return self.top_k or HELPFUL_FOR_EACH_HARMFUL * self.bottom_k
@@ -81,7 +86,7 @@ class RepairChoice:
         Numbers that a way of choosing does not depend on are left out.
         """
         weight = f"_ifweight{self.if_weight:g}" if self.scores_type in DIVERSE else ""
-        subset = f"_bottom{self.bottom_k}" if self.has_subset else ""
+        subset = f"_bottom{self.bottom_k}" if self.counts_bottom_k else ""
         helpful = f"_top{self.num_helpful}" if self.scores_type in WITH_TOP_K else ""
         kept = "_preserve" * self.preserve_perplexity + "_preservetasks" * self.preserve_tasks
         return f"{self.scores_type}{weight}{subset}{helpful}{'_tokens' * self.harmful_tokens_only}{kept}"

@@ -149,7 +149,7 @@ def factors_for(strategy: Strategy) -> Strategy:
 
 def ranking_of(scores_type: ScoresType) -> RankingType | None:
     """The ranking that a SCORES_TYPE takes its dialogues from; None if from none."""
-    if scores_type in ("random", "npo_random", "descent", "direct", "direct_shuffled", "dpo", "sft_pairs"):
+    if scores_type in ("random", "descent", "direct", "direct_shuffled", "dpo", "sft_pairs"):
         return None
     return scores_type if scores_type in typing.get_args(RankingType) else "pure_ekfac"
 

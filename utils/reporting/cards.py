@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from utils.paths import may_be_hub_id, public_name
-from utils.repairs import TRAINED, WITHOUT_CURVATURE
+from utils.repairs import CONTROLS_OF_NPO, TRAINED, WITHOUT_CURVATURE
 from utils.reporting.escaping import markdown_text
 from utils.reporting.tables import format_number, markdown_table, with_interval
 
@@ -57,7 +57,7 @@ def _step_in_words(report: dict[str, Any]) -> str:
     )
     what = "the tokens with negative scores of " if report["harmful_tokens_only"] else ""
     if kind in TRAINED:
-        step += f" that the baseline `{kind}` trained"
+        step += f" that the {'control' if kind in CONTROLS_OF_NPO else 'baseline'} `{kind}` trained"
     elif kind in WITHOUT_DIALOGUES:
         step += f" {WITHOUT_DIALOGUES[kind]}"
     elif kind == "descent":

@@ -32,7 +32,7 @@ FIGURE_STYLES = {  # colour and marker of each SCORES_TYPE
     "direct": ("#2a9d8f", "P"),
     "ga_kl": ("#7f5539", ">"),
     "ga": ("#b08968", ">"),
-    "npo_random": ("#b8b8d1", "1"),
+    "npo_random": ("#b8b8d1", "1"),  # before "npo"
     "npo": ("#9d4edd", "1"),
     "task_vector": ("#c77dff", "2"),
     "dpo": ("#0077b6", "3"),

@@ -41,7 +41,6 @@ NOTES = {  # how each SCORES_TYPE that has a subset chooses its dialogues
     "contrast": "The most negative influence scores, whose loss goes up; that of the most helpful goes down.",
     "dpp_weighted": "The greedy picks in order, each unlearned by its score.",
     **dict.fromkeys(("ga", "ga_kl", "npo", "task_vector"), "The most negative influence scores, most harmful first."),
-    "sft_retained": "The most negative influence scores; it is fine-tuned on others.",
     **dict.fromkeys(("random", "npo_random"), "A seeded uniform sample, for comparison."),
 }
 
