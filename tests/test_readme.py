@@ -191,7 +191,7 @@ def test_make_targets_run_what_is_here(target):
 
 def test_every_constant_that_the_texts_name_exists():
     scripts = list(PROJECT_ROOT.glob("*.py"))
-    for folder in ("representations", "dpp", "evaluation_scripts", "data", "benchmarks"):
+    for folder in ("representations", "dpp", "evaluation_scripts", "data", "studies", "benchmarks"):
         scripts += (PROJECT_ROOT / folder).glob("*.py")
     known = set(re.findall(r"^([A-Z][A-Z0-9_]+):", "\n".join(path.read_text() for path in scripts), flags=re.MULTILINE))
     for document in DOCUMENTS:
