@@ -158,7 +158,11 @@ def test_a_whole_number_for_a_float_is_the_same_setting_as_the_float():
         (STEPS[1], ["--SEED", "-1"], ["SEED = -1", "whole number of at least 0"]),
         (STEPS[1], ["--SEED", "4294967296"], ["SEED = 4294967296", "at most 4,294,967,295"]),
         (STEPS[5], ["--LEARNING_RATE", "1e39"], ["LEARNING_RATE = 1e39", "at most 3.4e+38"]),
-        (STEPS[5], ["--LEARNING_RATE", "0.05", "0.0500000001"], ["without repetition (of numbers six digits count)"]),
+        (
+            STEPS[5],
+            ["--LEARNING_RATE", "0.05", "0.0500000001"],
+            ["without repetition (numbers that agree in six digits count as one)"],
+        ),
         (STEPS[5], ["--LEARNING_RATE", "[0.1, 'x']"], ["LEARNING_RATE", "list of numbers"]),
         (STEPS[5], ["--LEARNING_RATE", "[0.1"], ["LEARNING_RATE", "list of numbers"]),
         (STEPS[5], ["--LEARNING_RATE", f"[{'9' * 5_000}]"], ["LEARNING_RATE", "list of numbers"]),

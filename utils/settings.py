@@ -63,7 +63,7 @@ class Distinct:
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     def __str__(self) -> str:
-        return "without repetition (of numbers six digits count)"
+        return "without repetition (numbers that agree in six digits count as one)"
 
 
 class DistinctModels(Distinct):

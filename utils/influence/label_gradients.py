@@ -21,13 +21,16 @@ class LabelGradientCache:
     def __init__(self, device: torch.device) -> None:
         self.max_bytes = BYTES_ON_GPU if device.type == "cuda" else BYTES_ON_CPU
         self._known: dict[tuple[int, ...], KnownLabels] = {}  # by width, then positions in the loader's list
+        self._is_full = False
 
     def add_to(self, batch: Batch) -> Batch:
         """The batch with what is known of its labels, which a pass fills in."""
         key = (batch["input_ids"].shape[1], *batch["index"].tolist())
         if key not in self._known:
-            used = sum(tensor.nbytes for labels in self._known.values() for of in labels.values() for tensor in of)
-            if used >= self.max_bytes:
+            if not self._is_full:
+                used = sum(tensor.nbytes for labels in self._known.values() for of in labels.values() for tensor in of)
+                self._is_full = used >= self.max_bytes
+            if self._is_full:
                 return batch
             self._known[key] = {}
         return {**batch, KNOWN_LABELS: self._known[key]}
