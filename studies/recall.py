@@ -7,25 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from steps import load_script
+from steps import load_script, run_script
 from studies.methods import settings_of
-from utils.paths import STEP_4
+from utils.paths import STEP_1, STEP_2, STEP_4
 from utils.rankings import ranking_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Row, Table, with_interval
 from utils.selection import most_harmful
 from utils.settings import ranking_of
 
-RANKINGS = ("pure_ekfac", "bm25")  # as SCORES_TYPE; bm25 sees words alone: what a tracing has to beat
+# As SCORES_TYPE. bm25 sees words alone: what a tracing has to beat.
+RANKINGS = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25")
 
 
 def recall_table(common: dict[str, Any], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
-    """One row for each task and ranking.
+    """One row for each task and ranking; makes the scores that are not there yet.
 
     Args:
-        common: constants that all steps share, with MODEL_NAME; step 1 is done.
+        common: constants that all steps share, with MODEL_NAME.
         known_harm: rows of the training split, by the task that they harm.
     """
+    run_script(STEP_1, common)
+    run_script(STEP_1, common, FACTOR_STRATEGY="identity")
+    run_script(STEP_2, common, ANSWERS_OF="all")
     data = []
     for task, rows in known_harm.items():
         for name in RANKINGS:

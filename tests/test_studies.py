@@ -397,7 +397,7 @@ def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs
     recalls = pd.read_csv(folder / "recall.csv")
     planted = json.loads((output / "dialogues" / "planted" / "planted.json").read_text())
     assert recalls["known"].tolist() == [len(planted[task]) for task in recalls["task"]]
-    assert set(recalls["ranking"]) == {"pure_ekfac", "bm25"}
+    assert set(recalls["ranking"]) == {"pure_ekfac", "identity", "representation", "mean_difference", "bm25"}
     beyond = (folder / "beyond.md").read_text(encoding="utf-8")
     assert all(name in beyond for name in ("direct_shuffled", "dpo"))
     assert (folder / "beyond_categories.md").is_file()
