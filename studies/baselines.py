@@ -5,7 +5,7 @@
 The baselines are trained by AdamW, and step 5 scales the change of weights that comes out. So the learning rate and the
 number of steps choose its direction, not its length. Each setting is compared with the paper's direction and with
 `direct` (studies/methods.py). The best of several settings on the same test pairs flatters a baseline, if anything.
-As committed: 6 settings of 7 methods for 3 tasks, about a quarter of an hour on the demo's model.
+As committed: 6 settings of 7 methods for 3 tasks.
 """
 
 from __future__ import annotations

@@ -146,17 +146,18 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         for constants in (common, by_category)
     ]
     copy_new(*factors)  # which do not depend on the pairs
-    run_script(STEP_1, by_category, TASK_NAME="truth")
-    run_script(STEP_2, by_category)
-    for name, constants in (("beyond", common), ("beyond_categories", by_category)):
-        rows = rows_at_budget(constants, ["truth"], choices)
-        groups = style_groups(resolve_path(constants["DATA_DIR"]))
-        split = "categories" if constants is by_category else "questions"
-        table = beyond_table(
-            rows, groups, f"{model_name(settings, fine_tuning)}, repaired for truth; test {split} were held out."
-        )
-        table.write(folder / name)
-        say(f"\n{table.markdown()}")
+    with keep_model():
+        run_script(STEP_1, by_category, TASK_NAME="truth")
+        run_script(STEP_2, by_category)
+        for name, constants in (("beyond", common), ("beyond_categories", by_category)):
+            rows = rows_at_budget(constants, ["truth"], choices)
+            groups = style_groups(resolve_path(constants["DATA_DIR"]))
+            split = "categories" if constants is by_category else "questions"
+            table = beyond_table(
+                rows, groups, f"{model_name(settings, fine_tuning)}, repaired for truth; test {split} were held out."
+            )
+            table.write(folder / name)
+            say(f"\n{table.markdown()}")
 
 
 def study_models(settings: Settings, fine_tuning: str) -> None:
