@@ -26,7 +26,7 @@ from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_di
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
-from utils.repairs import DIVERSE, FIRST_RATE, RepairChoice
+from utils.repairs import DIVERSE, RepairChoice
 from utils.reporting.tables import Row
 from utils.results import Losses, Metric, compare
 from utils.settings import TASK_NAMES, Settings, load_settings, task_weights
@@ -110,9 +110,9 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
     artifacts = record.artifacts
     inputs = record.inputs | {metric: evaluator.data(metric).fingerprint for metric in METRICS}
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
-    first = RepairChoice.of(artifacts.settings).first_rate
-    made_with = {"BUDGET": BUDGET} | ({"FIRST_RATE": first} if first != FIRST_RATE else {})  # where it may matter
-    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, made_with, inputs)
+    choice = RepairChoice.of(artifacts.settings)
+    constants = {"BUDGET": BUDGET, **choice.search_constants}
+    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, constants, inputs)
     stepped: Known = {}
 
     def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
@@ -126,9 +126,8 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
             banner("at the budget", f"{record.task}, {artifacts.repair_name}, {artifacts.model}")
             started, weights = time.monotonic(), task_weights(artifacts.settings, record.task)
             pairs = {name: evaluator.data(name) for name in weights}
-            search = search_on(
-                evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, first, counts_error=False
-            )
+            of_search = (evaluator.data("anthropic"), pairs, weights, BUDGET, losses_at, choice.first_rate)
+            search = search_on(*of_search, counts_error=False)
             rates = (0.0, search.learning_rate)
             before, after = (_all_losses(evaluator, partial(losses_at, rate)) for rate in rates)
             content = {"learning_rate": search.learning_rate, "stopped": search.stopped}

@@ -179,7 +179,10 @@ def main(settings: Settings) -> None:
     require_reference(settings.SCORES_TYPES)
     require_packages(settings)
     if "models" in settings.STAGES and len(settings.TRAINING_SEEDS) < 2:
-        raise UserError("TRAINING_SEEDS: the mean over models of STAGES = 'models' needs two or more, or leave it out")
+        raise UserError(
+            f"TRAINING_SEEDS = {settings.TRAINING_SEEDS[0]}: stage 'models' is about several; give two or more, or "
+            "leave it out of STAGES"
+        )
     for measurement, split in itertools.product(MEASUREMENTS.values(), ("train", "test")):
         measurement.load_pairs(resolve_path(settings.DATA_DIR), split)  # what is missing is found before the hours
     write_dialogues(settings, folder / "dialogues")

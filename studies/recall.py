@@ -21,13 +21,12 @@ RANKINGS = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25
 
 
 def recall_table(common: dict[str, Any], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
-    """One row for each task and ranking; makes the scores that are not there yet.
+    """One row for each task and ranking; makes the scores that only other rankings need.
 
     Args:
-        common: constants that all steps share, with MODEL_NAME.
+        common: constants that all steps share, with MODEL_NAME; step 1 is done.
         known_harm: rows of the training split, by the task that they harm.
     """
-    run_script(STEP_1, common)
     run_script(STEP_1, common, FACTOR_STRATEGY="identity")
     run_script(STEP_2, common, ANSWERS_OF="all")
     data = []

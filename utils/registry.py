@@ -20,7 +20,7 @@ from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.repairs import FIRST_RATE, TRAINED, WITHOUT_CURVATURE, RepairChoice
+from utils.repairs import TRAINED, WITHOUT_CURVATURE, RepairChoice
 from utils.settings import TASK_NAMES, RankingType, Settings, factors_for, strategy_of
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
@@ -179,9 +179,7 @@ class ModelArtifacts:
         """Step 5 with LEARNING_RATE "auto": the rates that were tried; `inputs` are what they were measured on."""
         path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.PPL_BUDGET)
         constants = {**self._known("PPL_BUDGET"), **self._combination(task)}
-        first = RepairChoice.of(self.settings).first_rate
-        if first != FIRST_RATE:  # what was found from there may be another step
-            constants["FIRST_RATE"] = first
+        constants |= RepairChoice.of(self.settings).search_constants
         return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
 
     def retraining(self, name: str, constants: dict[str, Any], inputs: dict[str, str]) -> Artifact:

@@ -75,6 +75,11 @@ class RepairChoice:
         return TRAINED_RATE if self.scores_type in TRAINED else FIRST_RATE
 
     @property
+    def search_constants(self) -> dict[str, float]:
+        """What a search's record says of its beginning: from another one than the paper's it may find another step."""
+        return {} if self.first_rate == FIRST_RATE else {"FIRST_RATE": self.first_rate}
+
+    @property
     def num_helpful(self) -> int:
         """Number of dialogues whose loss goes down."""
         return self.top_k or HELPFUL_FOR_EACH_HARMFUL * self.bottom_k
