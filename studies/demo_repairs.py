@@ -23,6 +23,7 @@ from dataclasses import replace
 from steps import run_script, run_step
 from studies.comparison import comparison_figure, comparison_table, require_reference
 from studies.methods import retrained_row, rows_at_budget
+from studies.tracing import most_harmful_first
 from utils.console import banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.paths import STEP_0, STEP_1, STEP_2, resolve_path
@@ -95,7 +96,8 @@ def repair(settings: Settings, seed: int) -> list[Row]:
     run_script(STEP_2, common)
     rows = rows_at_budget(common, settings.TASKS, planned_choices(settings))
     if settings.RETRAIN:
-        rows += [retrained_row(common, rows, task) for task in settings.TASKS]
+        for task in settings.TASKS:
+            rows.append(retrained_row(common, task, most_harmful_first(common, task)[: settings.BOTTOM_K]))
     return rows
 
 

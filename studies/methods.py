@@ -135,18 +135,20 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
         return output.load_json()
 
 
-def retrained_row(common: dict[str, Any], rows: Sequence[Row], task: str, **constants: Any) -> Row:
-    """What fine-tuning again without the dialogues found for a task does, whatever it costs: what repairs replace.
+def retrained_row(
+    common: dict[str, Any], task: str, removed: Sequence[int], method: str = "retrain", **constants: Any
+) -> Row:
+    """What fine-tuning again without some dialogues does for a task, whatever it costs: what repairs replace.
 
     Args:
         common: constants that all steps share, with MODEL_NAME, a model made by data/make_sft_model.py.
-        rows: of the repairs, REFERENCE for the task among them.
+        removed: rows of the training split.
+        method: its name in tables.
         constants: of data/make_sft_model.py, where the model's record does not say them: BASE_MODEL where it is a path,
             and those that do not change what is made, as BATCH_SIZE_PER_DEVICE.
     """
-    removed = next(row["indices"] for row in rows if (row["task"], row["method"]) == (task, REFERENCE))
     settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task})
-    folder = f"{settings.OUTPUT_DIR}/retrained/without-{task}"
+    folder = f"{settings.OUTPUT_DIR}/retrained/{method}-{task}"
     train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
     write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)
     recipe = Artifact(resolve_path(settings.MODEL_NAME), STEP_0, is_folder=True).require()["settings"]
@@ -156,7 +158,7 @@ def retrained_row(common: dict[str, Any], rows: Sequence[Row], task: str, **cons
     models = {"before": settings.MODEL_NAME, "after": f"{folder}-sft"}
     inputs = {when: model_fingerprint(model) for when, model in models.items()}
     inputs |= {metric: evaluator.data(metric).fingerprint for metric in METRICS}
-    output = Artifact(results_dir(settings.OUTPUT_DIR) / f"retrained_without_{task}.json", MADE_BY, {}, inputs)
+    output = Artifact(results_dir(settings.OUTPUT_DIR) / f"{method}_{task}.json", MADE_BY, {}, inputs)
     with locked(output.path):
         if not output.is_finished(overwrite=True):
             started = time.monotonic()
@@ -167,7 +169,7 @@ def retrained_row(common: dict[str, Any], rows: Sequence[Row], task: str, **cons
         content = output.load_json()
     return {
         **vars(RepairChoice(REFERENCE, len(removed))),
-        **_row(task, "retrain", content),
+        **_row(task, method, content),
         "seconds": made["seconds"],
         "clusters": clusters_of(evaluator),
     }

@@ -8,7 +8,9 @@ training dialogues, and fine-tunes it in two ways: on the dialogues as they are,
 harm, so that there are rows that a method has to find. Both models go through these stages:
 
     methods      traced with several seeds of the steps and repaired by every method at the same perplexity budget
-                 (studies/methods.py); fine-tuned again without what was found; how much of the planted harm was found
+                 (studies/methods.py)
+    tracing      how much of the planted harm the fine-tuned model's scores find, and its base's (studies/tracing.py);
+                 fine-tuned again without what each of them found
     beyond       what repairs for truth do beyond their pairs (studies/beyond_pairs.py)
     tables       evaluation_scripts/paper_tables.py, with the search that a user runs
     robustness   how much survives rounding and further fine-tuning (evaluation_scripts/robustness.py)
@@ -61,8 +63,9 @@ LEARNING_RATES: Choices[PositiveFloat] = [1e-5, 3e-5, 1e-4, 3e-4]  # tried with 
 NUM_EPOCHS: Choices[PositiveInt] = [1, 2]  # tried with the best of the rates
 FINE_TUNINGS: Choices[Literal["as_is", "planted"]] = ["as_is", "planted"]  # "as_is", "planted": models to study
 TRAINING_SEEDS: Choices[Seed] = [42, 0, 1]  # of the fine-tunings; all but the first are for stage "models" alone
-STAGES: Choices[Literal["methods", "beyond", "tables", "robustness", "models"]] = [  # what to do, of these five:
+STAGES: Choices[Literal["methods", "tracing", "beyond", "tables", "robustness", "models"]] = [  # what to do, of these:
     "methods",
+    "tracing",
     "beyond",
     "tables",
     "robustness",
@@ -91,7 +94,7 @@ FURTHER_SCORES_TYPES: Choices[ScoresType] = [  # as in step 4; with the first se
     "dpo",
     "sft_pairs",
 ]
-RETRAIN_TASKS: Choices[OneTask] | None = ["bias", "truth"]  # those of TASKS to also fine-tune again for; None: none
+RETRAIN_TASKS: Choices[OneTask] | None = ["bias", "ethics"]  # those of TASKS to fine-tune again for; None: none
 # -----------------------------------------------------------------------------------------------------------
 
 SMOLLM2 = "studies/smollm2.py"

@@ -5,18 +5,19 @@ The settings are those of studies/real_model.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from steps import run_script
 from studies.beyond_pairs import beyond_table, style_groups
-from studies.comparison import comparison_figure, comparison_table
+from studies.comparison import REFERENCE, comparison_figure, comparison_table
 from studies.copying import copy_new
 from studies.dialogues import write_folder
 from studies.methods import retrained_row, rows_at_budget
-from studies.recall import recall_table
 from studies.splits import write_category_split
+from studies.tracing import most_harmful_first, recall_table
 from utils.artifacts import Artifact
 from utils.console import say
 from utils.kept_model import keep_model
@@ -92,22 +93,37 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
         for seed in settings.SEEDS:
             types = [*settings.SCORES_TYPES, *(settings.FURTHER_SCORES_TYPES if seed == settings.SEEDS[0] else [])]
             by_seed.append(traced_and_repaired(settings, steps_common(settings, fine_tuning, seed), types))
-    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
-    retrained = [
-        retrained_row(common, by_seed[0], task, BASE_MODEL=base_model(settings), **IN_LITTLE_MEMORY)
-        for task in settings.TASKS
-        if task in (settings.RETRAIN_TASKS or [])
-    ]
     folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
     table = comparison_table(by_seed, f"{name}.", are_models=False)
     table.write(folder / "methods")
     comparison_figure(table.data, folder / "methods.png")
     say(f"\n{table.markdown()}")
-    comparison_table([[*by_seed[0], *retrained]], f"{name}.", are_models=False).write(folder / "all_methods")
+    comparison_table(by_seed[:1], f"{name}.", are_models=False).write(folder / "all_methods")
+
+
+def study_tracing(settings: Settings, fine_tuning: str) -> None:
+    """What the fine-tuned model's scores find, and its base's, which has not learned the dialogues yet; two tables."""
+    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    traced = {"fine-tuned": common, "base": {**common, "MODEL_NAME": base_model(settings)}}
+    folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
+    for constants in traced.values():
+        with keep_model():
+            run_script(STEP_1, constants)
     known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
     if known_harm:
-        table = recall_table(common, known_harm, f"{name}.")
+        table = recall_table(traced, known_harm, f"{name}.")
         table.write(folder / "recall")
+        say(f"\n{table.markdown()}")
+    tasks = [task for task in settings.TASKS if task in (settings.RETRAIN_TASKS or [])]
+    with keep_model():
+        rows = rows_at_budget(common, tasks, [RepairChoice(REFERENCE, settings.BOTTOM_K)])
+    recipe = {"BASE_MODEL": base_model(settings), **IN_LITTLE_MEMORY}
+    for task, (model, constants) in itertools.product(tasks, traced.items()):
+        removed = most_harmful_first(constants, task)[: settings.BOTTOM_K]
+        rows.append(retrained_row(common, task, removed, f"retrain_by_{model}", **recipe))
+    if tasks:
+        table = comparison_table([rows], f"{name}.", are_models=False)
+        table.write(folder / "retrained")
         say(f"\n{table.markdown()}")
 
 
@@ -208,6 +224,7 @@ def write_narratives(data: Path, folder: Path) -> None:
 
 STAGES = {
     "methods": study_methods,
+    "tracing": study_tracing,
     "beyond": study_beyond,
     "tables": study_tables,
     "robustness": study_robustness,

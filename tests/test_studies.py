@@ -20,9 +20,9 @@ from studies.beyond_pairs import beyond_table
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant, without
 from studies.methods import BUDGET, rows_at_budget
-from studies.recall import recall
 from studies.splits import twin_groups, write_category_split, write_twin_free_split
 from studies.style import answers_only_probabilities, is_close_in_length
+from studies.tracing import recall
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.intervals import Estimate, estimate_mean, sum_by_cluster
@@ -338,20 +338,23 @@ def studied(tiny_models, with_categories, tmp_path_factory):
         *("--LEARNING_RATES", 1e-5, 1e-3, "--NUM_EPOCHS", 1, 2, "--FINE_TUNINGS", "planted", "--SEEDS", 42, 0),
         *("--TASKS", "truth", "--BOTTOM_K", 3, "--SCORES_TYPES", "pure_ekfac", "fitted", "direct"),
         *("--FURTHER_SCORES_TYPES", "sft_pairs", "--TRAINING_SEEDS", 42, 3),
+        *("--RETRAIN_TASKS", "truth"),
     ]
     return output, arguments
 
 
 def require_retrained(folder: Path, models: Path, data: Path) -> None:
     """The row of a model that was fine-tuned again is what that model measures, and it has not seen what was found."""
-    (before,), after = models.glob("*-planted-sft"), folder / "retrained" / "without-truth-sft"
+    (before,), after = models.glob("*-planted-sft"), folder / "retrained" / "retrain_by_fine-tuned-truth-sft"
     gradients = gradients_file(folder, "truth", before.name, "pure_ekfac_bottom3", seed=42)
     removed = json.loads(gradients.with_name("aggregated_query_grads.manifest.json").read_text())["indices"]
-    seen, kept = (
-        read_rows(path / "train.jsonl")
-        for path in (folder.parent / "dialogues" / "planted", folder / "retrained" / "without-truth-dialogues")
-    )
-    assert kept == [row for number, row in enumerate(seen) if number not in removed]
+    base = next((folder / "ekfac_experiments").rglob("truth_*/scores_ekfac/pairwise_scores.safetensors"))
+    of_base = [path for path in base.parents[2].glob("truth_*") if not path.name.endswith("-sft")]
+    scores = load_file(of_base[0] / "scores_ekfac" / "pairwise_scores.safetensors")["all_modules"][0]
+    seen = read_rows(folder.parent / "dialogues" / "planted" / "train.jsonl")
+    for model, left_out in (("fine-tuned", removed), ("base", scores.argsort()[:3].tolist())):
+        kept = read_rows(folder / "retrained" / f"retrain_by_{model}-truth-dialogues" / "train.jsonl")
+        assert kept == [row for number, row in enumerate(seen) if number not in left_out]
     made, again = (json.loads((model / "manifest.json").read_text()) for model in (before, after))
     assert made["settings"] == again["settings"]
     pairs, losses = MEASUREMENTS["truth"].load_pairs(data, "test"), []
@@ -360,9 +363,10 @@ def require_retrained(folder: Path, models: Path, data: Path) -> None:
         losses.append(
             float(EvaluationModel(model, load_tokenizer(str(path), model)).measure("truth", pairs)["loss"].mean())
         )
-    table = pd.read_csv(folder / "all_methods.csv").set_index("method")
-    assert table.loc["retrain", "improvement"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
-    assert table.loc["retrain", "seconds"] == again["seconds"]
+    table = pd.read_csv(folder / "retrained.csv").set_index("method")
+    assert set(table.index) == {"pure_ekfac", "retrain_by_fine-tuned", "retrain_by_base"}
+    assert table.loc["retrain_by_fine-tuned", "improvement"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
+    assert table.loc["retrain_by_fine-tuned", "seconds"] == again["seconds"]
 
 
 def require_models(folder: Path, models: Path) -> None:
@@ -397,7 +401,11 @@ def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs
     recalls = pd.read_csv(folder / "recall.csv")
     planted = json.loads((output / "dialogues" / "planted" / "planted.json").read_text())
     assert recalls["known"].tolist() == [len(planted[task]) for task in recalls["task"]]
-    assert set(recalls["ranking"]) == {"pure_ekfac", "identity", "representation", "mean_difference", "bm25"}
+    rankings = {"pure_ekfac", "identity", "representation", "mean_difference", "bm25"}
+    assert set(recalls["ranking"]) == rankings
+    assert {model: len(rows) for model, rows in recalls.groupby("traced")} == {"fine-tuned": 15, "base": 15}
+    by_words = recalls[recalls["ranking"] == "bm25"].groupby("task")["average_precision"]
+    assert (by_words.max() == by_words.min()).all(), "words are the same to any model"
     beyond = (folder / "beyond.md").read_text(encoding="utf-8")
     assert all(name in beyond for name in ("direct_shuffled", "dpo"))
     assert (folder / "beyond_categories.md").is_file()

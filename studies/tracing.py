@@ -1,7 +1,8 @@
-"""How many of the dialogues that are known to be harmful stand first in a ranking."""
+"""Which dialogues a tracing finds: the order of a ranking, and how many known harmful ones stand first in it."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,37 +10,50 @@ import numpy as np
 
 from steps import load_script, run_script
 from studies.methods import settings_of
+from utils.kept_model import keep_model
 from utils.paths import STEP_1, STEP_2, STEP_4
 from utils.rankings import ranking_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Row, Table, with_interval
 from utils.selection import most_harmful
-from utils.settings import ranking_of
+from utils.settings import ScoresType, ranking_of
 
 # As SCORES_TYPE. bm25 sees words alone: what a tracing has to beat.
 RANKINGS = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25")
 
 
-def recall_table(common: dict[str, Any], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
-    """One row for each task and ranking; makes the scores that only other rankings need.
+def most_harmful_first(common: dict[str, Any], task: str, scores_type: ScoresType = "pure_ekfac") -> list[int]:
+    """All training dialogues in the order in which step 4 would choose them.
 
     Args:
-        common: constants that all steps share, with MODEL_NAME; step 1 is done.
+        common: constants that all steps share, with MODEL_NAME; steps 1 and 2 have made what the ranking needs.
+    """
+    constants = {**common, "TASK_NAME": task, "SCORES_TYPE": scores_type, "MODEL_NAMES": [common["MODEL_NAME"]]}
+    artifacts = ModelArtifacts(settings_of(load_script(STEP_4), constants), common["MODEL_NAME"])
+    artifacts = artifacts.with_constants(artifacts.factors().require()["settings"])
+    scores, _ = ranking_scores(artifacts, task, ranking_of(scores_type))
+    return most_harmful(scores, len(scores))
+
+
+def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
+    """One row for each task, traced model and ranking; makes the scores that only other rankings than step 1's need.
+
+    Args:
+        traced: by the name of a model in the table, constants that all steps share, with MODEL_NAME; step 1 is done.
         known_harm: rows of the training split, by the task that they harm.
     """
-    run_script(STEP_1, common, FACTOR_STRATEGY="identity")
-    run_script(STEP_2, common, ANSWERS_OF="all")
+    for common in traced.values():
+        with keep_model():
+            run_script(STEP_1, common, FACTOR_STRATEGY="identity")
+            run_script(STEP_2, common, ANSWERS_OF="all")
     data = []
-    for task, rows in known_harm.items():
+    for (task, rows), (model, common) in itertools.product(known_harm.items(), traced.items()):
         for name in RANKINGS:
-            constants = {**common, "TASK_NAME": task, "SCORES_TYPE": name, "MODEL_NAMES": [common["MODEL_NAME"]]}
-            artifacts = ModelArtifacts(settings_of(load_script(STEP_4), constants), common["MODEL_NAME"])
-            artifacts = artifacts.with_constants(artifacts.factors().require()["settings"])
-            scores, _ = ranking_scores(artifacts, task, ranking_of(name))
-            order = most_harmful(scores, len(scores))
-            data.append({"task": task, "ranking": name, **recall(np.isin(order, list(rows)))})
+            order = most_harmful_first(common, task, name)
+            data.append({"task": task, "traced": model, "ranking": name, **recall(np.isin(order, list(rows)))})
     header = [
         "task",
+        "traced model",
         "ranking",
         "known",
         "among the first 20",
@@ -51,6 +65,7 @@ def recall_table(common: dict[str, Any], known_harm: Mapping[str, Sequence[int]]
     cells = [
         [
             row["task"],
+            row["traced"],
             row["ranking"],
             f"{row['known']}",
             f"{row['first_20']}",
