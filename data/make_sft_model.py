@@ -42,7 +42,7 @@ from utils.fine_tuning import (
 )
 from utils.locks import locked
 from utils.models import save_model, silence_transformers
-from utils.paths import PROJECT_ROOT, STEP_1, resolve_path
+from utils.paths import STEP_1, require_separate
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import first_process_only, launched
 from utils.registry import sft_model
@@ -70,27 +70,24 @@ OVERWRITE: bool = False  # replace a model made with other settings
 # -----------------------------------------------------------------------------------------------------------
 
 
-def require_separate(settings: Settings) -> None:
+def require_own_folder(settings: Settings) -> None:
     """Check that the model's folder, which OVERWRITE replaces as a whole, holds nothing else that is needed.
 
     Raises:
         UserError: it is or holds the base, the tokenizer, the dialogues or this repository.
     """
-    output = resolve_path(settings.SFT_MODEL_DIR)
-    inside = {"this repository": PROJECT_ROOT, "HH_DATASET": resolve_path(settings.HH_DATASET)}
+    inside = {"HH_DATASET": settings.HH_DATASET}
     if settings.BASE_MODEL not in ARCHITECTURES:
-        inside["BASE_MODEL"] = resolve_path(settings.BASE_MODEL)
+        inside["BASE_MODEL"] = settings.BASE_MODEL
     elif settings.TOKENIZER:
-        inside["TOKENIZER"] = resolve_path(settings.TOKENIZER)
-    for name, path in inside.items():
-        if path.is_relative_to(output):
-            raise UserError(f"SFT_MODEL_DIR = {settings.SFT_MODEL_DIR!r}: {name} lies there; give a folder of its own")
+        inside["TOKENIZER"] = settings.TOKENIZER
+    require_separate("SFT_MODEL_DIR", settings.SFT_MODEL_DIR, inside)
 
 
 def main(settings: Settings) -> None:
     """Fine-tune the model, unless that is already done."""
     banner("POST-SFT model", settings.SFT_MODEL_DIR)
-    require_separate(settings)
+    require_own_folder(settings)
     device = training_device(settings.DEVICE)
     train, test = (load_dialogues(settings.HH_DATASET, split) for split in ("train", "test"))
     output = sft_model(settings, **base_fingerprints(settings), dataset=train.fingerprint)

@@ -14,10 +14,10 @@ from typing import Any
 
 from steps import load_script, run_script
 from studies.comparison import REFERENCE
-from studies.dialogues import rows_of, without, write_folder
 from utils.artifacts import Artifact
 from utils.console import banner
 from utils.devices import resolve_device
+from utils.dialogue_folders import rows_of, without, write_folder
 from utils.evaluation import Data, EvaluationModel, Evaluator
 from utils.learning_rate_search import search_on
 from utils.locks import locked

@@ -37,11 +37,12 @@ from typing import Annotated, Any, Literal
 
 from steps import run_script, run_step
 from studies.comparison import require_reference
-from studies.dialogues import plant, rows_of, write_folder
+from studies.dialogues import plant
 from studies.splits import write_twin_free_split
 from studies.stages import BATCH_SIZE, IN_LITTLE_MEMORY, base_model, data_dir, model_name, run_stages, training_seeds
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
+from utils.dialogue_folders import rows_of, write_folder
 from utils.files import to_json, write_if_changed
 from utils.paths import STEP_0, resolve_path
 from utils.performance_functions import MEASUREMENTS

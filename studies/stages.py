@@ -14,12 +14,12 @@ from steps import run_script
 from studies.beyond_pairs import beyond_table, style_groups
 from studies.comparison import REFERENCE, comparison_figure, comparison_table
 from studies.copying import copy_new
-from studies.dialogues import write_folder
 from studies.methods import retrained_row, rows_at_budget
 from studies.splits import write_category_split
 from studies.tracing import most_harmful_first, recall_table
 from utils.artifacts import Artifact
 from utils.console import say
+from utils.dialogue_folders import write_folder
 from utils.kept_model import keep_model
 from utils.paths import (
     PAPER_TABLES,

@@ -11,28 +11,25 @@ import numpy as np
 from steps import load_script, run_script
 from studies.methods import settings_of
 from utils.kept_model import keep_model
-from utils.paths import STEP_1, STEP_2, STEP_4
-from utils.rankings import ranking_scores
+from utils.paths import LIST_HARMFUL, STEP_1, STEP_2
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Row, Table, with_interval
-from utils.selection import most_harmful
-from utils.settings import ScoresType, ranking_of
+from utils.settings import RankingType
 
-# As SCORES_TYPE. bm25 sees words alone: what a tracing has to beat.
-RANKINGS = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25")
+# As SCORES_TYPE of evaluation_scripts/list_harmful.py. bm25 sees words alone: what a tracing has to beat.
+RANKINGS: tuple[RankingType, ...] = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25")
 
 
-def most_harmful_first(common: dict[str, Any], task: str, scores_type: ScoresType = "pure_ekfac") -> list[int]:
+def most_harmful_first(common: dict[str, Any], task: str, scores_type: RankingType = "pure_ekfac") -> list[int]:
     """All training dialogues in the order in which step 4 would choose them.
 
     Args:
         common: constants that all steps share, with MODEL_NAME; steps 1 and 2 have made what the ranking needs.
     """
-    constants = {**common, "TASK_NAME": task, "SCORES_TYPE": scores_type, "MODEL_NAMES": [common["MODEL_NAME"]]}
-    artifacts = ModelArtifacts(settings_of(load_script(STEP_4), constants), common["MODEL_NAME"])
-    artifacts = artifacts.with_constants(artifacts.factors().require()["settings"])
-    scores, _ = ranking_scores(artifacts, task, ranking_of(scores_type))
-    return most_harmful(scores, len(scores))
+    script = load_script(LIST_HARMFUL)
+    settings = settings_of(script, {**common, "SCORES_TYPE": scores_type})
+    order, _ = script.ranking(ModelArtifacts(settings, common["MODEL_NAME"]), task)
+    return order
 
 
 def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:

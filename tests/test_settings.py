@@ -46,7 +46,7 @@ PROMISED = {
         *{"PUSH_TO_HUB", "HUB_USERNAME", "COMPUTE_ANTHROPIC_EVAL", "COMPUTE_TASK_EVAL"},
     },
 }
-AFTER = [f"evaluation_scripts/{name}.py" for name in ("paper_tables", "validate_scores", "robustness")]
+AFTER = [f"evaluation_scripts/{name}.py" for name in ("list_harmful", "paper_tables", "validate_scores", "robustness")]
 FAKE_TOKEN = "hf_not_a_real_token"
 
 

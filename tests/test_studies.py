@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from studies import smollm2, stages
 from studies.beyond_pairs import beyond_table
 from studies.comparison import comparison_figure, comparison_table
-from studies.dialogues import plant, without
+from studies.dialogues import plant
 from studies.methods import BUDGET, rows_at_budget
 from studies.splits import twin_groups, write_category_split, write_twin_free_split
 from studies.style import answers_only_probabilities, is_close_in_length
 from studies.tracing import recall
 from utils.console import UserError
+from utils.dialogue_folders import without
 from utils.evaluation import EvaluationModel
 from utils.intervals import Estimate, estimate_mean, sum_by_cluster
 from utils.models import load_model, load_tokenizer

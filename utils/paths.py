@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from utils.console import UserError
@@ -28,6 +29,7 @@ STEP_6 = {  # by metric
 PAPER_TABLES = "evaluation_scripts/paper_tables.py"
 VALIDATION = "evaluation_scripts/validate_scores.py"
 ROBUSTNESS = "evaluation_scripts/robustness.py"
+LIST_HARMFUL = "evaluation_scripts/list_harmful.py"
 
 
 def resolve_path(path: str | Path) -> Path:
@@ -40,6 +42,22 @@ def resolve_path(path: str | Path) -> Path:
         return (PROJECT_ROOT / Path(path).expanduser()).resolve()
     except (RuntimeError, OSError) as error:
         raise UserError(f"{str(path)!r} is no path that can be followed ({error})") from None
+
+
+def require_separate(constant: str, value: str, inside: Mapping[str, str | Path]) -> None:
+    """Check that a folder that will be replaced as a whole holds nothing else.
+
+    Args:
+        constant: that names the folder.
+        inside: paths, or hub ids, that may lie in it, by what they are called.
+
+    Raises:
+        UserError: one of them does, or this repository.
+    """
+    folder = resolve_path(value)
+    for name, path in {"this repository": PROJECT_ROOT, **inside}.items():
+        if resolve_path(path).is_relative_to(folder):
+            raise UserError(f"{constant} = {value!r}: {name} lies there; give a folder of its own")
 
 
 def may_be_hub_id(name: str) -> bool:
@@ -156,6 +174,11 @@ def results_dir(output_dir: str | Path) -> Path:
 def tables_dir(output_dir: str | Path) -> Path:
     """The tables and ablations of a grid of repairs."""
     return results_dir(output_dir) / "tables"
+
+
+def harmful_file(output_dir: str | Path, task: str, model_name: str, scores_type: str) -> Path:
+    """evaluation_scripts/list_harmful.py: what one ranking of one model holds to be most harmful; no suffix."""
+    return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{scores_type}"
 
 
 def validation_dir(output_dir: str | Path, model_name: str) -> Path:
