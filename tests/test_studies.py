@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Workspace, contents, read_rows, run_script
+from conftest import Workspace, contents, make_tiny_model, read_rows, run_script
 from safetensors.torch import load_file
 
 from studies import smollm2, stages
@@ -199,6 +199,44 @@ def test_baselines_with_other_settings(traced, quick_repairs, capsys):
     with pytest.raises(SystemExit):
         run_script("studies/baselines.py", *arguments, "--SCORES_TYPES", "dpo", "ga")
     assert "SCORES_TYPES = ga: not trained by AdamW" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def other_pythia(tmp_path_factory) -> Path:
+    return make_tiny_model("pythia", tmp_path_factory.mktemp("other") / "pythia-other", seed=1)
+
+
+def test_swapped_blocks_are_those_of_the_other_model(tiny_models, other_pythia, small_data, tmp_path, capsys):
+    arguments = ["--MODEL_NAME", tiny_models["pythia"], "--DATA_DIR", small_data, "--OUTPUT_DIR", tmp_path]
+    run_script("studies/swapped_blocks.py", *arguments, "--HARMED_MODEL", other_pythia, "--NUM_BLOCKS", 2)
+    pairs = MEASUREMENTS["truth"].load_pairs(small_data, "test")
+
+    def losses_of(model) -> torch.Tensor:
+        tokenizer = load_tokenizer(str(tiny_models["pythia"]), model)
+        return EvaluationModel(model, tokenizer).measure("truth", pairs)["loss"]
+
+    model, other = (load_model(str(path), torch.device("cpu")) for path in (tiny_models["pythia"], other_pythia))
+    before = losses_of(model)
+    clusters = torch.as_tensor(pairs.cluster_numbers)
+    expected = {"all weights": losses_of(other) - before}
+    for number in (1, 2):
+        model.gpt_neox.layers[number] = other.gpt_neox.layers[number]
+    expected["last 2"] = losses_of(model) - before
+    model.gpt_neox.layers[0] = other.gpt_neox.layers[0]
+    expected["last 3"] = losses_of(model) - before
+    table = pd.read_csv(tmp_path / "swapped_blocks.csv")
+    table = table[table["task"] == "truth"].set_index("swapped")
+    assert list(table.index) == ["last 2", "last 3", "all weights"]
+    for part, harm in expected.items():
+        estimate = estimate_mean(sum_by_cluster(harm, clusters))
+        for name, value in estimate.fields("harm").items():
+            assert table.loc[part, name] == pytest.approx(value, abs=1e-6)
+    with pytest.raises(SystemExit):
+        run_script("studies/swapped_blocks.py", *arguments, "--HARMED_MODEL", other_pythia, "--NUM_BLOCKS", 4)
+    assert "NUM_BLOCKS = 4: the model has 3 blocks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_script("studies/swapped_blocks.py", *arguments, "--HARMED_MODEL", tiny_models["qwen"], "--NUM_BLOCKS", 1)
+    assert "give a model of the same base" in capsys.readouterr().err
 
 
 def test_style_alone_is_told_from_truth():
