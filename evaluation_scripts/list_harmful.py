@@ -25,6 +25,7 @@ if __name__ == "__main__":  # before imports that take seconds
 import itertools
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -87,9 +88,8 @@ def ranking(artifacts: ModelArtifacts, task: str) -> tuple[list[int], torch.Tens
     Raises:
         UserError: as `task_scores`.
     """
-    scores, _ = (ranking_scores if task == "combined" else task_scores)(
-        artifacts, task=task, scores_type=artifacts.settings.SCORES_TYPE
-    )
+    score = ranking_scores if task == "combined" else task_scores
+    scores, _ = score(artifacts, task=task, scores_type=artifacts.settings.SCORES_TYPE)
     return most_harmful(scores, len(scores)), scores
 
 
@@ -122,6 +122,10 @@ def harmful_table(
         "Row: line of the training split, from 0. Score: negative means that training on the dialogue harmed, where "
         "it is an influence; only its order counts for the other rankings and for 'combined'."
     )
+    if kind_of is not None:
+        counts = Counter(kind_of[row] for row in rows if row in kind_of)
+        of_kinds = ", ".join(f"{count} of {kind}" for kind, count in counts.most_common())
+        legend = f"Known harm among them: {of_kinds or 'none'}. {legend}"
     return Table(f"{caption} {legend}", header, cells, data)
 
 

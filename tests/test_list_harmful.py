@@ -66,11 +66,13 @@ def test_the_scores_are_those_of_step_1(traced):
 
 def test_known_harm_is_shown(copy_of, capsys):
     copy_of.run(LIST_HARMFUL, "--TASK_NAME", "truth", "--BOTTOM_K", 2)
-    assert "known harm" not in capsys.readouterr().out
+    assert "known harm" not in capsys.readouterr().out.lower()
     first, second = listed(copy_of, "truth")["row"]
     (copy_of.data / "hh" / "planted.json").write_text(json.dumps({"truth": [int(second)]}))
     copy_of.run(LIST_HARMFUL, "--TASK_NAME", "truth", "--BOTTOM_K", 2)
-    assert "known harm" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "known harm |" in shown
+    assert "Known harm among them: 1 of truth." in shown
     assert listed(copy_of, "truth")["known_harm"].tolist() == ["", "truth"]
 
 
