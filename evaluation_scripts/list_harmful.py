@@ -3,12 +3,12 @@
     python evaluation_scripts/list_harmful.py
     python evaluation_scripts/list_harmful.py --TASK_NAME ethics --BOTTOM_K 50 --CLEANED_DATASET data/cleaned
 
-MODEL_NAMES may be the fine-tuned model, or what it was fine-tuned from: trace both in step 1. A model that has learned
-dialogues by heart has little to say about them any more, and its scores may miss them where those of its base find them
-(docs/RESULTS.md). Repairs go by the fine-tuned model's scores, since they change that one.
+MODEL_NAMES may be the fine-tuned model, or what it was fine-tuned from: trace both in step 1. What the dialogues did is
+seen at the base, which has not learned them yet; the fine-tuned model's scores say what one step of unlearning would do
+(docs/METHOD.md, "Which model to trace").
 
 Writes results/harmful/, the CSV with whole dialogues, each text on one line; and with CLEANED_DATASET the dialogues
-without all that it lists.
+without all that it lists, in a folder that step 0 can train on.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ import itertools
 import shlex
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from steps import run_step
+from steps import require_writable, run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, without, write_folder
-from utils.files import fingerprint_of
+from utils.files import fingerprint_of, read_json
 from utils.locks import locked
-from utils.paths import resolve_path
+from utils.manifests import MANIFEST_NAME
 from utils.performance_functions.hh import Dialogues, load_dialogues, read_known_harm
-from utils.processes import first_process_only
-from utils.rankings import ranking_scores, task_scores
+from utils.processes import first_process_only, launcher
+from utils.rankings import INFLUENCE_TYPES, ranking_scores, task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Table
-from utils.selection import most_harmful, require_enough
+from utils.selection import ranked, require_enough
 from utils.settings import (
     Family,
     ModelNames,
@@ -76,57 +77,72 @@ FACTOR_STRATEGY: Strategy = "ekfac"  # of the scores that "pure_ekfac" takes, as
 USE_HALF_PRECISION: bool = False  # of the scores, as in step 1
 # -----------------------------------------------------------------------------------------------------------
 
-SHOWN_CHARACTERS = 90  # of a completion in a table
+SHOWN_ROWS, SHOWN_CHARACTERS = 20, 90  # of a table in the terminal, and of a completion in it
 
 
-def ranking(artifacts: ModelArtifacts, task: str) -> tuple[list[int], torch.Tensor]:
-    """All training dialogues as SCORES_TYPE ranks them, and their scores.
+# -- the list ----------------------------------------------------------------------------------------------------------
 
-    Returns:
-        Rows, the most harmful first, and (N,) scores by row, for "combined" the weighted sum of normalised ones.
+
+def list_dialogues(artifacts: ModelArtifacts, task: str, kinds: Mapping[int, list[str]]) -> list[int]:
+    """Write the list of one model and task, and print its beginning; gives the rows that are listed.
+
+    Args:
+        kinds: the kinds of harm that rows are known to contain; empty where nothing is known.
 
     Raises:
         UserError: as `task_scores`.
     """
+    settings, total = artifacts.settings, len(artifacts.dialogues)
+    banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
+    rows = ranked(artifacts, task, settings.SCORES_TYPE)[: settings.BOTTOM_K]
     score = ranking_scores if task == "combined" else task_scores
-    scores, _ = score(artifacts, task=task, scores_type=artifacts.settings.SCORES_TYPE)
-    return most_harmful(scores, len(scores)), scores
+    scores, _ = score(artifacts, task=task, scores_type=settings.SCORES_TYPE)
+    caption = (
+        f"The {len(rows)} of {total:,} training dialogues that {settings.SCORES_TYPE} (FACTOR_STRATEGY "
+        f"{settings.FACTOR_STRATEGY}, SEED {settings.SEED}) ranks as most harmful for {task}, {artifacts.name}."
+    )
+    if settings.SCORES_TYPE in INFLUENCE_TYPES and task != "combined":
+        caption += " Score: negative means that training on the dialogue harmed"
+        caption += f"; {int((scores[rows] > 0).sum())} of these are positive."
+    table = harmful_table(artifacts.dialogues, rows, scores, kinds, caption)
+    file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE)
+    table.write(file)
+    say(f"\n{replace(table, rows=table.rows[:SHOWN_ROWS]).markdown()}")
+    say(f"   all {len(rows):,}, with the whole texts: {shown_path(file)}.csv")
+    return rows
 
 
 def harmful_table(
-    dialogues: Dialogues, rows: list[int], scores: torch.Tensor, kind_of: dict[int, str] | None, caption: str
+    dialogues: Dialogues, rows: Sequence[int], scores: torch.Tensor, kinds: Mapping[int, list[str]], caption: str
 ) -> Table:
     """One row for each dialogue, in the order given; whole in the data, a line of its completion in the cells.
 
     Args:
         scores: (N,) of all dialogues.
-        kind_of: the kind of harm by row, where harm is known; None if nothing is known of any.
+        kinds: as for `list_dialogues`; adds a column, and their number to the caption.
     """
     data = []
     for rank, row in enumerate(rows, start=1):
-        known = {} if kind_of is None else {"known_harm": kind_of.get(row, "")}
+        known = {"known_harm": ", ".join(kinds.get(row, []))} if kinds else {}
         texts = {"prompt": dialogues.prompts[row], "chosen": dialogues.completions[row]}
         data.append({"rank": rank, "row": row, "score": float(scores[row]), **known, **texts})
-    header = ["completion", "rank", "row", "score"] + ["known harm"] * (kind_of is not None)
+    header = ["completion", "rank", "row", "score", *(["known harm"] if kinds else [])]
     cells = [
         [
             _shortened(item["chosen"]),
             str(item["rank"]),
             str(item["row"]),
             f"{item['score']:+.4g}",
-            *([item["known_harm"] or "–"] if kind_of is not None else []),
+            *([item["known_harm"] or "–"] if kinds else []),
         ]
         for item in data
     ]
-    legend = (
-        "Row: line of the training split, from 0. Score: negative means that training on the dialogue harmed, where "
-        "it is an influence; only its order counts for the other rankings and for 'combined'."
-    )
-    if kind_of is not None:
-        counts = Counter(kind_of[row] for row in rows if row in kind_of)
-        of_kinds = ", ".join(f"{count} of {kind}" for kind, count in counts.most_common())
-        legend = f"Known harm among them: {of_kinds or 'none'}. {legend}"
-    return Table(f"{caption} {legend}", header, cells, data)
+    if kinds:
+        of_all, listed = (Counter(kind for row in some for kind in kinds.get(row, [])) for some in (kinds, rows))
+        caption += (
+            f" Known harm: {', '.join(f'{listed[kind]} of {count} of {kind}' for kind, count in of_all.items())}."
+        )
+    return Table(f"{caption} Row: of the training split, from 0.", header, cells, data)
 
 
 def _shortened(text: str) -> str:
@@ -134,70 +150,86 @@ def _shortened(text: str) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[: SHOWN_CHARACTERS - 1]}…"
 
 
-def require_place(settings: Settings) -> None:
-    """Check that CLEANED_DATASET is no folder that must stay.
+# -- the other dialogues -----------------------------------------------------------------------------------------------
+
+
+def require_free_folder(settings: Settings) -> None:
+    """Check that CLEANED_DATASET is a new folder, an empty one, or one that this script has made.
 
     Raises:
-        UserError: the dialogues, a model or this repository lie there, or anything else, as `Artifact.require_place`.
+        UserError: anything else is there, whatever OVERWRITE is, or it cannot be written.
     """
-    if settings.CLEANED_DATASET is not None:
-        inside = {"HH_DATASET": settings.HH_DATASET, "DATA_DIR": settings.DATA_DIR, "OUTPUT_DIR": settings.OUTPUT_DIR}
-        inside |= {f"the model {model}": model for model in settings.MODEL_NAMES}
-        paths.require_separate("CLEANED_DATASET", settings.CLEANED_DATASET, inside)
-        cleaned_dialogues(settings).require_place(settings.OVERWRITE)
+    inside = {"HH_DATASET": settings.HH_DATASET, "DATA_DIR": settings.DATA_DIR, "OUTPUT_DIR": settings.OUTPUT_DIR}
+    inside |= {f"the model {model}": model for model in settings.MODEL_NAMES}
+    paths.require_separate("CLEANED_DATASET", settings.CLEANED_DATASET, inside)
+    require_writable("CLEANED_DATASET", settings.CLEANED_DATASET)
+    folder = paths.resolve_path(settings.CLEANED_DATASET)
+    manifest = folder / MANIFEST_NAME
+    is_ours = manifest.is_file() and read_json(manifest).get("made_by") == paths.LIST_HARMFUL
+    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
+        raise UserError(f"CLEANED_DATASET = {settings.CLEANED_DATASET!r}: something else is there; give a new folder")
 
 
-def cleaned_dialogues(settings: Settings, **inputs: str) -> Artifact:
-    """The folder CLEANED_DATASET; its writer gives fingerprints of the dialogues and of the rows left out."""
-    return Artifact(resolve_path(settings.CLEANED_DATASET), paths.LIST_HARMFUL, inputs=inputs, is_folder=True)
-
-
-def write_cleaned(settings: Settings, train: Dialogues, left_out: Iterable[int]) -> None:
-    """Write CLEANED_DATASET: both splits, the training split without some rows.
+def write_cleaned(
+    settings: Settings,
+    train: Dialogues,
+    test: Dialogues,
+    left_out: Collection[int],
+    known_harm: Mapping[str, Sequence[int]],
+) -> None:
+    """Write CLEANED_DATASET: both splits, the training split without some rows, and what is known of the others.
 
     Raises:
-        UserError: nothing would be left; or as `Artifact.is_finished`.
+        UserError: no dialogue would be left; or as `Artifact.is_finished`.
     """
-    started, left_out, test = time.monotonic(), sorted(left_out), load_dialogues(settings.HH_DATASET, "test")
-    if len(left_out) == len(train):
-        raise UserError(f"BOTTOM_K = {settings.BOTTOM_K}: CLEANED_DATASET would be empty; give a smaller number")
-    inputs = {"dataset": train.fingerprint, "test": test.fingerprint, "rows": fingerprint_of(left_out)}
-    output = cleaned_dialogues(settings, **inputs)
+    started = time.monotonic()
+    kept = [row for row in range(len(train)) if row not in left_out]
+    if not kept:
+        raise UserError(
+            f"BOTTOM_K = {settings.BOTTOM_K}: the lists hold all {len(train):,} training dialogues, and "
+            "CLEANED_DATASET would be empty; give a smaller number, or fewer tasks or models"
+        )
+    constants = settings.pick(
+        "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "SEED", "TASK_WEIGHTS", "FACTOR_STRATEGY", "USE_HALF_PRECISION"
+    )
+    constants["MODEL_NAMES"] = [paths.public_name(model) for model in settings.MODEL_NAMES]
+    inputs = {"dataset": train.fingerprint, "test": test.fingerprint, "rows": fingerprint_of(sorted(left_out))}
+    folder = paths.resolve_path(settings.CLEANED_DATASET)
+    output = Artifact(folder, paths.LIST_HARMFUL, constants, inputs, is_folder=True, placed_by="CLEANED_DATASET")
     with locked(output.path):
         if not output.is_finished(settings.OVERWRITE):
-            with output.staging_folder() as folder:
-                write_folder(folder, without(rows_of(train), left_out), rows_of(test))
-                output.publish_folder(started, {}, left_out=left_out)
-    say(f"   {len(train) - len(left_out):,} of {len(train):,} dialogues are left")
-    again = ["--HH_DATASET", settings.CLEANED_DATASET, "--SFT_MODEL_DIR", f"{settings.CLEANED_DATASET}-sft"]
-    say(f"next: {shlex.join(['python', paths.STEP_0, *again])}, with the base and the recipe of your fine-tuning")
+            position = {row: number for number, row in enumerate(kept)}
+            known = {kind: [position[row] for row in rows if row in position] for kind, rows in known_harm.items()}
+            with output.staging_folder() as staging:
+                write_folder(staging, without(rows_of(train), left_out), rows_of(test), known)
+                output.publish_folder(started, {}, left_out=sorted(left_out))
+    say(f"   {len(kept):,} of {len(train):,} dialogues are left")
+    trained = f"{settings.CLEANED_DATASET.rstrip('/')}-sft"
+    again = ["--HH_DATASET", settings.CLEANED_DATASET, "--SFT_MODEL_DIR", trained]
+    say(f"next: {shlex.join([*launcher(), paths.STEP_0, *again])}\n      (with the base and the recipe of your model)")
 
 
 @first_process_only
 def main(settings: Settings) -> None:
     """List the most harmful dialogues of every model and task."""
-    require_place(settings)
+    is_cleaned = settings.CLEANED_DATASET is not None
+    if is_cleaned:
+        require_free_folder(settings)
+        test = load_dialogues(settings.HH_DATASET, "test")
     traced = [ModelArtifacts(settings, model) for model in settings.MODEL_NAMES]
     train = traced[0].dialogues
     require_enough(settings.BOTTOM_K, len(train))
-    known_harm = read_known_harm(settings.HH_DATASET, len(train))
-    kind_of = None if known_harm is None else {row: kind for kind, rows in known_harm.items() for row in rows}
+    known_harm = read_known_harm(settings.HH_DATASET, len(train)) or {}
+    kinds: dict[int, list[str]] = {}
+    for kind, rows in known_harm.items():
+        for row in rows:
+            kinds.setdefault(row, []).append(kind)
     listed: set[int] = set()
     for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME)):
-        banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
-        order, scores = ranking(artifacts, task)
-        rows = order[: settings.BOTTOM_K]
-        caption = f"The {len(rows)} of {len(train):,} training dialogues that {settings.SCORES_TYPE} ranks as most "
-        caption += f"harmful for {task}, {artifacts.name}."
-        table = harmful_table(train, rows, scores, kind_of, caption)
-        file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE)
-        table.write(file)
-        say(f"\n{table.markdown()}")
-        say(f"   whole dialogues: {shown_path(file)}.csv")
-        listed.update(rows)
-    if settings.CLEANED_DATASET is not None:
+        listed.update(list_dialogues(artifacts, task, kinds))
+    if is_cleaned:
         banner("cleaned dialogues", settings.CLEANED_DATASET)
-        write_cleaned(settings, train, listed)
+        write_cleaned(settings, train, test, listed, known_harm)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from studies.comparison import REFERENCE, comparison_figure, comparison_table
 from studies.copying import copy_new
 from studies.methods import retrained_row, rows_at_budget
 from studies.splits import write_category_split
-from studies.tracing import most_harmful_first, recall_table
+from studies.tracing import most_harmful_first, recall_table, trace
 from utils.artifacts import Artifact
 from utils.console import say
 from utils.dialogue_folders import write_folder
@@ -102,26 +102,29 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
 
 
 def study_tracing(settings: Settings, fine_tuning: str) -> None:
-    """What the fine-tuned model's scores find, and its base's, which has not learned the dialogues yet; two tables."""
+    """What is found by tracing the fine-tuned model, and by tracing its base, which has not learned the dialogues yet.
+
+    Two tables: how much of the known harm, and what fine-tuning again without the dialogues found does.
+    """
     common = steps_common(settings, fine_tuning, settings.SEEDS[0])
-    traced = {"fine-tuned": common, "base": {**common, "MODEL_NAME": base_model(settings)}}
+    traced = {"fine_tuned": common, "base": {**common, "MODEL_NAME": base_model(settings)}}
     folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
-    for constants in traced.values():
-        with keep_model():
-            run_script(STEP_1, constants)
     known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
+    tasks = [task for task in settings.TASKS if task in (settings.RETRAIN_TASKS or [])]
+    if known_harm or tasks:
+        for constants in traced.values():
+            trace(constants, is_ranked_in_every_way=bool(known_harm))
     if known_harm:
         table = recall_table(traced, known_harm, f"{name}.")
         table.write(folder / "recall")
         say(f"\n{table.markdown()}")
-    tasks = [task for task in settings.TASKS if task in (settings.RETRAIN_TASKS or [])]
-    with keep_model():
-        rows = rows_at_budget(common, tasks, [RepairChoice(REFERENCE, settings.BOTTOM_K)])
-    recipe = {"BASE_MODEL": base_model(settings), **IN_LITTLE_MEMORY}
-    for task, (model, constants) in itertools.product(tasks, traced.items()):
-        removed = most_harmful_first(constants, task)[: settings.BOTTOM_K]
-        rows.append(retrained_row(common, task, removed, f"retrain_by_{model}", **recipe))
     if tasks:
+        with keep_model():
+            rows = rows_at_budget(common, tasks, [RepairChoice(REFERENCE, settings.BOTTOM_K)])
+        recipe = {"BASE_MODEL": base_model(settings), **IN_LITTLE_MEMORY}
+        for task, (model, constants) in itertools.product(tasks, traced.items()):
+            found = most_harmful_first(constants, task)[: settings.BOTTOM_K]
+            rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
         table = comparison_table([rows], f"{name}.", are_models=False)
         table.write(folder / "retrained")
         say(f"\n{table.markdown()}")

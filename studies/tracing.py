@@ -14,10 +14,20 @@ from utils.kept_model import keep_model
 from utils.paths import LIST_HARMFUL, STEP_1, STEP_2
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Row, Table, with_interval
+from utils.selection import ranked
 from utils.settings import RankingType
 
 # As SCORES_TYPE of evaluation_scripts/list_harmful.py. bm25 sees words alone: what a tracing has to beat.
 RANKINGS: tuple[RankingType, ...] = ("pure_ekfac", "identity", "representation", "mean_difference", "bm25")
+
+
+def trace(common: dict[str, Any], is_ranked_in_every_way: bool) -> None:
+    """Run step 1 on a model, and with `is_ranked_in_every_way` what all of RANKINGS need."""
+    with keep_model():
+        run_script(STEP_1, common)
+        if is_ranked_in_every_way:
+            run_script(STEP_1, common, FACTOR_STRATEGY="identity")
+            run_script(STEP_2, common, ANSWERS_OF="all")
 
 
 def most_harmful_first(common: dict[str, Any], task: str, scores_type: RankingType = "pure_ekfac") -> list[int]:
@@ -26,32 +36,27 @@ def most_harmful_first(common: dict[str, Any], task: str, scores_type: RankingTy
     Args:
         common: constants that all steps share, with MODEL_NAME; steps 1 and 2 have made what the ranking needs.
     """
-    script = load_script(LIST_HARMFUL)
-    settings = settings_of(script, {**common, "SCORES_TYPE": scores_type})
-    order, _ = script.ranking(ModelArtifacts(settings, common["MODEL_NAME"]), task)
-    return order
+    artifacts = ModelArtifacts(settings_of(load_script(LIST_HARMFUL), common), common["MODEL_NAME"])
+    return ranked(artifacts, task, scores_type)
 
 
 def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
-    """One row for each task, traced model and ranking; makes the scores that only other rankings than step 1's need.
+    """One row for each task, ranking and model; one model alone for BM25, which knows none.
 
     Args:
-        traced: by the name of a model in the table, constants that all steps share, with MODEL_NAME; step 1 is done.
+        traced: by the name of a model in the table, constants that all steps share, with MODEL_NAME; `trace` is done.
         known_harm: rows of the training split, by the task that they harm.
     """
-    for common in traced.values():
-        with keep_model():
-            run_script(STEP_1, common, FACTOR_STRATEGY="identity")
-            run_script(STEP_2, common, ANSWERS_OF="all")
     data = []
-    for (task, rows), (model, common) in itertools.product(known_harm.items(), traced.items()):
-        for name in RANKINGS:
+    for (task, rows), name in itertools.product(known_harm.items(), RANKINGS):
+        for model, common in list(traced.items())[: 1 if name == "bm25" else None]:
             order = most_harmful_first(common, task, name)
-            data.append({"task": task, "traced": model, "ranking": name, **recall(np.isin(order, list(rows)))})
+            found = recall(np.isin(order, list(rows)))
+            data.append({"task": task, "ranking": name, "traced": "–" if name == "bm25" else model, **found})
     header = [
         "task",
-        "traced model",
         "ranking",
+        "traced model",
         "known",
         "among the first 20",
         "among as many",
@@ -62,8 +67,8 @@ def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, 
     cells = [
         [
             row["task"],
-            row["traced"],
             row["ranking"],
+            row["traced"],
             f"{row['known']}",
             f"{row['first_20']}",
             f"{row['found']}",

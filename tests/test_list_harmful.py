@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pandas as pd
 import pytest
-from conftest import Workspace, contents, read_rows, write_rows
+from conftest import Workspace, contents, read_rows, run_script, write_rows
 
-from utils.paths import LIST_HARMFUL, STEP_1, STEP_2, STEP_4, gradients_file
+from utils.paths import LIST_HARMFUL, PROJECT_ROOT, STEP_1, STEP_2, STEP_4, gradients_file
 
 TASKS = ("bias", "ethics", "truth")
 
@@ -64,16 +65,55 @@ def test_the_scores_are_those_of_step_1(traced):
     assert table["score"].tolist() == pytest.approx(scores.sort().values.tolist())
 
 
-def test_known_harm_is_shown(copy_of, capsys):
-    copy_of.run(LIST_HARMFUL, "--TASK_NAME", "truth", "--BOTTOM_K", 2)
+def test_known_harm_is_shown(copy_of, tmp_path, capsys):
+    arguments = ["--TASK_NAME", "truth", "--BOTTOM_K", 2]
+    copy_of.run(LIST_HARMFUL, *arguments)
     assert "known harm" not in capsys.readouterr().out.lower()
-    first, second = listed(copy_of, "truth")["row"]
-    (copy_of.data / "hh" / "planted.json").write_text(json.dumps({"truth": [int(second)]}))
-    copy_of.run(LIST_HARMFUL, "--TASK_NAME", "truth", "--BOTTOM_K", 2)
+    first, second = map(int, listed(copy_of, "truth")["row"])
+    others = [row for row in range(60) if row not in (first, second)]
+    planted = {"truth": [second, others[-1]], "bias": [second, others[0]]}
+    (copy_of.data / "hh" / "planted.json").write_text(json.dumps(planted))
+    cleaned = tmp_path / "cleaned"
+    copy_of.run(LIST_HARMFUL, *arguments, "--CLEANED_DATASET", cleaned)
+    assert "Known harm: 1 of 2 of truth, 1 of 2 of bias." in capsys.readouterr().out
+    assert listed(copy_of, "truth")["known_harm"].tolist() == ["", "truth, bias"]
+    left = json.loads((cleaned / "planted.json").read_text())
+    rows, kept = (read_rows(folder / "train.jsonl") for folder in (copy_of.data / "hh", cleaned))
+    for kind, row in (("truth", others[-1]), ("bias", others[0])):
+        (position,) = left[kind]
+        assert kept[position]["chosen"] == rows[row]["chosen"]
+
+
+def test_every_model_has_its_own_list(traced, tiny_models, tmp_path, capsys):
+    """Names with a dot, as those of the paper's models, are not cut at it."""
+    names = ["tiny-1.4b", "tiny-1.4b-sft"]
+    for name, family in zip(names, ("pythia", "qwen"), strict=True):
+        shutil.copytree(tiny_models[family], tmp_path / name)
+    models = [tmp_path / name for name in names]
+    common = ["--HH_DATASET", traced.data / "hh", "--DATA_DIR", traced.data, "--OUTPUT_DIR", tmp_path / "output"]
+    run_script(STEP_1, *common, "--MODEL_NAMES", *models, "--TASK_NAME", "bias")
+    cleaned = tmp_path / "cleaned"
+    arguments = ["--TASK_NAME", "bias", "--BOTTOM_K", 5, "--CLEANED_DATASET", cleaned]
+    run_script(LIST_HARMFUL, *common, "--MODEL_NAMES", *models, *arguments)
+    folder = tmp_path / "output" / "results" / "harmful"
+    assert {file.name for file in folder.iterdir()} == {
+        f"bias_{name}_pure_ekfac.{ending}" for name in names for ending in ("csv", "md", "tex")
+    }
+    lists = [set(pd.read_csv(folder / f"bias_{name}_pure_ekfac.csv")["row"]) for name in names]
+    assert lists[0] != lists[1]
+    assert len(read_rows(cleaned / "train.jsonl")) == 60 - len(lists[0] | lists[1])
+    made = json.loads((cleaned / "manifest.json").read_text())
+    assert made["settings"]["MODEL_NAMES"] == names
+    assert made["settings"]["BOTTOM_K"] == 5
+
+
+def test_a_long_list_is_printed_in_part(traced, capsys):
+    traced.run(LIST_HARMFUL, "--TASK_NAME", "bias", "--BOTTOM_K", 50)
     shown = capsys.readouterr().out
-    assert "known harm |" in shown
-    assert "Known harm among them: 1 of truth." in shown
-    assert listed(copy_of, "truth")["known_harm"].tolist() == ["", "truth"]
+    table = listed(traced, "bias")
+    assert len(re.findall(r"^\| .* \|$", shown, flags=re.MULTILINE)) == 21
+    assert len(table) == 50
+    assert f"{(table['score'] > 0).sum()} of these are positive" in shown
 
 
 def test_the_cleaned_dialogues_are_the_others(traced, tmp_path, capsys):
@@ -87,47 +127,62 @@ def test_the_cleaned_dialogues_are_the_others(traced, tmp_path, capsys):
     assert read_rows(cleaned / "train.jsonl") == kept
     test = read_rows(traced.data / "hh" / "test.jsonl")
     assert [row["chosen"] for row in read_rows(cleaned / "test.jsonl")] == [row["chosen"] for row in test]
-    assert f"{60 - len(left_out)} of 60 dialogues are left" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"{60 - len(left_out)} of 60 dialogues are left" in shown
+    assert f"next: python data/make_sft_model.py --HH_DATASET {cleaned} --SFT_MODEL_DIR {cleaned}-sft\n" in shown
     assert json.loads((cleaned / "manifest.json").read_text())["left_out"] == sorted(left_out)
     before = contents(cleaned)
     traced.run(LIST_HARMFUL, *arguments)
     assert contents(cleaned) == before
     with pytest.raises(SystemExit):
         traced.run(LIST_HARMFUL, "--BOTTOM_K", 5, "--CLEANED_DATASET", cleaned)
-    assert "was made with other settings" in capsys.readouterr().err
+    refusal = capsys.readouterr().err
+    assert "BOTTOM_K = 4 there, 5 now" in refusal
+    assert "another CLEANED_DATASET" in refusal
     assert contents(cleaned) == before
     traced.run(LIST_HARMFUL, "--BOTTOM_K", 5, "--CLEANED_DATASET", cleaned, "--OVERWRITE", True)
     assert len(read_rows(cleaned / "train.jsonl")) < len(kept)
 
 
-def refused(workspace: Workspace, capsys, *arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        workspace.run(LIST_HARMFUL, *arguments)
-    assert stop.value.code == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+@pytest.fixture
+def refused(copy_of, capsys):
+    """Runs the script, which must refuse before it changes anything, and gives its one line."""
+
+    def run(*arguments: object) -> str:
+        before = contents(copy_of.output.parent)
+        with pytest.raises(SystemExit) as stop:
+            copy_of.run(LIST_HARMFUL, *arguments)
+        assert stop.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert contents(copy_of.output.parent) == before
+        return line
+
+    return run
 
 
-def test_what_must_stay_is_never_replaced(copy_of, tmp_path, capsys):
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_must_stay_is_never_replaced(copy_of, refused, tmp_path, overwrite):
     own = tmp_path / "own"
     write_rows(own / "train.jsonl", [{"prompt": "mine", "chosen": "mine"}])
-    before = contents(tmp_path)
-    for folder in (copy_of.data / "hh", copy_of.data, copy_of.output):
-        line = refused(copy_of, capsys, "--CLEANED_DATASET", folder, "--OVERWRITE", True)
+    copy_of.run(LIST_HARMFUL)
+    inside = [copy_of.data / "hh", copy_of.data, copy_of.output, copy_of.model.parent, PROJECT_ROOT]
+    others = [own, copy_of.output / "ekfac_experiments", copy_of.output / "results", PROJECT_ROOT / "utils"]
+    others.append(next((copy_of.output / "ekfac_experiments").rglob("factors_ekfac")))  # has a manifest, another's
+    for folder in (*inside, *others):
+        line = refused("--CLEANED_DATASET", folder, "--OVERWRITE", overwrite)
         assert f"CLEANED_DATASET = {str(folder)!r}: " in line
-        assert "lies there" in line
-    assert "this project did not make" in refused(copy_of, capsys, "--CLEANED_DATASET", own)
-    after = contents(tmp_path)
-    assert {name: after[name] for name in before} == before
+        assert ("lies there" if folder in inside else "something else is there") in line
+    assert "CLEANED_DATASET" in refused("--CLEANED_DATASET", own / "train.jsonl" / "below")
 
 
-def test_too_many_dialogues_are_one_line(copy_of, tmp_path, capsys):
-    assert "BOTTOM_K = 61: there are 60" in refused(copy_of, capsys, "--BOTTOM_K", 61)
-    line = refused(copy_of, capsys, "--BOTTOM_K", 60, "--CLEANED_DATASET", tmp_path / "cleaned")
-    assert "BOTTOM_K = 60: CLEANED_DATASET would be empty" in line
-    assert not (tmp_path / "cleaned").exists()
+def test_too_many_dialogues_are_one_line(copy_of, refused, tmp_path):
+    assert "BOTTOM_K = 61: there are 60" in refused("--BOTTOM_K", 61)
+    copy_of.run(LIST_HARMFUL, "--BOTTOM_K", 60)
+    line = refused("--BOTTOM_K", 60, "--CLEANED_DATASET", tmp_path / "cleaned")
+    assert "BOTTOM_K = 60: the lists hold all 60 training dialogues" in line
 
 
-def test_missing_scores_name_step_1(workspace, capsys):
-    assert "run compute_factors_and_scores.py first" in refused(workspace, capsys)
-    assert not (workspace.output / "results").exists()
+def test_missing_scores_name_step_1(copy_of, refused):
+    shutil.rmtree(copy_of.output / "ekfac_experiments")
+    assert "run compute_factors_and_scores.py first" in refused()

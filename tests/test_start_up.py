@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 from conftest import load_script
 
-from utils.paths import PAPER_TABLES, PROJECT_ROOT, ROBUSTNESS, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
+from utils.paths import (
+    LIST_HARMFUL,
+    PAPER_TABLES,
+    PROJECT_ROOT,
+    ROBUSTNESS,
+    STEP_1,
+    STEP_2,
+    STEP_3,
+    STEP_4,
+    STEP_5,
+    STEP_6,
+)
 from utils.settings import Settings, load_settings
 
 HEAVY = {
@@ -79,6 +90,7 @@ RUNS = {  # together they take every branch that reads a constant
     STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "dpo"]],
     STEP_5: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True", "--LEARNING_RATE", "auto"]],
     **{script: [[]] for script in STEP_6.values()},
+    LIST_HARMFUL: [[*COMBINED, "--SCORES_TYPE", "bm25", "--CLEANED_DATASET", "OUTPUT/cleaned"]],
     ROBUSTNESS: [["--BITS", "4", "--NUM_FINE_TUNING_STEPS", "1"]],
 }
 ONLY_WHEN_PUSHED = {"HUB_USERNAME"}
@@ -96,7 +108,8 @@ def test_a_script_uses_each_of_its_constants(shared_workspace, script):
     module = load_script(script)
     RecordingSettings.read = set()
     for arguments in RUNS[script]:
-        settings = load_settings(module, [*shared_workspace.arguments(script), *arguments])
+        words = [word.replace("OUTPUT", str(shared_workspace.output)) for word in arguments]
+        settings = load_settings(module, [*shared_workspace.arguments(script), *words])
         module.main(RecordingSettings(**vars(settings)))
     unused = set(vars(settings)) - RecordingSettings.read - ONLY_WHEN_PUSHED - READ_BY_RUN_STEP
     assert not unused, f"{script} never reads {', '.join(sorted(unused))}"
@@ -124,7 +137,7 @@ def test_utils_import_neither_tasks_nor_scripts_and_tasks_no_scripts():
 
 
 def test_no_step_imports_another():
-    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values(), PAPER_TABLES, ROBUSTNESS):
+    for script in (STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, *STEP_6.values(), PAPER_TABLES, ROBUSTNESS, LIST_HARMFUL):
         assert imports_of(PROJECT_ROOT / script) & {*SCRIPT_PACKAGES, *STEP_MODULES} == {"steps"}, script
 
 

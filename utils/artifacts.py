@@ -65,6 +65,7 @@ class Artifact:
         inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artifacts).
         is_folder: whether the artifact is a folder; its manifest then lies inside.
         quiet: print nothing about it.
+        placed_by: the constant that says where it goes.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Artifact:
     inputs: dict[str, str] = field(default_factory=dict)
     is_folder: bool = False
     quiet: bool = False
+    placed_by: str = "OUTPUT_DIR"
 
     @property
     def manifest_path(self) -> Path:
@@ -133,7 +135,7 @@ class Artifact:
             raise UserError(
                 f"{shown_path(self.path)} was made with other settings: {'; '.join(differences)}"
                 f"{self._hint(manifest)}. "
-                "Set OVERWRITE = True to replace it, or choose another OUTPUT_DIR to keep both"
+                f"Set OVERWRITE = True to replace it, or choose another {self.placed_by} to keep both"
             )
         if differences:
             return False
@@ -197,7 +199,7 @@ class Artifact:
             "model": "another model, or a file of its folder was changed, added or removed",
             "dataset": "other dialogues in HH_DATASET",
             "measured": "other pairs in DATA_DIR, or other test dialogues",
-            "rows": "other dialogues are left out: another SEED or BOTTOM_K, or other scores",
+            "rows": "other dialogues are left out: by other constants, or other scores",
         }
         ours, theirs = {**self.settings, **self.inputs}, {**manifest["settings"], **manifest["inputs"]}
         differing = [name for name, value in ours.items() if theirs.get(name) != value]

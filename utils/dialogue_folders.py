@@ -36,5 +36,5 @@ def write_folder(
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", test)):
         write_if_changed(folder / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    if planted:
+    if any((planted or {}).values()):
         write_if_changed(folder / "planted.json", to_json(planted))

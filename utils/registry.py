@@ -289,7 +289,7 @@ def sft_model(settings: Settings, **inputs: str) -> Artifact:
         name: value and paths.public_name(value) for name, value in settings.pick("BASE_MODEL", "TOKENIZER").items()
     }
     path = paths.resolve_path(settings.SFT_MODEL_DIR)
-    return Artifact(path, paths.STEP_0, constants, inputs, is_folder=True)
+    return Artifact(path, paths.STEP_0, constants, inputs, is_folder=True, placed_by="SFT_MODEL_DIR")
 
 
 def harness_result(settings: Settings, model_name: str, fingerprint: str, task: str) -> Artifact:

@@ -13,7 +13,7 @@ from utils.paths import STEP_3
 from utils.rankings import ranking_scores
 from utils.registry import ModelArtifacts
 from utils.repairs import DIVERSE, OF_RANDOM, RepairChoice
-from utils.settings import ranking_of
+from utils.settings import RankingType, ranking_of
 
 
 def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
@@ -30,8 +30,17 @@ def choose_subset(artifacts: ModelArtifacts, task: str) -> list[int]:
         return random_subset(total, settings.BOTTOM_K, settings.SEED)
     if settings.SCORES_TYPE in DIVERSE:
         return diverse_subset(artifacts, task)
-    scores, _ = ranking_scores(artifacts, task, ranking_of(settings.SCORES_TYPE))
-    return most_harmful(scores, settings.BOTTOM_K)
+    return ranked(artifacts, task, ranking_of(settings.SCORES_TYPE))[: settings.BOTTOM_K]
+
+
+def ranked(artifacts: ModelArtifacts, task: str, scores_type: RankingType) -> list[int]:
+    """All training dialogues, the most harmful first.
+
+    Raises:
+        UserError: as `ranking_scores`.
+    """
+    scores, _ = ranking_scores(artifacts, task, scores_type)
+    return most_harmful(scores, len(scores))
 
 
 def diverse_subset(artifacts: ModelArtifacts, task: str) -> list[int]:

@@ -65,11 +65,10 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def write(self, path: Path) -> None:
-        """Write `path` with the suffixes .md, .tex and .csv; a file that would not change is left untouched."""
+        """Write `path` with .md, .tex and .csv added to its name; a file that would not change is left untouched."""
         rows = self.data or [dict(zip(self.header, row, strict=True)) for row in self.rows]
-        write_if_changed(path.with_suffix(".md"), self.markdown())
-        write_if_changed(path.with_suffix(".tex"), self.latex())
-        write_if_changed(path.with_suffix(".csv"), csv_text(rows))
+        for ending, text in (("md", self.markdown()), ("tex", self.latex()), ("csv", csv_text(rows))):
+            write_if_changed(path.with_name(f"{path.name}.{ending}"), text)
 
 
 def csv_text(rows: Sequence[Row]) -> str:
