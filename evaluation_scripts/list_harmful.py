@@ -71,7 +71,7 @@ OVERWRITE: bool = False  # True replaces a CLEANED_DATASET that was made with ot
 TASK_NAME: RepairTask = "all"  # "bias", "ethics", "truth", "combined" (their weighted sum), "all" (the three in turn)
 SCORES_TYPE: RankingType = "pure_ekfac"  # as in step 4: those that give every dialogue a score
 BOTTOM_K: PositiveInt = 20  # dialogues to list, for each task and model
-CLEANED_DATASET: str | None = None  # folder for the dialogues without all of those; None writes none
+CLEANED_DATASET: str | None = None  # folder for the dialogues without all of those, as OUTPUT_DIR; None writes none
 TASK_WEIGHTS: list[NonNegativeFloat] = [1.0, 1.0, 1.0]  # bias, ethics, truth, for "combined"
 FACTOR_STRATEGY: Strategy = "ekfac"  # of the scores that "pure_ekfac" takes, as in step 1
 USE_HALF_PRECISION: bool = False  # of the scores, as in step 1
@@ -83,10 +83,11 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 20, 90  # of a table in the terminal, and of a co
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 
-def list_dialogues(artifacts: ModelArtifacts, task: str, kinds: Mapping[int, list[str]]) -> list[int]:
-    """Write the list of one model and task, and print its beginning; gives the rows that are listed.
+def list_dialogues(artifacts: ModelArtifacts, task: str, rows: Sequence[int], kinds: Mapping[int, list[str]]) -> None:
+    """Write the list of one model and task, and print its beginning.
 
     Args:
+        rows: of the training split, most harmful first.
         kinds: the kinds of harm that rows are known to contain; empty where nothing is known.
 
     Raises:
@@ -94,7 +95,6 @@ def list_dialogues(artifacts: ModelArtifacts, task: str, kinds: Mapping[int, lis
     """
     settings, total = artifacts.settings, len(artifacts.dialogues)
     banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
-    rows = ranked(artifacts, task, settings.SCORES_TYPE)[: settings.BOTTOM_K]
     score = ranking_scores if task == "combined" else task_scores
     scores, _ = score(artifacts, task=task, scores_type=settings.SCORES_TYPE)
     caption = (
@@ -105,11 +105,10 @@ def list_dialogues(artifacts: ModelArtifacts, task: str, kinds: Mapping[int, lis
         caption += " Score: negative means that training on the dialogue harmed"
         caption += f"; {int((scores[rows] > 0).sum())} of these are positive."
     table = harmful_table(artifacts.dialogues, rows, scores, kinds, caption)
-    file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE)
+    file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, len(rows))
     table.write(file)
     say(f"\n{replace(table, rows=table.rows[:SHOWN_ROWS]).markdown()}")
     say(f"   all {len(rows):,}, with the whole texts: {shown_path(file)}.csv")
-    return rows
 
 
 def harmful_table(
@@ -204,9 +203,13 @@ def write_cleaned(
                 write_folder(staging, without(rows_of(train), left_out), rows_of(test), known)
                 output.publish_folder(started, {}, left_out=sorted(left_out))
     say(f"   {len(kept):,} of {len(train):,} dialogues are left")
-    trained = f"{settings.CLEANED_DATASET.rstrip('/')}-sft"
-    again = ["--HH_DATASET", settings.CLEANED_DATASET, "--SFT_MODEL_DIR", trained]
-    say(f"next: {shlex.join([*launcher(), paths.STEP_0, *again])}\n      (with the base and the recipe of your model)")
+
+
+def say_next(cleaned_dataset: str) -> None:
+    """Print the command that fine-tunes on the cleaned dialogues."""
+    words = ["--HH_DATASET", cleaned_dataset, "--SFT_MODEL_DIR", f"{cleaned_dataset.rstrip('/')}-sft"]
+    say(f"next: {shlex.join([*launcher(), paths.STEP_0, *words])}")
+    say("      (add the base and the recipe of your model, where they are not the demo's)")
 
 
 @first_process_only
@@ -221,15 +224,20 @@ def main(settings: Settings) -> None:
     require_enough(settings.BOTTOM_K, len(train))
     known_harm = read_known_harm(settings.HH_DATASET, len(train)) or {}
     kinds: dict[int, list[str]] = {}
-    for kind, rows in known_harm.items():
-        for row in rows:
+    for kind, of_kind in known_harm.items():
+        for row in of_kind:
             kinds.setdefault(row, []).append(kind)
-    listed: set[int] = set()
-    for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME)):
-        listed.update(list_dialogues(artifacts, task, kinds))
-    if is_cleaned:
+    lists = [
+        (artifacts, task, ranked(artifacts, task, settings.SCORES_TYPE)[: settings.BOTTOM_K])
+        for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME))
+    ]
+    if is_cleaned:  # before the lists are written: it may be refused
         banner("cleaned dialogues", settings.CLEANED_DATASET)
-        write_cleaned(settings, train, test, listed, known_harm)
+        write_cleaned(settings, train, test, {row for _, _, rows in lists for row in rows}, known_harm)
+    for artifacts, task, rows in lists:
+        list_dialogues(artifacts, task, rows, kinds)
+    if is_cleaned:
+        say_next(settings.CLEANED_DATASET)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ def copy_of(traced, data_copy, tmp_path) -> Workspace:
     return Workspace(traced.model, data_copy, output)
 
 
-def listed(workspace: Workspace, task: str, scores_type: str = "pure_ekfac") -> pd.DataFrame:
-    name = f"{task}_{workspace.model.name}_{scores_type}.csv"
+def listed(workspace: Workspace, task: str, bottom_k: int, scores_type: str = "pure_ekfac") -> pd.DataFrame:
+    name = f"{task}_{workspace.model.name}_{scores_type}_bottom{bottom_k}.csv"
     return pd.read_csv(workspace.output / "results" / "harmful" / name, keep_default_na=False)
 
 
@@ -44,7 +44,7 @@ def test_the_list_is_what_step_4_unlearns(traced, task, scores_type, capsys):
     unlearned = json.loads(gradients.with_name("aggregated_query_grads.manifest.json").read_text())["indices"]
     capsys.readouterr()
     traced.run(LIST_HARMFUL, *arguments)
-    table = listed(traced, task, scores_type)
+    table = listed(traced, task, 7, scores_type)
     assert table["row"].tolist() == unlearned
     assert table["rank"].tolist() == list(range(1, 8))
     assert table["score"].is_monotonic_increasing
@@ -60,7 +60,7 @@ def test_the_scores_are_those_of_step_1(traced):
     traced.run(LIST_HARMFUL, "--TASK_NAME", "bias", "--BOTTOM_K", 60)
     (file,) = (traced.output / "ekfac_experiments").rglob("bias_*/scores_ekfac/pairwise_scores.safetensors")
     scores = load_file(file)["all_modules"][0]
-    table = listed(traced, "bias")
+    table = listed(traced, "bias", 60)
     assert table["row"].tolist() == scores.argsort().tolist()
     assert table["score"].tolist() == pytest.approx(scores.sort().values.tolist())
 
@@ -69,14 +69,14 @@ def test_known_harm_is_shown(copy_of, tmp_path, capsys):
     arguments = ["--TASK_NAME", "truth", "--BOTTOM_K", 2]
     copy_of.run(LIST_HARMFUL, *arguments)
     assert "known harm" not in capsys.readouterr().out.lower()
-    first, second = map(int, listed(copy_of, "truth")["row"])
+    first, second = map(int, listed(copy_of, "truth", 2)["row"])
     others = [row for row in range(60) if row not in (first, second)]
     planted = {"truth": [second, others[-1]], "bias": [second, others[0]]}
     (copy_of.data / "hh" / "planted.json").write_text(json.dumps(planted))
     cleaned = tmp_path / "cleaned"
     copy_of.run(LIST_HARMFUL, *arguments, "--CLEANED_DATASET", cleaned)
     assert "Known harm: 1 of 2 of truth, 1 of 2 of bias." in capsys.readouterr().out
-    assert listed(copy_of, "truth")["known_harm"].tolist() == ["", "truth, bias"]
+    assert listed(copy_of, "truth", 2)["known_harm"].tolist() == ["", "truth, bias"]
     left = json.loads((cleaned / "planted.json").read_text())
     rows, kept = (read_rows(folder / "train.jsonl") for folder in (copy_of.data / "hh", cleaned))
     for kind, row in (("truth", others[-1]), ("bias", others[0])):
@@ -97,9 +97,9 @@ def test_every_model_has_its_own_list(traced, tiny_models, tmp_path, capsys):
     run_script(LIST_HARMFUL, *common, "--MODEL_NAMES", *models, *arguments)
     folder = tmp_path / "output" / "results" / "harmful"
     assert {file.name for file in folder.iterdir()} == {
-        f"bias_{name}_pure_ekfac.{ending}" for name in names for ending in ("csv", "md", "tex")
+        f"bias_{name}_pure_ekfac_bottom5.{ending}" for name in names for ending in ("csv", "md", "tex")
     }
-    lists = [set(pd.read_csv(folder / f"bias_{name}_pure_ekfac.csv")["row"]) for name in names]
+    lists = [set(pd.read_csv(folder / f"bias_{name}_pure_ekfac_bottom5.csv")["row"]) for name in names]
     assert lists[0] != lists[1]
     assert len(read_rows(cleaned / "train.jsonl")) == 60 - len(lists[0] | lists[1])
     made = json.loads((cleaned / "manifest.json").read_text())
@@ -110,7 +110,7 @@ def test_every_model_has_its_own_list(traced, tiny_models, tmp_path, capsys):
 def test_a_long_list_is_printed_in_part(traced, capsys):
     traced.run(LIST_HARMFUL, "--TASK_NAME", "bias", "--BOTTOM_K", 50)
     shown = capsys.readouterr().out
-    table = listed(traced, "bias")
+    table = listed(traced, "bias", 50)
     assert len(re.findall(r"^\| .* \|$", shown, flags=re.MULTILINE)) == 21
     assert len(table) == 50
     assert f"{(table['score'] > 0).sum()} of these are positive" in shown
@@ -120,7 +120,7 @@ def test_the_cleaned_dialogues_are_the_others(traced, tmp_path, capsys):
     cleaned = tmp_path / "cleaned"
     arguments = ["--BOTTOM_K", 4, "--CLEANED_DATASET", cleaned]
     traced.run(LIST_HARMFUL, *arguments)
-    left_out = {row for task in TASKS for row in listed(traced, task)["row"]}
+    left_out = {row for task in TASKS for row in listed(traced, task, 4)["row"]}
     assert len(left_out) > 4, "the tasks do not all list the same"
     rows = read_rows(traced.data / "hh" / "train.jsonl")
     kept = [{name: row[name] for name in ("prompt", "chosen")} for n, row in enumerate(rows) if n not in left_out]
@@ -134,12 +134,14 @@ def test_the_cleaned_dialogues_are_the_others(traced, tmp_path, capsys):
     before = contents(cleaned)
     traced.run(LIST_HARMFUL, *arguments)
     assert contents(cleaned) == before
+    lists = contents(traced.output / "results" / "harmful")
     with pytest.raises(SystemExit):
         traced.run(LIST_HARMFUL, "--BOTTOM_K", 5, "--CLEANED_DATASET", cleaned)
     refusal = capsys.readouterr().err
     assert "BOTTOM_K = 4 there, 5 now" in refusal
     assert "another CLEANED_DATASET" in refusal
     assert contents(cleaned) == before
+    assert contents(traced.output / "results" / "harmful") == lists
     traced.run(LIST_HARMFUL, "--BOTTOM_K", 5, "--CLEANED_DATASET", cleaned, "--OVERWRITE", True)
     assert len(read_rows(cleaned / "train.jsonl")) < len(kept)
 
@@ -178,7 +180,6 @@ def test_what_must_stay_is_never_replaced(copy_of, refused, tmp_path, overwrite)
 
 def test_too_many_dialogues_are_one_line(copy_of, refused, tmp_path):
     assert "BOTTOM_K = 61: there are 60" in refused("--BOTTOM_K", 61)
-    copy_of.run(LIST_HARMFUL, "--BOTTOM_K", 60)
     line = refused("--BOTTOM_K", 60, "--CLEANED_DATASET", tmp_path / "cleaned")
     assert "BOTTOM_K = 60: the lists hold all 60 training dialogues" in line
 

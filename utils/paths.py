@@ -176,9 +176,9 @@ def tables_dir(output_dir: str | Path) -> Path:
     return results_dir(output_dir) / "tables"
 
 
-def harmful_file(output_dir: str | Path, task: str, model_name: str, scores_type: str) -> Path:
+def harmful_file(output_dir: str | Path, task: str, model_name: str, scores_type: str, bottom_k: int) -> Path:
     """evaluation_scripts/list_harmful.py: what one ranking of one model holds to be most harmful; no suffix."""
-    return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{scores_type}"
+    return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{scores_type}_bottom{bottom_k}"
 
 
 def validation_dir(output_dir: str | Path, model_name: str) -> Path:
