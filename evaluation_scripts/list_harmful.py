@@ -36,9 +36,9 @@ from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, without, write_folder
-from utils.files import fingerprint_of, read_json
+from utils.files import fingerprint_of
 from utils.locks import locked
-from utils.manifests import MANIFEST_NAME
+from utils.manifests import MANIFEST_NAME, read_manifest
 from utils.performance_functions.hh import Dialogues, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
 from utils.rankings import INFLUENCE_TYPES, ranking_scores, task_scores
@@ -164,9 +164,10 @@ def require_free_folder(settings: Settings) -> None:
     require_writable("CLEANED_DATASET", settings.CLEANED_DATASET)
     folder = paths.resolve_path(settings.CLEANED_DATASET)
     manifest = folder / MANIFEST_NAME
-    is_ours = manifest.is_file() and read_json(manifest).get("made_by") == paths.LIST_HARMFUL
+    remedy = "give CLEANED_DATASET a new folder"
+    is_ours = manifest.is_file() and read_manifest(manifest, remedy).get("made_by") == paths.LIST_HARMFUL
     if folder.is_dir() and any(folder.iterdir()) and not is_ours:
-        raise UserError(f"CLEANED_DATASET = {settings.CLEANED_DATASET!r}: something else is there; give a new folder")
+        raise UserError(f"CLEANED_DATASET = {settings.CLEANED_DATASET!r}: something else is there; give a new one")
 
 
 def write_cleaned(

@@ -176,6 +176,9 @@ def test_what_must_stay_is_never_replaced(copy_of, refused, tmp_path, overwrite)
         assert f"CLEANED_DATASET = {str(folder)!r}: " in line
         assert ("lies there" if folder in inside else "something else is there") in line
     assert "CLEANED_DATASET" in refused("--CLEANED_DATASET", own / "train.jsonl" / "below")
+    for content in ("[]", "{", '{"made_by": "evaluation_scripts/list_harmful.py"}'):
+        (own / "manifest.json").write_text(content)
+        assert "give CLEANED_DATASET a new folder" in refused("--CLEANED_DATASET", own, "--OVERWRITE", overwrite)
 
 
 def test_too_many_dialogues_are_one_line(copy_of, refused, tmp_path):
