@@ -35,16 +35,16 @@ from steps import require_writable, run_step
 from utils import paths
 from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
-from utils.dialogue_folders import rows_of, without, write_folder
+from utils.dialogue_folders import rows_of, write_folder
 from utils.files import fingerprint_of
 from utils.locks import locked
 from utils.manifests import MANIFEST_NAME, read_manifest
 from utils.performance_functions.hh import Dialogues, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
-from utils.rankings import INFLUENCE_TYPES, ranking_scores, task_scores
+from utils.rankings import INFLUENCE_TYPES, combined_scores, ranking_scores, task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Table
-from utils.selection import ranked, require_enough
+from utils.selection import most_harmful, require_enough
 from utils.settings import (
     Family,
     ModelNames,
@@ -83,20 +83,31 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 20, 90  # of a table in the terminal, and of a co
 # -- the list ----------------------------------------------------------------------------------------------------------
 
 
-def list_dialogues(artifacts: ModelArtifacts, task: str, rows: Sequence[int], kinds: Mapping[int, list[str]]) -> None:
-    """Write the list of one model and task, and print its beginning.
-
-    Args:
-        rows: of the training split, most harmful first.
-        kinds: the kinds of harm that rows are known to contain; empty where nothing is known.
+def rank(artifacts: ModelArtifacts, task: str) -> tuple[list[int], torch.Tensor]:
+    """The BOTTOM_K rows that step 4 would choose by SCORES_TYPE, most harmful first, and the scores (N,) of all rows.
 
     Raises:
         UserError: as `task_scores`.
     """
+    settings = artifacts.settings
+    if task == "combined":
+        scores, _ = ranking_scores(artifacts, task, settings.SCORES_TYPE)
+        return most_harmful(scores, settings.BOTTOM_K), scores
+    scores, _ = task_scores(artifacts, settings.SCORES_TYPE, task)
+    return most_harmful(combined_scores([scores], [1.0]), settings.BOTTOM_K), scores  # as `ranking_scores` would
+
+
+def list_dialogues(
+    artifacts: ModelArtifacts, task: str, rows: Sequence[int], scores: torch.Tensor, kinds: Mapping[int, list[str]]
+) -> None:
+    """Write the list of one model and task, and print its beginning.
+
+    Args:
+        rows, scores: as `rank` gives them.
+        kinds: the kinds of harm that rows are known to contain; empty where nothing is known.
+    """
     settings, total = artifacts.settings, len(artifacts.dialogues)
     banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
-    score = ranking_scores if task == "combined" else task_scores
-    scores, _ = score(artifacts, task=task, scores_type=settings.SCORES_TYPE)
     caption = (
         f"The {len(rows)} of {total:,} training dialogues that {settings.SCORES_TYPE} (FACTOR_STRATEGY "
         f"{settings.FACTOR_STRATEGY}, SEED {settings.SEED}) ranks as most harmful for {task}, {artifacts.name}."
@@ -201,7 +212,8 @@ def write_cleaned(
             position = {row: number for number, row in enumerate(kept)}
             known = {kind: [position[row] for row in rows if row in position] for kind, rows in known_harm.items()}
             with output.staging_folder() as staging:
-                write_folder(staging, without(rows_of(train), left_out), rows_of(test), known)
+                rows = rows_of(train)
+                write_folder(staging, [rows[row] for row in kept], rows_of(test), known)
                 output.publish_folder(started, {}, left_out=sorted(left_out))
     say(f"   {len(kept):,} of {len(train):,} dialogues are left")
 
@@ -229,14 +241,14 @@ def main(settings: Settings) -> None:
         for row in of_kind:
             kinds.setdefault(row, []).append(kind)
     lists = [
-        (artifacts, task, ranked(artifacts, task, settings.SCORES_TYPE)[: settings.BOTTOM_K])
+        (artifacts, task, *rank(artifacts, task))
         for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME))
     ]
     if is_cleaned:  # before the lists are written: it may be refused
         banner("cleaned dialogues", settings.CLEANED_DATASET)
-        write_cleaned(settings, train, test, {row for _, _, rows in lists for row in rows}, known_harm)
-    for artifacts, task, rows in lists:
-        list_dialogues(artifacts, task, rows, kinds)
+        write_cleaned(settings, train, test, {row for _, _, rows, _ in lists for row in rows}, known_harm)
+    for artifacts, task, rows, scores in lists:
+        list_dialogues(artifacts, task, rows, scores, kinds)
     if is_cleaned:
         say_next(settings.CLEANED_DATASET)
 

@@ -21,14 +21,15 @@ if __name__ == "__main__":  # before imports that take seconds
 from dataclasses import replace
 
 from steps import run_script, run_step
-from studies.comparison import comparison_figure, comparison_table, require_reference
+from studies.comparison import REFERENCE, comparison_figure, comparison_table, require_reference
 from studies.methods import retrained_row, rows_at_budget
-from studies.tracing import most_harmful_first
+from studies.tracing import traced_artifacts
 from utils.console import banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.paths import STEP_0, STEP_1, STEP_2, resolve_path
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
+from utils.selection import ranked
 from utils.settings import Choices, NonNegativeFloat, OneTask, PositiveInt, ScoresType, Seed, Settings
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -96,8 +97,9 @@ def repair(settings: Settings, seed: int) -> list[Row]:
     run_script(STEP_2, common)
     rows = rows_at_budget(common, settings.TASKS, planned_choices(settings))
     if settings.RETRAIN:
+        artifacts = traced_artifacts(common)
         for task in settings.TASKS:
-            rows.append(retrained_row(common, task, most_harmful_first(common, task)[: settings.BOTTOM_K]))
+            rows.append(retrained_row(common, task, ranked(artifacts, task, REFERENCE)[: settings.BOTTOM_K]))
     return rows
 
 

@@ -16,7 +16,7 @@ from studies.comparison import REFERENCE, comparison_figure, comparison_table
 from studies.copying import copy_new
 from studies.methods import retrained_row, rows_at_budget
 from studies.splits import write_category_split
-from studies.tracing import most_harmful_first, recall_table, trace
+from studies.tracing import recall_table, trace, traced_artifacts
 from utils.artifacts import Artifact
 from utils.console import say
 from utils.dialogue_folders import write_folder
@@ -38,6 +38,7 @@ from utils.paths import (
 from utils.performance_functions.hh import load_dialogues, read_known_harm
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
+from utils.selection import ranked
 from utils.settings import ScoresType, Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
@@ -123,7 +124,7 @@ def study_tracing(settings: Settings, fine_tuning: str) -> None:
             rows = rows_at_budget(common, tasks, [RepairChoice(REFERENCE, settings.BOTTOM_K)])
         recipe = {"BASE_MODEL": base_model(settings), **IN_LITTLE_MEMORY}
         for task, (model, constants) in itertools.product(tasks, traced.items()):
-            found = most_harmful_first(constants, task)[: settings.BOTTOM_K]
+            found = ranked(traced_artifacts(constants), task, REFERENCE)[: settings.BOTTOM_K]
             rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
         table = comparison_table([rows], f"{name}.", are_models=False)
         table.write(folder / "retrained")

@@ -30,14 +30,13 @@ def trace(common: dict[str, Any], is_ranked_in_every_way: bool) -> None:
             run_script(STEP_2, common, ANSWERS_OF="all")
 
 
-def most_harmful_first(common: dict[str, Any], task: str, scores_type: RankingType = "pure_ekfac") -> list[int]:
-    """All training dialogues in the order in which step 4 would choose them.
+def traced_artifacts(common: dict[str, Any]) -> ModelArtifacts:
+    """The artifacts of a traced model, for `ranked`.
 
     Args:
-        common: constants that all steps share, with MODEL_NAME; steps 1 and 2 have made what the ranking needs.
+        common: constants that all steps share, with MODEL_NAME.
     """
-    artifacts = ModelArtifacts(settings_of(load_script(LIST_HARMFUL), common), common["MODEL_NAME"])
-    return ranked(artifacts, task, scores_type)
+    return ModelArtifacts(settings_of(load_script(LIST_HARMFUL), common), common["MODEL_NAME"])
 
 
 def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, Sequence[int]], caption: str) -> Table:
@@ -47,10 +46,10 @@ def recall_table(traced: Mapping[str, dict[str, Any]], known_harm: Mapping[str, 
         traced: by the name of a model in the table, constants that all steps share, with MODEL_NAME; `trace` is done.
         known_harm: rows of the training split, by the task that they harm.
     """
-    data = []
+    data, models = [], {model: traced_artifacts(common) for model, common in traced.items()}
     for (task, rows), name in itertools.product(known_harm.items(), RANKINGS):
-        for model, common in list(traced.items())[: 1 if name == "bm25" else None]:
-            order = most_harmful_first(common, task, name)
+        for model, artifacts in list(models.items())[: 1 if name == "bm25" else None]:
+            order = ranked(artifacts, task, name)
             found = recall(np.isin(order, list(rows)))
             data.append({"task": task, "ranking": name, "traced": "–" if name == "bm25" else model, **found})
     header = [
