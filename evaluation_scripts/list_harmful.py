@@ -38,7 +38,6 @@ from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, write_folder
 from utils.files import fingerprint_of
 from utils.locks import locked
-from utils.manifests import MANIFEST_NAME, read_manifest
 from utils.performance_functions.hh import Dialogues, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
 from utils.rankings import INFLUENCE_TYPES, combined_scores, ranking_scores, task_scores
@@ -163,6 +162,20 @@ def _shortened(text: str) -> str:
 # -- the other dialogues -----------------------------------------------------------------------------------------------
 
 
+def cleaned_dataset(settings: Settings, **inputs: str) -> Artifact:
+    """The folder CLEANED_DATASET.
+
+    Args:
+        inputs: fingerprints of both splits, and of the rows that are left out.
+    """
+    constants = settings.pick(
+        "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "SEED", "TASK_WEIGHTS", "FACTOR_STRATEGY", "USE_HALF_PRECISION"
+    )
+    constants["MODEL_NAMES"] = [paths.public_name(model) for model in settings.MODEL_NAMES]
+    folder = paths.resolve_path(settings.CLEANED_DATASET)
+    return Artifact(folder, paths.LIST_HARMFUL, constants, inputs, is_folder=True, placed_by="CLEANED_DATASET")
+
+
 def require_free_folder(settings: Settings) -> None:
     """Check that CLEANED_DATASET is a new folder, an empty one, or one that this script has made.
 
@@ -173,12 +186,7 @@ def require_free_folder(settings: Settings) -> None:
     inside |= {f"the model {model}": model for model in settings.MODEL_NAMES}
     paths.require_separate("CLEANED_DATASET", settings.CLEANED_DATASET, inside)
     require_writable("CLEANED_DATASET", settings.CLEANED_DATASET)
-    folder = paths.resolve_path(settings.CLEANED_DATASET)
-    manifest = folder / MANIFEST_NAME
-    remedy = "give CLEANED_DATASET a new folder"
-    is_ours = manifest.is_file() and read_manifest(manifest, remedy).get("made_by") == paths.LIST_HARMFUL
-    if folder.is_dir() and any(folder.iterdir()) and not is_ours:
-        raise UserError(f"CLEANED_DATASET = {settings.CLEANED_DATASET!r}: something else is there; give a new one")
+    cleaned_dataset(settings).require_place()
 
 
 def write_cleaned(
@@ -200,13 +208,8 @@ def write_cleaned(
             f"BOTTOM_K = {settings.BOTTOM_K}: the lists hold all {len(train):,} training dialogues, and "
             "CLEANED_DATASET would be empty; give a smaller number, or fewer tasks or models"
         )
-    constants = settings.pick(
-        "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "SEED", "TASK_WEIGHTS", "FACTOR_STRATEGY", "USE_HALF_PRECISION"
-    )
-    constants["MODEL_NAMES"] = [paths.public_name(model) for model in settings.MODEL_NAMES]
     inputs = {"dataset": train.fingerprint, "test": test.fingerprint, "rows": fingerprint_of(sorted(left_out))}
-    folder = paths.resolve_path(settings.CLEANED_DATASET)
-    output = Artifact(folder, paths.LIST_HARMFUL, constants, inputs, is_folder=True, placed_by="CLEANED_DATASET")
+    output = cleaned_dataset(settings, **inputs)
     with locked(output.path):
         if not output.is_finished(settings.OVERWRITE):
             position = {row: number for number, row in enumerate(kept)}

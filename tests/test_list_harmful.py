@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 from conftest import Workspace, contents, read_rows, run_script, write_rows
 
+from utils.console import shown_path
 from utils.paths import LIST_HARMFUL, PROJECT_ROOT, STEP_1, STEP_2, STEP_4, gradients_file
 
 TASKS = ("bias", "ethics", "truth")
@@ -173,12 +174,17 @@ def test_what_must_stay_is_never_replaced(copy_of, refused, tmp_path, overwrite)
     others.append(next((copy_of.output / "ekfac_experiments").rglob("factors_ekfac")))  # has a manifest, another's
     for folder in (*inside, *others):
         line = refused("--CLEANED_DATASET", folder, "--OVERWRITE", overwrite)
-        assert f"CLEANED_DATASET = {str(folder)!r}: " in line
-        assert ("lies there" if folder in inside else "something else is there") in line
+        if folder in inside:
+            assert f"CLEANED_DATASET = {str(folder)!r}: " in line
+            assert "lies there" in line
+        else:
+            assert f"{shown_path(folder)} already exists and " in line
+            assert "move it away, or choose another CLEANED_DATASET" in line
     assert "CLEANED_DATASET" in refused("--CLEANED_DATASET", own / "train.jsonl" / "below")
     for content in ("[]", "{", '{"made_by": "evaluation_scripts/list_harmful.py"}'):
         (own / "manifest.json").write_text(content)
-        assert "give CLEANED_DATASET a new folder" in refused("--CLEANED_DATASET", own, "--OVERWRITE", overwrite)
+        line = refused("--CLEANED_DATASET", own, "--OVERWRITE", overwrite)
+        assert "move it away, or choose another CLEANED_DATASET" in line
 
 
 def test_too_many_dialogues_are_one_line(copy_of, refused, tmp_path):

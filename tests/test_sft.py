@@ -10,14 +10,16 @@ import accelerate.tracking
 import pytest
 import torch
 import transformers
-from conftest import DEMO, make_model, read_rows, run_script, write_rows
+from conftest import DEMO, contents, make_model, read_rows, run_script, write_rows
 from huggingface_hub import ModelCard
 from process_pool import Launch
 from safetensors.torch import load_file
 
+from utils.artifacts import Artifact
 from utils.files import read_json
 from utils.fine_tuning import Progress, collate
 from utils.models import load_model, load_tokenizer
+from utils.paths import STEP_5
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues
 
 SCRIPT = "data/make_sft_model.py"
@@ -239,14 +241,24 @@ def test_wrong_dialogues_are_refused(refusal, data_copy, content, message):
     assert message in line
 
 
-def test_somebody_elses_folder_is_not_replaced(small_data, tmp_path, capsys):
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(SystemExit) as stop:
-        run_script(SCRIPT, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", tmp_path / "precious")
-    assert stop.value.code == 1
-    assert "has no manifest.json, so this project did not make it; move it away" in capsys.readouterr().err
-    assert (tmp_path / "precious" / "notes.txt").read_text(encoding="utf-8") == "mine"
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_another_script_made_or_none_is_never_replaced(small_data, tmp_path, capsys, overwrite):
+    own, repaired = tmp_path / "own", tmp_path / "repaired"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine", encoding="utf-8")
+    checkpoint = Artifact(repaired, STEP_5, is_folder=True)
+    with checkpoint.staging_folder():
+        checkpoint.publish_folder(0.0, {})
+    before = contents(tmp_path)
+    for folder, told in ((own, "has no manifest.json, so this project did not make it"), (repaired, f"by {STEP_5}")):
+        arguments = ["--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", folder, "--OVERWRITE", overwrite]
+        with pytest.raises(SystemExit) as stop:
+            run_script(SCRIPT, *arguments)
+        assert stop.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert told in line
+        assert "move it away, or choose another SFT_MODEL_DIR" in line
+    assert contents(tmp_path) == before
 
 
 def test_a_full_disk_is_one_line_and_the_training_resumes(small_data, make_disk, capsys):

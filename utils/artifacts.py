@@ -116,8 +116,8 @@ class Artifact:
         With `overwrite`, one made with others counts as unfinished, and is replaced when the new one is complete.
 
         Raises:
-            UserError: the artifact was made with other settings or inputs (shows both values), is damaged, or is a
-                folder that this project did not make.
+            UserError: the artifact was made with other settings or inputs (shows both values), or is damaged; or, with
+                `overwrite` too, as `require_place`.
         """
         self.require_place(overwrite)
         if not self._is_there():
@@ -147,26 +147,36 @@ class Artifact:
 
     @first_process_only
     def require_place(self, overwrite: bool = False) -> None:
-        """Check, before the work, that nothing of the user's is where the artifact goes.
+        """Check, before the work, that nothing else is where the artifact goes: OVERWRITE replaces nothing else.
+
+        Args:
+            overwrite: whether a link may be replaced, which leaves what it leads to.
 
         Raises:
-            UserError: a folder where a file goes; or, without `overwrite`, anything but an empty folder or this
-                project's own where a folder goes.
+            UserError: a folder where a file goes; or, where a folder goes, anything but an empty folder and one that
+                this script has made.
         """
         for path in () if self.is_folder else (self.path, self.manifest_path):
             if path.is_dir():
                 raise UserError(f"{shown_path(path)} is a folder where a file is written; move it away")
-        if overwrite or not self.is_folder or self._is_there() or not os.path.lexists(self.path):
+        if not self.is_folder or not os.path.lexists(self.path) or (overwrite and self.path.is_symlink()):
             return
+        elsewhere = f"move it away, or choose another {self.placed_by}"
         if not self.path.is_dir():
             raise UserError(
-                f"{shown_path(self.path)} is needed as a folder, and is a file, or a link to nothing; move it away, "
-                "choose another folder, or set OVERWRITE = True to replace it"
+                f"{shown_path(self.path)} is needed as a folder, and is a file, or a link to nothing; {elsewhere}"
             )
-        if any(self.path.iterdir()):
+        if not any(self.path.iterdir()):
+            return
+        if not self.manifest_path.is_file():
             raise UserError(
                 f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
-                "it; move it away, choose another folder, or set OVERWRITE = True to replace it"
+                f"it; {elsewhere}"
+            )
+        made_by = read_manifest(self.manifest_path, elsewhere).get("made_by")
+        if made_by != self.made_by:
+            raise UserError(
+                f"{shown_path(self.path)} already exists and was made by {made_by}, not by {self.made_by}; {elsewhere}"
             )
 
     def require(self) -> dict[str, Any]:
@@ -376,8 +386,6 @@ class Artifact:
         write_whole(self.partial_path / MANIFEST_NAME, to_json(manifest))
         self._remove_replaced()
         if os.path.lexists(self.path):
-            if self.path.is_dir() and not self._is_there():
-                write_whole(self.path / STAGING_MARKER, "")  # with OVERWRITE this folder of somebody's may go
             self.path.replace(self._replaced_path)
         self.partial_path.replace(self.path)  # until here a killed run resumes
         self._tidy()
