@@ -3,7 +3,8 @@
     python evaluation_scripts/anthropic_eval.py
     python evaluation_scripts/anthropic_eval.py --MODEL_NAMES gradient_ascent_models/NAME --SPLIT train
 
-Writes results/MODEL_anthropic_SPLIT.json and prints a table. Lower is better.
+Writes results/MODEL_anthropic_SPLIT.json and prints a table, which compares further models with the first. Lower is
+better.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ SPLIT: Literal["train", "test"] = "test"  # "train", "test"
 
 
 def main(settings: Settings) -> None:
-    """Measure every model and print a table."""
+    """Measure every model and print a table, which compares further models with the first."""
     banner("step 6: HH perplexity", f"{settings.SPLIT} split")
-    say(results_table(evaluate_models(settings, "anthropic")))
+    say(results_table("anthropic", evaluate_models(settings, "anthropic")))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import SHARED_DATA, answer_pairs, needs_real_samples, read_rows
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from utils.batching import BatchLoader
@@ -24,7 +26,8 @@ from utils.performance_functions import MEASUREMENTS, bias, ethics, losses, trut
 from utils.performance_functions.hh import Dialogues, load_dialogues, released_loss, tokenize_dialogues
 from utils.performance_functions.losses import inverse_cdf_sample, label_nll, log_odds_losses, sequence_nll
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs, tokenize_pairs
-from utils.results import summarise
+from utils.reporting.tables import results_table
+from utils.results import Result, summarise
 
 CPU = torch.device("cpu")
 
@@ -383,6 +386,36 @@ def test_evaluators_write_what_they_print(workspace, capsys):
         assert (result["model"], result["metric"], result["split"]) == ("pythia-tiny", metric, "test")
         assert f"{result['loss']:.4f}" in capsys.readouterr().out
     assert len(read_rows(workspace.data / "hh" / "test.jsonl")) == 12
+
+
+def test_further_models_are_compared_with_the_first(workspace, tmp_path, capsys):
+    other = shutil.copytree(workspace.model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights = {name: tensor * 0.9 if ".1." in name else tensor for name, tensor in weights.items()}
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    for metric, script in (("anthropic", "anthropic_eval"), ("bias", "bias_loss"), ("truth", "truth_loss")):
+        workspace.run(f"evaluation_scripts/{script}.py", "--MODEL_NAMES", workspace.model, other)
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        header, first, last = ([cell.strip() for cell in table[row].split("|")[1:-1]] for row in (0, 2, 3))
+        name = "perplexity change" if metric == "anthropic" else "improvement"
+        assert (header[-1], first[-1]) == (f"{name}, against {workspace.model.name}", "–")
+        before, after = (
+            json.loads((workspace.output / "results" / f"{model.name}_{metric}_test.json").read_text())["loss"]
+            for model in (workspace.model, other)
+        )
+        shown = f"{100 * math.expm1(after - before):+.2f} %" if metric == "anthropic" else f"{before - after:+.4f}"
+        value, _, interval = last[-1].partition(" [")
+        assert value == shown
+        low, high = map(float, interval.rstrip("]").split(", "))
+        assert low < float(shown.rstrip(" %")) < high
+
+
+def test_perplexities_of_other_tokenizers_are_not_compared():
+    results = [
+        Result({"model": name, "loss": 1.0}, {"nll": torch.ones(3), "tokens": torch.tensor(tokens)})
+        for name, tokens in (("one", [4, 5, 6]), ("other", [5, 5, 6]))
+    ]
+    assert "other tokenizer" in results_table("anthropic", results)
 
 
 def plain_pairs(data, split: str) -> dict[str, list[tuple[str, str, str]]]:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -291,13 +291,13 @@ class Evaluator:
         return Result(numbers, losses)
 
 
-def evaluate_models(settings: Settings, metric: Metric) -> list[dict[str, Any]]:
+def evaluate_models(settings: Settings, metric: Metric) -> list[Result]:
     """Step 6: one measurement of every model in MODEL_NAMES."""
     device = resolve_device(settings.DEVICE)
     evaluator = Evaluator(settings, settings.SPLIT)
 
     load = partial(EvaluationModel.load, device=device, is_spread=settings.DEVICE == SPREAD)
     return [
-        evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name)).numbers
+        evaluator.result(metric, paths.model_short_name(name), model_fingerprint(name), partial(load, name))
         for name in settings.MODEL_NAMES
     ]

@@ -13,6 +13,7 @@ from utils.files import write_if_changed
 from utils.intervals import interval_names
 from utils.performance_functions import MEASUREMENTS
 from utils.reporting.escaping import csv_cell, latex_text, markdown_text
+from utils.results import Losses, Metric, Result, compare
 
 Row = dict[str, Any]  # what one repair did with one seed
 NO_PERCENTAGE = "‡"
@@ -149,12 +150,33 @@ def with_interval(row: Row, name: str) -> WithInterval:
     return WithInterval(row[name], row.get(f"{name}_low"), row.get(f"{name}_high"))
 
 
-def results_table(results: Sequence[dict[str, Any]]) -> str:
-    """Results of one metric as Markdown, one row per model; intervals in brackets behind their numbers."""
-    hidden = {"model", "metric", "split", *(part for name in results[0] for part in interval_names(name))}
-    columns = [name for name in results[0] if name not in hidden]
-    rows = [[result["model"], *(_result_cell(result, name) for name in columns)] for result in results]
-    return markdown_table(["model", *columns], rows)
+def results_table(metric: Metric, results: Sequence[Result]) -> str:
+    """Results of one metric as Markdown, one row per model; intervals in brackets behind their numbers.
+
+    Of several models the last column has what each changed against the first, paired over the same pairs or dialogues.
+    """
+    numbers = [result.numbers for result in results]
+    hidden = {"model", "metric", "split", *(part for name in numbers[0] for part in interval_names(name))}
+    columns = [name for name in numbers[0] if name not in hidden]
+    header, rows = (
+        ["model", *columns],
+        [[row["model"], *(_result_cell(row, name) for name in columns)] for row in numbers],
+    )
+    if len(results) > 1:
+        first, *others = results
+        kind = "perplexity change" if metric == "anthropic" else "improvement"
+        header.append(f"{kind}, against {first.numbers['model']}")
+        cells = ["–", *(_difference_cell(metric, first.losses, other.losses) for other in others)]
+        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+    return markdown_table(header, rows)
+
+
+def _difference_cell(metric: Metric, before: Losses, after: Losses) -> str:
+    if metric != "anthropic":
+        return with_interval(compare(metric, before, after)[metric], "improvement").shown("+.4f")
+    if not before["tokens"].equal(after["tokens"]):
+        return "–, another tokenizer"
+    return with_interval(compare(metric, before, after)["perplexity"], "change_percent").shown("+.2f", " %")
 
 
 def _result_cell(result: Row, name: str) -> str:
