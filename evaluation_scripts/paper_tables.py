@@ -187,9 +187,10 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     groups: dict[str, list[RepairConfig]] = {}
     for repair in repairs:
         groups.setdefault(repair.choice.name, []).append(repair)
-    for group in groups.values():
+    for number, group in enumerate(groups.values(), start=1):
         choice = group[0].choice
         constants = {**common, **choice.constants}
+        banner(f"method {number} of {len(groups)}", choice.name)
         for task_name in fewest_task_names(group):
             if choice.scores_type in DIVERSE:
                 run_script(STEP_3, constants, TASK_NAME=task_name)
