@@ -25,7 +25,6 @@ if __name__ == "__main__":  # before imports that take seconds
 import itertools
 import shlex
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -38,7 +37,7 @@ from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, write_folder
 from utils.files import fingerprint_of
 from utils.locks import locked
-from utils.performance_functions.hh import Dialogues, load_dialogues, read_known_harm
+from utils.performance_functions.hh import Dialogues, kinds_of_rows, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
 from utils.rankings import INFLUENCE_TYPES, combined_scores, ranking_scores, task_scores
 from utils.registry import ModelArtifacts
@@ -97,13 +96,17 @@ def rank(artifacts: ModelArtifacts, task: str) -> tuple[list[int], torch.Tensor]
 
 
 def list_dialogues(
-    artifacts: ModelArtifacts, task: str, rows: Sequence[int], scores: torch.Tensor, kinds: Mapping[int, list[str]]
+    artifacts: ModelArtifacts,
+    task: str,
+    rows: Sequence[int],
+    scores: torch.Tensor,
+    known_harm: Mapping[str, Sequence[int]],
 ) -> None:
     """Write the list of one model and task, and print its beginning.
 
     Args:
         rows, scores: as `rank` gives them.
-        kinds: the kinds of harm that rows are known to contain; empty where nothing is known.
+        known_harm: as `read_known_harm` gives it; empty where nothing is known.
     """
     settings, total = artifacts.settings, len(artifacts.dialogues)
     banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
@@ -114,7 +117,7 @@ def list_dialogues(
     if settings.SCORES_TYPE in INFLUENCE_TYPES and task != "combined":
         caption += " Score: negative means that training on the dialogue harmed"
         caption += f"; {int((scores[rows] > 0).sum())} of these are positive."
-    table = harmful_table(artifacts.dialogues, rows, scores, kinds, caption)
+    table = harmful_table(artifacts.dialogues, rows, scores, known_harm, caption)
     file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, len(rows))
     table.write(file)
     say(f"\n{replace(table, rows=table.rows[:SHOWN_ROWS]).markdown()}")
@@ -122,35 +125,37 @@ def list_dialogues(
 
 
 def harmful_table(
-    dialogues: Dialogues, rows: Sequence[int], scores: torch.Tensor, kinds: Mapping[int, list[str]], caption: str
+    dialogues: Dialogues,
+    rows: Sequence[int],
+    scores: torch.Tensor,
+    known_harm: Mapping[str, Sequence[int]],
+    caption: str,
 ) -> Table:
     """One row for each dialogue, in the order given; whole in the data, a line of its completion in the cells.
 
     Args:
         scores: (N,) of all dialogues.
-        kinds: as for `list_dialogues`; adds a column, and their number to the caption.
+        known_harm: as for `list_dialogues`; adds a column, and their number to the caption.
     """
-    data = []
+    data, kinds = [], kinds_of_rows(known_harm)
     for rank, row in enumerate(rows, start=1):
-        known = {"known_harm": ", ".join(kinds.get(row, []))} if kinds else {}
+        known = {"known_harm": kinds.get(row, "")} if known_harm else {}
         texts = {"prompt": dialogues.prompts[row], "chosen": dialogues.completions[row]}
         data.append({"rank": rank, "row": row, "score": float(scores[row]), **known, **texts})
-    header = ["completion", "rank", "row", "score", *(["known harm"] if kinds else [])]
+    header = ["completion", "rank", "row", "score", *(["known harm"] if known_harm else [])]
     cells = [
         [
             _shortened(item["chosen"]),
             str(item["rank"]),
             str(item["row"]),
             f"{item['score']:+.4g}",
-            *([item["known_harm"] or "–"] if kinds else []),
+            *([item["known_harm"] or "–"] if known_harm else []),
         ]
         for item in data
     ]
-    if kinds:
-        of_all, listed = (Counter(kind for row in some for kind in kinds.get(row, [])) for some in (kinds, rows))
-        caption += (
-            f" Known harm: {', '.join(f'{listed[kind]} of {count} of {kind}' for kind, count in of_all.items())}."
-        )
+    if known_harm:
+        found = [f"{len({*rows} & {*some})} of {len(some)} of {kind}" for kind, some in known_harm.items()]
+        caption += f" Known harm: {', '.join(found)}."
     return Table(f"{caption} Row: of the training split, from 0.", header, cells, data)
 
 
@@ -239,10 +244,6 @@ def main(settings: Settings) -> None:
     train = traced[0].dialogues
     require_enough(settings.BOTTOM_K, len(train))
     known_harm = read_known_harm(settings.HH_DATASET, len(train)) or {}
-    kinds: dict[int, list[str]] = {}
-    for kind, of_kind in known_harm.items():
-        for row in of_kind:
-            kinds.setdefault(row, []).append(kind)
     lists = [
         (artifacts, task, *rank(artifacts, task))
         for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME))
@@ -251,7 +252,7 @@ def main(settings: Settings) -> None:
         banner("cleaned dialogues", settings.CLEANED_DATASET)
         write_cleaned(settings, train, test, {row for _, _, rows, _ in lists for row in rows}, known_harm)
     for artifacts, task, rows, scores in lists:
-        list_dialogues(artifacts, task, rows, scores, kinds)
+        list_dialogues(artifacts, task, rows, scores, known_harm)
     if is_cleaned:
         say_next(settings.CLEANED_DATASET)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -211,3 +211,12 @@ def read_known_harm(hh_dataset: str, num_dialogues: int) -> dict[str, list[int]]
                 )
             known.add(row)
     return rows
+
+
+def kinds_of_rows(known_harm: Mapping[str, Collection[int]]) -> dict[int, str]:
+    """The kinds of harm of each row that is known to be harmful, separated by commas."""
+    kinds: dict[int, list[str]] = {}
+    for kind, rows in known_harm.items():
+        for row in rows:
+            kinds.setdefault(row, []).append(kind)
+    return {row: ", ".join(of_row) for row, of_row in kinds.items()}

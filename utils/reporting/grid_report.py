@@ -13,7 +13,7 @@ from utils.locks import locked
 from utils.manifests import software_versions
 from utils.models import load_tokenizer
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.hh import Dialogues, load_dialogues
+from utils.performance_functions.hh import Dialogues, kinds_of_rows, load_dialogues
 from utils.rankings import combined_token_scores, load_token_scores
 from utils.registry import SCORES_TENSOR
 from utils.repairs import DIVERSE
@@ -160,7 +160,7 @@ def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]
 
 def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, Collection[int]]) -> list[Subset]:
     dialogues = load_dialogues(settings.HH_DATASET, "train")
-    kind_of = {index: kind for kind, some in known_harm.items() for index in some}
+    kinds = kinds_of_rows(known_harm)
     scores = {model: _influence_scores(settings, model) for model in dict.fromkeys(row["model"] for row in rows)}
     colours = {model: _TokenColours(settings, model, scores[model], dialogues) for model in scores}
     subsets = []
@@ -176,7 +176,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
                 row=index,
                 scores={task: float(values[index]) for task, values in scores[row["model"]].items()},
                 gains={name: values[position] for name, values in gains.items()},
-                known_harm=kind_of.get(index),
+                known_harm=kinds.get(index),
                 prompt=dialogues.prompts[index],
                 completion=dialogues.completions[index],
                 pieces=colours[row["model"]].pieces(row["task"], index),
