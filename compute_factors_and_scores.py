@@ -30,7 +30,7 @@ import torch
 from steps import next_command, run_step
 from tasks import TRUST_TASKS
 from tasks.backward_task import TrustTask
-from utils.artifacts import Artifact
+from utils.artifacts import Artifact, FileArtifact
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
 from utils.devices import resolve_device
@@ -105,7 +105,7 @@ def curvature_loader(
 
 
 def fit(
-    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: Artifact
+    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: FileArtifact
 ) -> None:
     """Fit the factors of F."""
     started = time.monotonic()
@@ -155,7 +155,7 @@ def trace_model(settings: Settings, model: str) -> None:
     artifacts = ModelArtifacts(settings, model)
     data_dir, names = resolve_path(settings.DATA_DIR), tasks_of(settings.TASK_NAME)
     pairs = {name: TRUST_TASKS[name].measurement.load_pairs(data_dir, "train") for name in names}
-    outputs: dict[str, list[Artifact]] = {}
+    outputs: dict[str, list[FileArtifact]] = {}
     for name in names:
         fingerprint = pairs[name].fingerprint
         outputs[name] = [artifacts.scores(name, pairs=fingerprint)]
@@ -166,7 +166,7 @@ def trace_model(settings: Settings, model: str) -> None:
 
 
 def make_unfinished(
-    artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], outputs: dict[str, list[Artifact]]
+    artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], outputs: dict[str, list[FileArtifact]]
 ) -> None:
     """Fit the factors and compute the scores, unless they are finished.
 

@@ -31,11 +31,11 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
-from utils.artifacts import Artifact
 from utils.console import banner, say
 from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.files import fingerprint_of
+from utils.folder_artifacts import FolderArtifact
 from utils.hub import push_folder, require_hub_access
 from utils.kept_model import open_model
 from utils.learning_rate_search import search_learning_rate
@@ -306,7 +306,7 @@ def say_report(report: dict[str, Any], search: dict[str, Any] | None) -> None:
 
 def repair_task(
     repair: RepairRecord, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric], tracker: Tracker
-) -> list[Artifact]:
+) -> list[FolderArtifact]:
     """Repair for one task at every learning rate; gives the repaired checkpoints."""
     settings, task, rates, search = model.settings, repair.task, model.settings.LEARNING_RATE, None
     inputs = repair.inputs | {metric: evaluator.data(metric).fingerprint for metric in metrics}

@@ -61,10 +61,10 @@ from typing import Any, Literal
 
 from steps import next_command, run_step
 from tasks import BackwardTask
-from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import banner
 from utils.devices import resolve_device
+from utils.folder_artifacts import FolderArtifact
 from utils.influence.repair_gradient import preconditioner_for, repair_gradient
 from utils.influence.scores import require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
@@ -129,7 +129,7 @@ def make_gradient(
     traced: TracedModel,
     examples: list[LabelledSequence],
     sources: RepairSources,
-    factors: Artifact,
+    factors: FolderArtifact,
 ) -> tuple[Gradients, dict[str, Any]]:
     """The gradient of one repair, or the change of weights that a baseline trains, and facts for the manifest."""
     if settings.SCORES_TYPE not in TRAINED:

@@ -27,7 +27,6 @@ import torch
 from transformers import set_seed
 
 from steps import next_command, run_step
-from utils.artifacts import Artifact
 from utils.base_models import ARCHITECTURES, base_fingerprints, start_model
 from utils.console import UserError, banner, progress_bar, say
 from utils.evaluation import EvaluationModel, require_finite_loss
@@ -40,6 +39,7 @@ from utils.fine_tuning import (
     set_checkpoints_aside,
     training_device,
 )
+from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.models import save_model, silence_transformers
 from utils.paths import STEP_1, require_separate
@@ -96,7 +96,9 @@ def main(settings: Settings) -> None:
             make_model(settings, device, output, train, test)
 
 
-def make_model(settings: Settings, device: torch.device, output: Artifact, train: Dialogues, test: Dialogues) -> None:
+def make_model(
+    settings: Settings, device: torch.device, output: FolderArtifact, train: Dialogues, test: Dialogues
+) -> None:
     """Fine-tune on the training split, measure on the test split, and save."""
     started = time.monotonic()
     micro_batch_size(settings, launched())  # refuses a wrong BATCH_SIZE before the model is loaded

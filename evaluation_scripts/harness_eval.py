@@ -31,7 +31,7 @@ import torch
 
 from steps import run_step
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, banner, say
 from utils.devices import resolve_device
 from utils.hub import decide_on_dataset_code, hub_access
@@ -141,7 +141,9 @@ def evaluate(settings: Settings, model: str, manager: TaskManager) -> dict[str, 
         return {task: output.load_json() for task, output in outputs.items()}
 
 
-def evaluate_unfinished(settings: Settings, model: str, manager: TaskManager, outputs: Mapping[str, Artifact]) -> None:
+def evaluate_unfinished(
+    settings: Settings, model: str, manager: TaskManager, outputs: Mapping[str, FileArtifact]
+) -> None:
     """Evaluate one model on the tasks whose results are not stored yet."""
     unfinished = [task for task, output in outputs.items() if not output.is_finished(settings.OVERWRITE)]
     if unfinished:
@@ -161,7 +163,7 @@ def evaluate_unfinished(settings: Settings, model: str, manager: TaskManager, ou
         evaluate_task(settings, loaded, task, manager, outputs[task])
 
 
-def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManager, output: Artifact) -> None:  # noqa: ANN401
+def evaluate_task(settings: Settings, loaded: Any, task: str, manager: TaskManager, output: FileArtifact) -> None:  # noqa: ANN401
     """Evaluate a loaded model on one task, and store every metric with the value of every document.
 
     Raises:

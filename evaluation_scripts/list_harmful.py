@@ -32,10 +32,10 @@ import torch
 
 from steps import require_writable, run_step
 from utils import paths
-from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, write_folder
 from utils.files import fingerprint_of
+from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.performance_functions.hh import Dialogues, kinds_of_rows, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
@@ -167,7 +167,7 @@ def _shortened(text: str) -> str:
 # -- the other dialogues -----------------------------------------------------------------------------------------------
 
 
-def cleaned_dataset(settings: Settings, **inputs: str) -> Artifact:
+def cleaned_dataset(settings: Settings, **inputs: str) -> FolderArtifact:
     """The folder CLEANED_DATASET.
 
     Args:
@@ -178,7 +178,7 @@ def cleaned_dataset(settings: Settings, **inputs: str) -> Artifact:
     )
     constants["MODEL_NAMES"] = [paths.public_name(model) for model in settings.MODEL_NAMES]
     folder = paths.resolve_path(settings.CLEANED_DATASET)
-    return Artifact(folder, paths.LIST_HARMFUL, constants, inputs, is_folder=True, placed_by="CLEANED_DATASET")
+    return FolderArtifact(folder, paths.LIST_HARMFUL, constants, inputs, placed_by="CLEANED_DATASET")
 
 
 def require_free_folder(settings: Settings) -> None:
@@ -204,7 +204,7 @@ def write_cleaned(
     """Write CLEANED_DATASET: both splits, the training split without some rows, and what is known of the others.
 
     Raises:
-        UserError: no dialogue would be left; or as `Artifact.is_finished`.
+        UserError: no dialogue would be left; or as `FolderArtifact.is_finished`.
     """
     started = time.monotonic()
     kept = [row for row in range(len(train)) if row not in left_out]

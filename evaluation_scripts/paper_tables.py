@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from steps import run_script, run_step
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.locks import locked
@@ -227,10 +227,10 @@ def repair_row(
         of what the model was repaired for, and the columns of `sweep_row`.
     """
     if learning_rate == "auto":
-        search = Artifact(paths.search_file(output_dir, repair.task, model, repair.choice.name, budget), STEP_5)
+        search = FileArtifact(paths.search_file(output_dir, repair.task, model, repair.choice.name, budget), STEP_5)
         learning_rate = search.load_json()["learning_rate"]
     checkpoint = paths.repaired_model_dir(output_dir, repair.task, model, repair.choice.name, learning_rate)
-    report = read_report(Artifact(paths.report_file(output_dir, checkpoint.name), STEP_5))
+    report = read_report(FileArtifact(paths.report_file(output_dir, checkpoint.name), STEP_5))
     row = sweep_row(report)
     return {
         "model": model,
@@ -302,7 +302,7 @@ def measure_baselines(settings: Settings) -> list[tuple[str, dict[str, Any]]]:
                 for metric, script in STEP_6.items():
                     run_script(script, common_constants(settings, name, settings.SEEDS[0]))
                     result = paths.result_file(settings.OUTPUT_DIR, short, metric, "test")
-                    results[metric] = Artifact(result, script).load_json()
+                    results[metric] = FileArtifact(result, script).load_json()
                 baselines.append((f"{short} ({stage})", results))
     return baselines
 

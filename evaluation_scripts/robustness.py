@@ -38,7 +38,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from steps import run_step
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, banner, progress_bar, say, shown_path
 from utils.evaluation import EvaluationModel, Evaluator
 from utils.fine_tuning import fine_tune, micro_batch_size, training_device
@@ -228,7 +228,7 @@ class Measurer:
         self.settings, self.fingerprints = settings, fingerprints
         self.evaluator = Evaluator(settings, "test")
 
-    def outputs(self, model: str, stress: Stress) -> dict[Metric, tuple[Artifact, Artifact]]:
+    def outputs(self, model: str, stress: Stress) -> dict[Metric, tuple[FileArtifact, FileArtifact]]:
         """Where the results and their losses are kept, by metric."""
         measured = (paths.model_short_name(model), self.fingerprints[model], *stress[:3])
         return {

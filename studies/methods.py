@@ -14,11 +14,12 @@ from typing import Any
 
 from steps import load_script, run_script
 from studies.comparison import REFERENCE
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import banner
 from utils.devices import resolve_device
 from utils.dialogue_folders import rows_of, without, write_folder
 from utils.evaluation import Data, EvaluationModel, Evaluator
+from utils.folder_artifacts import FolderArtifact
 from utils.learning_rate_search import search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
@@ -112,7 +113,7 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
     name = f"{record.task}_{artifacts.name}_{artifacts.repair_name}_at_budget.json"
     choice = RepairChoice.of(artifacts.settings)
     constants = {"BUDGET": BUDGET, **choice.search_constants}
-    output = Artifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, constants, inputs)
+    output = FileArtifact(results_dir(artifacts.settings.OUTPUT_DIR) / name, MADE_BY, constants, inputs)
     stepped: Known = {}
 
     def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
@@ -151,14 +152,14 @@ def retrained_row(
     folder = f"{settings.OUTPUT_DIR}/retrained/{method}-{task}"
     train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
     write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)
-    recipe = Artifact(resolve_path(settings.MODEL_NAME), STEP_0, is_folder=True).require()["settings"]
+    recipe = FolderArtifact(resolve_path(settings.MODEL_NAME), STEP_0).require()["settings"]
     run_script(STEP_0, {**recipe, **constants}, HH_DATASET=f"{folder}-dialogues", SFT_MODEL_DIR=f"{folder}-sft")
-    made = Artifact(resolve_path(f"{folder}-sft"), STEP_0, is_folder=True).require()
+    made = FolderArtifact(resolve_path(f"{folder}-sft"), STEP_0).require()
     evaluator = Evaluator(settings, "test")
     models = {"before": settings.MODEL_NAME, "after": f"{folder}-sft"}
     inputs = {when: model_fingerprint(model) for when, model in models.items()}
     inputs |= {metric: evaluator.data(metric).fingerprint for metric in METRICS}
-    output = Artifact(results_dir(settings.OUTPUT_DIR) / f"{method}_{task}.json", MADE_BY, {}, inputs)
+    output = FileArtifact(results_dir(settings.OUTPUT_DIR) / f"{method}_{task}.json", MADE_BY, {}, inputs)
     with locked(output.path):
         if not output.is_finished(overwrite=True):
             started = time.monotonic()

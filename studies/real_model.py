@@ -40,10 +40,10 @@ from studies.comparison import require_reference
 from studies.dialogues import plant
 from studies.splits import write_twin_free_split
 from studies.stages import BATCH_SIZE, IN_LITTLE_MEMORY, base_model, data_dir, model_name, run_stages, training_seeds
-from utils.artifacts import Artifact
 from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, write_folder
 from utils.files import to_json, write_if_changed
+from utils.folder_artifacts import FolderArtifact
 from utils.paths import STEP_0, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues
@@ -136,7 +136,7 @@ def fine_tune(
         SEED=seed,
         **IN_LITTLE_MEMORY,
     )
-    return Artifact(resolve_path(folder / "models" / model), STEP_0, is_folder=True).require()["perplexity"]
+    return FolderArtifact(resolve_path(folder / "models" / model), STEP_0).require()["perplexity"]
 
 
 def choose_recipe(settings: Settings) -> tuple[float, int]:

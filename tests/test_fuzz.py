@@ -20,9 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_resume import ARGUMENTS, DPP, FACTORS, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
 
-from utils.artifacts import Artifact
+from utils.artifacts import Artifact, FileArtifact
 from utils.console import UserError
 from utils.files import to_json
+from utils.folder_artifacts import FolderArtifact
 from utils.paths import PAPER_TABLES
 
 FUZZ = int(os.environ.get("FUZZ", "60"))
@@ -98,11 +99,11 @@ def changed(data: bytes, suffix: str) -> st.SearchStrategy[bytes]:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory) -> dict[str, Artifact]:
     folder, inputs = tmp_path_factory.mktemp("stored"), {"model": "m0"}
-    tensors = Artifact(folder / "scores.safetensors", STEP_1, {"NUM_BLOCKS": 1}, inputs)
+    tensors = FileArtifact(folder / "scores.safetensors", STEP_1, {"NUM_BLOCKS": 1}, inputs)
     tensors.save_tensors({"all_modules": torch.arange(6.0).reshape(1, 6)}, time.monotonic(), indices=[1, 2])
-    text = Artifact(folder / "indices.json", STEP_3, {"BOTTOM_K": 2}, inputs)
+    text = FileArtifact(folder / "indices.json", STEP_3, {"BOTTOM_K": 2}, inputs)
     text.save_json({"indices": [1, 2], "seconds": 1.5}, time.monotonic())
-    whole = Artifact(folder / "factors", STEP_1, {"NUM_BLOCKS": 1}, inputs, is_folder=True)
+    whole = FolderArtifact(folder / "factors", STEP_1, {"NUM_BLOCKS": 1}, inputs)
     with whole.staging_folder() as staging:
         (staging / "lambda.safetensors").write_bytes(tensors.path.read_bytes())
         whole.publish_folder(time.monotonic(), {"lambda": [1, 6]})
@@ -118,7 +119,7 @@ def test_a_changed_artifact_is_read_as_it_was_or_refused(stored, kind, part, dat
     file = artifact.manifest_path if part == "manifest" else artifact.path
     file = file / "lambda.safetensors" if file.is_dir() else file
     content, manifest = file.read_bytes(), artifact.require()
-    read = {"tensors": artifact.load_tensors, "json": artifact.load_json, "folder": artifact.require}[kind]
+    read = getattr(artifact, {"tensors": "load_tensors", "json": "load_json", "folder": "require"}[kind])
     expected = read()
     file.write_bytes(data.draw(changed(content, file.suffix)))
     try:

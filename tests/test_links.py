@@ -13,10 +13,11 @@ import torch
 from conftest import contents, write_manifest
 
 from steps import load_script
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError
 from utils.files import has_links, read_json, remove, write_if_changed, write_locked, written_whole
 from utils.fine_tuning import last_checkpoint
+from utils.folder_artifacts import FolderArtifact
 from utils.hub import HubAccess, push_folder
 from utils.influence import factors
 from utils.locks import locked
@@ -42,15 +43,15 @@ def outside(tmp_path) -> Path:
 
 
 def save_json(path: Path) -> None:
-    Artifact(path, "step.py").save_json({"a": 1}, time.monotonic())
+    FileArtifact(path, "step.py").save_json({"a": 1}, time.monotonic())
 
 
 def save_tensors(path: Path) -> None:
-    Artifact(path, "step.py").save_tensors({"a": torch.ones(2)}, time.monotonic())
+    FileArtifact(path, "step.py").save_tensors({"a": torch.ones(2)}, time.monotonic())
 
 
-def save_folder(path: Path) -> None:
-    artifact = Artifact(path, "step.py", is_folder=True)
+def save_folder(path: Path, **settings: float) -> None:
+    artifact = FolderArtifact(path, "step.py", settings)
     artifact.is_finished(overwrite=True)
     with artifact.staging_folder() as folder:
         (folder / "model.safetensors").write_text("new", encoding="utf-8")
@@ -92,7 +93,7 @@ def test_a_link_where_something_is_written_leads_nowhere(tmp_path, outside, save
 @pytest.mark.parametrize("name", ["checkpoint-10", "model.safetensors", "settings.json", "sub/deeper", ".hidden"])
 @pytest.mark.parametrize("target", [".", "model.safetensors", "missing"])
 def test_a_staging_folder_with_a_link_is_begun_anew(tmp_path, outside, name, target):
-    artifact = Artifact(tmp_path / "here", "step.py", is_folder=True)
+    artifact = FolderArtifact(tmp_path / "here", "step.py")
     with artifact.staging_folder() as folder:
         (folder / "done before").touch()
     link = folder / name
@@ -113,7 +114,7 @@ def test_a_staging_folder_with_a_link_is_begun_anew(tmp_path, outside, name, tar
 
 
 def test_a_staging_folder_without_links_is_continued(tmp_path):
-    artifact = Artifact(tmp_path / "here", "step.py", is_folder=True)
+    artifact = FolderArtifact(tmp_path / "here", "step.py")
     with artifact.staging_folder() as folder:
         (folder / "done before").touch()
     with artifact.staging_folder() as folder:
@@ -132,7 +133,7 @@ def test_folders_may_lie_behind_links_of_the_users(tmp_path, outside):
 
 
 def test_a_finished_folder_is_tidied_and_nothing_else(tmp_path, outside):
-    artifact = Artifact(tmp_path / "here", "step.py", is_folder=True)
+    artifact = FolderArtifact(tmp_path / "here", "step.py")
     save_folder(artifact.path)
     (artifact.path / "a.partial").symlink_to(outside)
     (tmp_path / "here.replaced").symlink_to(outside)
@@ -144,11 +145,12 @@ def test_a_finished_folder_is_tidied_and_nothing_else(tmp_path, outside):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["here", "outside"]
 
 
-def test_what_replaces_a_link_to_a_folder_leaves_the_folder(tmp_path, outside):
-    before = contents(outside)
-    (tmp_path / "here").symlink_to(outside)
+def test_what_replaces_a_link_to_a_folder_leaves_the_folder(tmp_path):
+    save_folder(tmp_path / "elsewhere", **OTHER)
+    before = contents(tmp_path / "elsewhere")
+    (tmp_path / "here").symlink_to(tmp_path / "elsewhere")
     save_folder(tmp_path / "here")
-    assert contents(outside) == before
+    assert contents(tmp_path / "elsewhere") == before
     assert not (tmp_path / "here").is_symlink()
 
 
@@ -187,7 +189,7 @@ def test_files_that_a_forged_manifest_names_are_not_touched(tmp_path, outside, n
     manifest["files"][name.format(outside=outside)] = 2
     write_manifest(tmp_path / "here" / "manifest.json", manifest)
     before = contents(outside)
-    artifact = Artifact(tmp_path / "here", "step.py", settings=OTHER, is_folder=True)
+    artifact = FolderArtifact(tmp_path / "here", "step.py", settings=OTHER)
     with contextlib.suppress(UserError):
         artifact.is_finished()
     assert not artifact.is_finished(overwrite=True)

@@ -18,8 +18,8 @@ from process_pool import Ended, Launch
 from test_resume import ARGUMENTS, DPP, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, results
 
 from utils import locks
-from utils.artifacts import Artifact
 from utils.files import read_json
+from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.paths import PAPER_TABLES
 
@@ -314,7 +314,7 @@ def test_two_equal_runs_of_prepare_end_as_one(tmp_path):
 
 
 def test_asking_whether_it_is_finished_leaves_the_folder_in_which_another_run_replaces_it(tmp_path):
-    artifact = Artifact(tmp_path / "factors", STEP_1, is_folder=True)
+    artifact = FolderArtifact(tmp_path / "factors", STEP_1)
     with artifact.staging_folder() as folder:
         (folder / "factor").write_text("old")
         artifact.publish_folder(time.monotonic(), {})

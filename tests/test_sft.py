@@ -15,9 +15,9 @@ from huggingface_hub import ModelCard
 from process_pool import Launch
 from safetensors.torch import load_file
 
-from utils.artifacts import Artifact
 from utils.files import read_json
 from utils.fine_tuning import Progress, collate
+from utils.folder_artifacts import FolderArtifact
 from utils.models import load_model, load_tokenizer
 from utils.paths import STEP_5
 from utils.performance_functions.hh import Dialogues, tokenize_dialogues
@@ -246,7 +246,7 @@ def test_what_another_script_made_or_none_is_never_replaced(small_data, tmp_path
     own, repaired = tmp_path / "own", tmp_path / "repaired"
     own.mkdir()
     (own / "notes.txt").write_text("mine", encoding="utf-8")
-    checkpoint = Artifact(repaired, STEP_5, is_folder=True)
+    checkpoint = FolderArtifact(repaired, STEP_5)
     with checkpoint.staging_folder():
         checkpoint.publish_folder(0.0, {})
     before = contents(tmp_path)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from evaluation_scripts import paper_tables
 from evaluation_scripts.paper_tables import RepairConfig, fewest_task_names, mean_improvement
 from utils import artifacts, paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError
 from utils.files import read_json
 from utils.models import load_tokenizer
@@ -274,9 +274,9 @@ def test_the_report_reads_a_score_file_once_however_many_repairs_it_shows(tmp_pa
     scores = torch.arange(5.0)[None] / 8
     for task in ("bias", "truth"):
         file = paths.scores_file(tmp_path, task, "m", "ekfac", False, 42)
-        Artifact(file, STEP_1).save_tensors({"all_modules": scores}, 0.0)
+        FileArtifact(file, STEP_1).save_tensors({"all_modules": scores}, 0.0)
     picks = {"diversity_gains": [3.0, 2.0, 1.0], "influence_gains": [0.5, 0.25, 0.125]}
-    Artifact(paths.dpp_file(tmp_path, "bias", "m", 3, 10.0), "dpp/greedy_dpp.py").save_json(picks, 0.0)
+    FileArtifact(paths.dpp_file(tmp_path, "bias", "m", 3, 10.0), "dpp/greedy_dpp.py").save_json(picks, 0.0)
     read = []
     monkeypatch.setattr(artifacts, "load_file", lambda file: read.append(file) or load_file(file))
     rows = [
@@ -464,7 +464,7 @@ def test_token_pieces_follow_the_completions_characters(tiny_models, tmp_path):
     assert len(emoji) > 1  # several tokens of one character, whose scores add up
     scores[emoji[0]], scores[emoji[-1]] = 0.5, -2.5
     file = paths.token_scores_file(tmp_path, "bias", name, "ekfac", False, 42)
-    Artifact(file, STEP_1).save_tensors({"scores": scores, "offsets": torch.tensor([0, length])}, 0.0)
+    FileArtifact(file, STEP_1).save_tensors({"scores": scores, "offsets": torch.tensor([0, length])}, 0.0)
     settings = Settings(MODEL_NAMES=[model], OUTPUT_DIR=str(tmp_path), USE_HALF_PRECISION=False, SEEDS=[42])
     settings.COMPUTE_PER_TOKEN_SCORES = True
     colours = grid_report._TokenColours(settings, name, {"bias": torch.tensor([-1.0, 1.0])}, dialogues)
@@ -493,7 +493,9 @@ def test_harmful_tokens_are_an_axis_of_the_grid():
 
 def test_token_scores_that_are_not_of_these_dialogues_are_refused(tmp_path):
     for offsets in ([0, 2, 4], [1, 2, 3], [0, 4, 3]):
-        artifact = Artifact(tmp_path / "scores.safetensors", f"{STEP_1} --COMPUTE_PER_TOKEN_SCORES True", quiet=True)
+        artifact = FileArtifact(
+            tmp_path / "scores.safetensors", f"{STEP_1} --COMPUTE_PER_TOKEN_SCORES True", quiet=True
+        )
         artifact.save_tensors({"scores": torch.zeros(3), "offsets": torch.tensor(offsets)}, 0.0)
         with pytest.raises(UserError, match=r"3 scores, which its offsets .* --COMPUTE_PER_TOKEN_SCORES True again"):
             load_token_scores(artifact, 2)

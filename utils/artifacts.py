@@ -11,7 +11,6 @@ several processes the first one alone decides whether an artifact is finished, a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,8 +26,6 @@ from utils.console import UserError, say, say_read, shown_path
 from utils.files import (
     fingerprint_of,
     fingerprint_of_content,
-    give_usual_mode,
-    has_links,
     partial_of,
     read_json,
     remove,
@@ -39,8 +36,6 @@ from utils.files import (
 from utils.hub import allows_remote_code
 from utils.locks import locked
 from utils.manifests import (
-    MANIFEST_NAME,
-    STAGING_MARKER,
     checksum_of,
     differing_values,
     read_manifest,
@@ -56,14 +51,13 @@ def _shape_in_words(shapes: dict[str, list[int]]) -> str:
 
 @dataclass(frozen=True)
 class Artifact:
-    """One artifact of a step, a file or a folder, and what it is made from.
+    """One artifact of a step, a `FileArtifact` or a `FolderArtifact`, and what it is made from.
 
     Attributes:
         path: the file or folder.
         made_by: the script that writes it, named when it is missing.
         settings: the constants that its content depends on.
         inputs: fingerprints of what it was made from, by name ("model", "dataset", upstream artifacts).
-        is_folder: whether the artifact is a folder; its manifest then lies inside.
         quiet: print nothing about it.
         placed_by: the constant that says where it goes.
     """
@@ -72,30 +66,21 @@ class Artifact:
     made_by: str
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
-    is_folder: bool = False
     quiet: bool = False
     placed_by: str = "OUTPUT_DIR"
 
     @property
     def manifest_path(self) -> Path:
-        """`x.safetensors` has `x.manifest.json` beside it, a folder `manifest.json` inside."""
-        if self.is_folder:
-            return self.path / MANIFEST_NAME
-        return self.path.with_name(f"{self.path.stem}.manifest.json")
+        """Where its manifest lies."""
+        raise NotImplementedError
 
-    @property
-    def partial_path(self) -> Path:
-        """Where a folder grows until it is complete."""
-        return partial_of(self.path)
+    def require_place(self) -> None:
+        """Check, before the work, that nothing else is where the artifact goes.
 
-    @property
-    def _replaced_path(self) -> Path:
-        """Where a folder of other settings lies while the new one takes its name."""
-        return self.path.with_name(f"{self.path.name}.replaced")
-
-    @property
-    def _is_json(self) -> bool:
-        return not self.is_folder and self.path.suffix == ".json"
+        Raises:
+            UserError: something else is there.
+        """
+        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +90,7 @@ class Artifact:
     @property
     def remedy(self) -> str:
         """What the user is told to do where the artifact is broken."""
-        return f"delete {'the folder' if self.is_folder else 'it'} and run {self.made_by} again"
+        return f"delete it and run {self.made_by} again"
 
     # -- is it there? --------------------------------------------------------------------------------------------------
 
@@ -119,7 +104,7 @@ class Artifact:
             UserError: the artifact was made with other settings or inputs (shows both values), or is damaged; or, with
                 `overwrite` too, as `require_place`.
         """
-        self.require_place(overwrite)
+        self.require_place()
         if not self._is_there():
             return False
         try:
@@ -144,40 +129,6 @@ class Artifact:
         if not self.quiet:
             say(f"   finished before: {shown_path(self.path)}")
         return True
-
-    @first_process_only
-    def require_place(self, overwrite: bool = False) -> None:
-        """Check, before the work, that nothing else is where the artifact goes: OVERWRITE replaces nothing else.
-
-        Args:
-            overwrite: whether a link may be replaced, which leaves what it leads to.
-
-        Raises:
-            UserError: a folder where a file goes; or, where a folder goes, anything but an empty folder and one that
-                this script has made.
-        """
-        for path in () if self.is_folder else (self.path, self.manifest_path):
-            if path.is_dir():
-                raise UserError(f"{shown_path(path)} is a folder where a file is written; move it away")
-        if not self.is_folder or not os.path.lexists(self.path) or (overwrite and self.path.is_symlink()):
-            return
-        elsewhere = f"move it away, or choose another {self.placed_by}"
-        if not self.path.is_dir():
-            raise UserError(
-                f"{shown_path(self.path)} is needed as a folder, and is a file, or a link to nothing; {elsewhere}"
-            )
-        if not any(self.path.iterdir()):
-            return
-        if not self.manifest_path.is_file():
-            raise UserError(
-                f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
-                f"it; {elsewhere}"
-            )
-        made_by = read_manifest(self.manifest_path, elsewhere).get("made_by")
-        if made_by != self.made_by:
-            raise UserError(
-                f"{shown_path(self.path)} already exists and was made by {made_by}, not by {self.made_by}; {elsewhere}"
-            )
 
     def require(self) -> dict[str, Any]:
         """The manifest of an artifact that a later step reads.
@@ -217,20 +168,18 @@ class Artifact:
         return f" ({'; '.join(hints)})" if hints else ""
 
     def _is_there(self) -> bool:
-        return self.manifest_path.is_file() and (self.path.is_dir() if self.is_folder else self.path.is_file())
+        return self.manifest_path.is_file()
 
     def _read_manifest(self) -> dict[str, Any]:
         return read_manifest(self.manifest_path, self.remedy)
 
     def _require_undamaged(self, manifest: Mapping[str, Any]) -> None:
-        """Check that all files are there and as long as they were, and that a JSON file says what it said.
+        """Check that all files are there and as long as they were.
 
         Raises:
             UserError: names the first file that is not.
         """
-        if self._is_json:  # its length depends on the seconds
-            self._require_content(manifest)
-        folder = self.path if self.is_folder else self.path.parent
+        folder = self.manifest_path.parent
         for name, size in manifest["files"].items():
             file = folder / name
             if not file.is_file():
@@ -243,24 +192,68 @@ class Artifact:
 
     def _tidy(self) -> None:
         """Remove what a run that was killed at its last rename left."""
-        leftovers = [partial_of(self.path), partial_of(self.manifest_path)]
-        if self.is_folder:
-            leftovers += [self.path / STAGING_MARKER, *self.path.glob("*.partial")]
-            self._remove_replaced()
-        for leftover in leftovers:
+        for leftover in self._leftovers():
             remove(leftover)
 
-    def _remove_replaced(self) -> None:
-        """Remove what this folder has replaced, its mark last; a folder without a mark is somebody else's."""
-        replaced = self._replaced_path
-        if not replaced.is_symlink() and replaced.is_dir():
-            marks = [replaced / MANIFEST_NAME, replaced / STAGING_MARKER]
-            if any(replaced.iterdir()) and not any(mark.is_file() for mark in marks):
-                return
-            for path in replaced.iterdir():
-                if path not in marks:
-                    remove(path)
-        remove(replaced)
+    def _leftovers(self) -> list[Path]:
+        return [partial_of(self.path), partial_of(self.manifest_path)]
+
+    def _manifest(
+        self, started: float, shapes: dict[str, list[int]], files: dict[str, int], details: dict[str, Any]
+    ) -> dict[str, Any]:
+        manifest = {
+            "artifact": self.path.name,
+            "made_by": self.made_by,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "shapes": shapes,
+            "files": files,
+            "seconds": round(time.monotonic() - started, 3),
+            "versions": software_versions(),
+            "processes": launched(),
+            "trust_remote_code": allows_remote_code(),
+            **details,
+        }
+        return {**manifest, "checksum": checksum_of(manifest)}
+
+    def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
+        content = f": {_shape_in_words(shapes)}," if shapes else ""
+        if not self.quiet:
+            say(f"   wrote {shown_path(self.path)}{content} in {time.monotonic() - started:.1f} s")
+
+
+class FileArtifact(Artifact):
+    """A safetensors or JSON file, with its manifest beside it."""
+
+    @property
+    def manifest_path(self) -> Path:
+        """`x.safetensors` has `x.manifest.json`."""
+        return self.path.with_name(f"{self.path.stem}.manifest.json")
+
+    @property
+    def _is_json(self) -> bool:
+        return self.path.suffix == ".json"
+
+    def _is_there(self) -> bool:
+        return super()._is_there() and self.path.is_file()
+
+    @first_process_only
+    def require_place(self) -> None:
+        """Check, before the work, that no folder is where the file or its manifest goes.
+
+        Raises:
+            UserError: names the folder.
+        """
+        for path in (self.path, self.manifest_path):
+            if path.is_dir():
+                raise UserError(f"{shown_path(path)} is a folder where a file is written; move it away")
+
+    def _require_undamaged(self, manifest: Mapping[str, Any]) -> None:
+        """As for any artifact, and that a JSON file, whose length depends on the seconds, says what it said."""
+        if self._is_json:
+            self._require_content(manifest)
+        super()._require_undamaged(manifest)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -350,77 +343,3 @@ class Artifact:
             manifest = self._manifest(started, shapes, files, details)
             write_whole(self.manifest_path, to_json(manifest))
             self._say_written(started, shapes)
-
-    @contextmanager
-    def staging_folder(self) -> Iterator[Path]:
-        """A temporary folder, which keeps what a killed run with the same settings and inputs left."""
-        with locked(self.path):
-            self._prepare_staging_folder()
-            yield self.partial_path
-
-    @first_process_only
-    def _prepare_staging_folder(self) -> None:
-        marker = self.partial_path / STAGING_MARKER
-        try:
-            is_ours = not has_links(self.partial_path) and read_json(marker)["fingerprint"] == self.fingerprint
-        except (UserError, OSError, KeyError, TypeError):
-            is_ours = False
-        if is_ours:
-            say(f"   going on with {shown_path(self.partial_path)}, which a stopped run left")
-        else:
-            remove(self.partial_path)
-            write_whole(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
-
-    @first_process_only
-    def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401
-        """Put the manifest into the staging folder and give the folder its name.
-
-        What lies there under a temporary name, `*.partial` or hidden, does not belong to the artifact and is removed.
-        """
-        for leftover in self.partial_path.glob(".*"):
-            remove(leftover)
-        files = self._files_in(self.partial_path)
-        for name in files:
-            give_usual_mode(self.partial_path / name)
-        manifest = self._manifest(started, shapes, files, details)
-        write_whole(self.partial_path / MANIFEST_NAME, to_json(manifest))
-        self._remove_replaced()
-        if os.path.lexists(self.path):
-            self.path.replace(self._replaced_path)
-        self.partial_path.replace(self.path)  # until here a killed run resumes
-        self._tidy()
-        self._say_written(started, shapes)
-
-    def _files_in(self, folder: Path) -> dict[str, int]:
-        """The sizes of the files that belong to a folder, by their paths in it; a README may be edited."""
-        apart = (STAGING_MARKER, MANIFEST_NAME, "README.md")
-        names = {file: file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file()}
-        return {
-            name.as_posix(): file.stat().st_size
-            for file, name in names.items()
-            if str(name) not in apart and not name.parts[0].endswith(".partial")
-        }
-
-    def _manifest(
-        self, started: float, shapes: dict[str, list[int]], files: dict[str, int], details: dict[str, Any]
-    ) -> dict[str, Any]:
-        manifest = {
-            "artifact": self.path.name,
-            "made_by": self.made_by,
-            "fingerprint": self.fingerprint,
-            "settings": self.settings,
-            "inputs": self.inputs,
-            "shapes": shapes,
-            "files": files,
-            "seconds": round(time.monotonic() - started, 3),
-            "versions": software_versions(),
-            "processes": launched(),
-            "trust_remote_code": allows_remote_code(),
-            **details,
-        }
-        return {**manifest, "checksum": checksum_of(manifest)}
-
-    def _say_written(self, started: float, shapes: dict[str, list[int]]) -> None:
-        content = f": {_shape_in_words(shapes)}," if shapes else ""
-        if not self.quiet:
-            say(f"   wrote {shown_path(self.path)}{content} in {time.monotonic() - started:.1f} s")

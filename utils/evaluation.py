@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.batching import BatchLoader, token_budget
 from utils.console import UserError, shown_path
 from utils.devices import resolve_device
@@ -248,8 +248,8 @@ class Evaluator:
         metric: Metric,
         model_name: str,
         load: Callable[[], EvaluationModel],
-        artifact: Artifact,
-        stored_losses: Artifact,
+        artifact: FileArtifact,
+        stored_losses: FileArtifact,
     ) -> Result:
         """As `result`, stored in the given artifacts."""
         with locked(artifact.path, stored_losses.path):
@@ -257,7 +257,7 @@ class Evaluator:
                 return self._stored(metric, model_name, artifact, stored_losses)
             return self._measure(metric, model_name, load(), artifact, stored_losses)
 
-    def _stored(self, metric: Metric, model_name: str, artifact: Artifact, stored_losses: Artifact) -> Result:
+    def _stored(self, metric: Metric, model_name: str, artifact: FileArtifact, stored_losses: FileArtifact) -> Result:
         """Read a measurement.
 
         Raises:
@@ -279,7 +279,12 @@ class Evaluator:
         return Result(numbers, losses)
 
     def _measure(
-        self, metric: Metric, model_name: str, model: EvaluationModel, artifact: Artifact, stored_losses: Artifact
+        self,
+        metric: Metric,
+        model_name: str,
+        model: EvaluationModel,
+        artifact: FileArtifact,
+        stored_losses: FileArtifact,
     ) -> Result:
         """Measure, and store the losses and the result."""
         started = time.monotonic()

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, shown_path
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
@@ -134,12 +134,12 @@ def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, to
 
 
 def load_token_scores(
-    artifact: Artifact, num_dialogues: int, fingerprint: str | None = None
+    artifact: FileArtifact, num_dialogues: int, fingerprint: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One task's scores of all tokens (total tokens,), float64, and where each dialogue's begin (N + 1,).
 
     Raises:
-        UserError: as `Artifact.load_tensors`, or the dialogues' tokens are not those that have scores.
+        UserError: as `FileArtifact.load_tensors`, or the dialogues' tokens are not those that have scores.
     """
     tensors = artifact.load_tensors({"scores": (None,), "offsets": (num_dialogues + 1,)}, ["offsets"], fingerprint)
     scores, offsets = tensors["scores"].double(), tensors["offsets"]

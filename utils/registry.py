@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
+from utils.folder_artifacts import FolderArtifact
 from utils.model_fingerprints import model_fingerprint
 from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
@@ -96,14 +97,14 @@ class ModelArtifacts:
     def _influence_location(self, strategy: str | None = None) -> tuple[str, bool, int]:
         return strategy or self.settings.FACTOR_STRATEGY, self.settings.USE_HALF_PRECISION, self.settings.SEED
 
-    def factors(self) -> Artifact:
+    def factors(self) -> FolderArtifact:
         """Step 1: the curvature factors."""
         strategy = factors_for(self.settings.FACTOR_STRATEGY)
         path = paths.factors_dir(self.settings.OUTPUT_DIR, self.name, *self._influence_location(strategy))
         constants = {**self._known(*FACTOR_CONSTANTS), "FACTOR_STRATEGY": strategy}
-        return Artifact(path, STEP_1, constants, self.inputs, is_folder=True)
+        return FolderArtifact(path, STEP_1, constants, self.inputs)
 
-    def scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
+    def scores(self, task: str, strategy: str | None = None, **inputs: str) -> FileArtifact:
         """Step 1: the influence scores of one task. The writer adds the fingerprint of the answer pairs.
 
         Args:
@@ -111,13 +112,15 @@ class ModelArtifacts:
         """
         return self._scored(paths.scores_file, task, strategy, inputs)
 
-    def token_scores(self, task: str, strategy: str | None = None, **inputs: str) -> Artifact:
+    def token_scores(self, task: str, strategy: str | None = None, **inputs: str) -> FileArtifact:
         """Step 1, with COMPUTE_PER_TOKEN_SCORES: the same for single tokens."""
         meaning = {"token_scores": "of each token's own loss"}  # those of earlier versions were of activations
         scored = self._scored(paths.token_scores_file, task, strategy, {**inputs, **meaning})
         return replace(scored, made_by=f"{scored.made_by} --COMPUTE_PER_TOKEN_SCORES True")
 
-    def _scored(self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]) -> Artifact:
+    def _scored(
+        self, file: Callable[..., Path], task: str, strategy: str | None, inputs: dict[str, str]
+    ) -> FileArtifact:
         constants = self._known(*FACTOR_CONSTANTS, "DAMPING_FACTOR")
         if self.settings.FACTOR_STRATEGY == "ekfac_cg":
             constants |= self._known(*SOLVER_CONSTANTS)
@@ -127,27 +130,27 @@ class ModelArtifacts:
             if strategy == "identity":
                 constants = {name: value for name, value in constants.items() if name not in FISHER_CONSTANTS}
         path = file(self.settings.OUTPUT_DIR, task, self.name, *self._influence_location(strategy))
-        return Artifact(path, made_by, constants, {**self.inputs, **inputs})
+        return FileArtifact(path, made_by, constants, {**self.inputs, **inputs})
 
-    def representations(self) -> Artifact:
+    def representations(self) -> FileArtifact:
         """Step 2: the representations of the training dialogues."""
         path = paths.representations_file(self.settings.OUTPUT_DIR, self.name)
-        return Artifact(path, STEP_2, self._known("MAX_LENGTH"), self.inputs)
+        return FileArtifact(path, STEP_2, self._known("MAX_LENGTH"), self.inputs)
 
-    def answer_representations(self, task: str, side: Side, **inputs: str) -> Artifact:
+    def answer_representations(self, task: str, side: Side, **inputs: str) -> FileArtifact:
         """Step 2, with ANSWERS_OF: those of a task's answers of one side. The writer adds the pairs' fingerprint."""
         path = paths.answer_representations_file(self.settings.OUTPUT_DIR, task, side, self.name)
         made_by, constants = f"{STEP_2} --ANSWERS_OF {task}", self._known("MAX_LENGTH")
-        return Artifact(path, made_by, constants, {"model": self.fingerprint, **inputs})
+        return FileArtifact(path, made_by, constants, {"model": self.fingerprint, **inputs})
 
-    def dpp(self, task: str, **inputs: str) -> Artifact:
+    def dpp(self, task: str, **inputs: str) -> FileArtifact:
         """Step 3: the diverse subset. The writer adds the fingerprints of the representations and scores."""
         settings = self.settings
         path = paths.dpp_file(settings.OUTPUT_DIR, task, self.name, settings.BOTTOM_K, settings.IF_WEIGHT)
         constants = self._known("BOTTOM_K", "IF_WEIGHT", "KERNEL", "NUM_FEATURES", "GAMMA", "SEED")
-        return Artifact(path, STEP_3, {**constants, **self._combination(task)}, {**self.inputs, **inputs})
+        return FileArtifact(path, STEP_3, {**constants, **self._combination(task)}, {**self.inputs, **inputs})
 
-    def gradients(self, task: str, **inputs: str) -> Artifact:
+    def gradients(self, task: str, **inputs: str) -> FileArtifact:
         """Step 4: the repair gradient.
 
         Args:
@@ -163,9 +166,9 @@ class ModelArtifacts:
         of_choice += ["BASELINE_STEPS", "BASELINE_RATE"] * (choice.scores_type in TRAINED)
         constants = self._known(*FACTOR_CONSTANTS, "SCORES_TYPE", *of_choice)
         constants |= self._combination(task)
-        return Artifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
+        return FileArtifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
 
-    def checkpoint(self, task: str, learning_rate: float, gradient: str) -> Artifact:
+    def checkpoint(self, task: str, learning_rate: float, gradient: str) -> FolderArtifact:
         """Step 5: the repaired checkpoint.
 
         Args:
@@ -173,19 +176,19 @@ class ModelArtifacts:
         """
         path = paths.repaired_model_dir(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, learning_rate)
         inputs = {"model": self.fingerprint, "gradient": gradient}
-        return Artifact(path, STEP_5, {"LEARNING_RATE": learning_rate}, inputs, is_folder=True)
+        return FolderArtifact(path, STEP_5, {"LEARNING_RATE": learning_rate}, inputs)
 
-    def learning_rate_search(self, task: str, **inputs: str) -> Artifact:
+    def learning_rate_search(self, task: str, **inputs: str) -> FileArtifact:
         """Step 5 with LEARNING_RATE "auto": the rates that were tried; `inputs` are what they were measured on."""
         path = paths.search_file(self.settings.OUTPUT_DIR, task, self.name, self.repair_name, self.settings.PPL_BUDGET)
         constants = {**self._known("PPL_BUDGET"), **self._combination(task)}
         constants |= RepairChoice.of(self.settings).search_constants
-        return Artifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
+        return FileArtifact(path, STEP_5, constants, {"model": self.fingerprint, **inputs})
 
-    def retraining(self, name: str, constants: dict[str, Any], inputs: dict[str, str]) -> Artifact:
+    def retraining(self, name: str, constants: dict[str, Any], inputs: dict[str, str]) -> FolderArtifact:
         """evaluation_scripts/validate_scores.py: a fine-tuning on some of the dialogues, of which numbers are kept."""
         path = paths.retraining_dir(self.settings.OUTPUT_DIR, self.name, name)
-        return Artifact(path, paths.VALIDATION, constants, inputs, is_folder=True, quiet=True)
+        return FolderArtifact(path, paths.VALIDATION, constants, inputs, quiet=True)
 
     def seconds_for(self, scores_type: RankingType) -> float | None:
         """What all tasks' scores took in steps 1 and 2, from their manifests; None where no step makes them."""
@@ -199,20 +202,20 @@ class ModelArtifacts:
         in_one_pass = max(self.scores(task, strategy).require()["seconds"] for task in TASK_NAMES)
         return in_one_pass + (0 if scores_type == "identity" else self.factors().require()["seconds"])
 
-    def report(self, checkpoint: Artifact, content: str) -> Artifact:
+    def report(self, checkpoint: FolderArtifact, content: str) -> FileArtifact:
         """Step 5: what a repair did, saved or not; `content` is the report's fingerprint."""
         path = paths.report_file(self.settings.OUTPUT_DIR, checkpoint.path.name)
-        return Artifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "content": content})
+        return FileArtifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "content": content})
 
-    def completions(self, checkpoint: Artifact, split: str, pairs: str) -> Artifact:
+    def completions(self, checkpoint: FolderArtifact, split: str, pairs: str) -> FileArtifact:
         """Step 5: completions before and after a repair; `pairs` is the fingerprint of the pairs with the prompts."""
         path = paths.result_file(self.settings.OUTPUT_DIR, checkpoint.path.name, "completions", split)
-        return Artifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "pairs": pairs})
+        return FileArtifact(path, STEP_5, inputs={"model": checkpoint.fingerprint, "pairs": pairs})
 
 
 def result_artifact(
     output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: Dialogues | AnswerPairs
-) -> Artifact:
+) -> FileArtifact:
     """Steps 5 and 6: one measurement of any model.
 
     Args:
@@ -224,12 +227,12 @@ def result_artifact(
     constants = {"metric": metric, "split": split}
     if not isinstance(data, Dialogues):
         constants["split_rule"] = data.split_rule
-    return Artifact(path, STEP_6[metric], constants, {"model": fingerprint, "data": data.fingerprint})
+    return FileArtifact(path, STEP_6[metric], constants, {"model": fingerprint, "data": data.fingerprint})
 
 
 def losses_artifact(
     output_dir: str, model_name: str, fingerprint: str, metric: str, split: str, data: Dialogues | AnswerPairs
-) -> Artifact:
+) -> FileArtifact:
     """Steps 5 and 6: the losses of single pairs or dialogues that a result was computed from; as `result_artifact`."""
     result = result_artifact(output_dir, model_name, fingerprint, metric, split, data)
     return replace(result, path=paths.losses_file(output_dir, model_name, metric, split), quiet=True)
@@ -244,7 +247,7 @@ def stressed_artifacts(
     inputs: dict[str, str],
     metric: str,
     data: Dialogues | AnswerPairs,
-) -> tuple[Artifact, Artifact]:
+) -> tuple[FileArtifact, FileArtifact]:
     """evaluation_scripts/robustness.py: a result and its losses, as the two above, of a model after a stress.
 
     Args:
@@ -273,12 +276,12 @@ def repaired_checkpoints(output_dir: str, fingerprint: str) -> list[str]:
         UserError: the manifest of one is broken.
     """
     manifests = paths.repaired_models_dir(output_dir).glob("*/manifest.json")
-    checkpoints = [Artifact(path.parent, STEP_5, is_folder=True) for path in manifests]
+    checkpoints = [FolderArtifact(path.parent, STEP_5) for path in manifests]
     ours = [checkpoint.path for checkpoint in checkpoints if checkpoint.require()["inputs"].get("model") == fingerprint]
     return sorted(map(str, ours))
 
 
-def sft_model(settings: Settings, **inputs: str) -> Artifact:
+def sft_model(settings: Settings, **inputs: str) -> FolderArtifact:
     """Before step 1: the POST-SFT model that data/make_sft_model.py makes.
 
     Args:
@@ -289,10 +292,10 @@ def sft_model(settings: Settings, **inputs: str) -> Artifact:
         name: value and paths.public_name(value) for name, value in settings.pick("BASE_MODEL", "TOKENIZER").items()
     }
     path = paths.resolve_path(settings.SFT_MODEL_DIR)
-    return Artifact(path, paths.STEP_0, constants, inputs, is_folder=True, placed_by="SFT_MODEL_DIR")
+    return FolderArtifact(path, paths.STEP_0, constants, inputs, placed_by="SFT_MODEL_DIR")
 
 
-def harness_result(settings: Settings, model_name: str, fingerprint: str, task: str) -> Artifact:
+def harness_result(settings: Settings, model_name: str, fingerprint: str, task: str) -> FileArtifact:
     """evaluation_scripts/harness_eval.py: one task of lm-evaluation-harness, of any model.
 
     Args:
@@ -301,4 +304,4 @@ def harness_result(settings: Settings, model_name: str, fingerprint: str, task: 
     """
     path = paths.result_file(settings.OUTPUT_DIR, model_name, "harness", task)
     made_by = "evaluation_scripts/harness_eval.py"
-    return Artifact(path, made_by, {"task": task, **settings.pick("LIMIT")}, {"model": fingerprint})
+    return FileArtifact(path, made_by, {"task": task, **settings.pick("LIMIT")}, {"model": fingerprint})

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.artifacts import Artifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, read_json, to_json, write_if_changed
+from utils.folder_artifacts import FolderArtifact
 from utils.manifests import MANIFEST_NAME, differing_values
 from utils.models import locate
 from utils.paths import STEP_4, STEP_5, public_name
@@ -101,7 +101,7 @@ class RepairRecord:
         answered = [row for row in range(len(dialogues)) if dialogues.completions[row].strip()] or [0]
         return dialogues.at([min(answered, key=lambda row: len(dialogues.prompts[row]))])
 
-    def checkpoint(self, learning_rate: float) -> Artifact:
+    def checkpoint(self, learning_rate: float) -> FolderArtifact:
         """The artifact that holds the repaired model."""
         return self.artifacts.checkpoint(self.task, learning_rate, self.gradient["fingerprint"])
 
@@ -178,7 +178,7 @@ def repaired_task(repaired: str, model: str, fingerprint: str) -> str:
     if task not in (*TASK_NAMES, "combined"):
         raise UserError(f"{where}, whose repair.json has the task {task!r}; {needed}")
     if (folder / MANIFEST_NAME).is_file():  # the same model may have several names, or have been made anew since
-        Artifact(folder, STEP_5, inputs={"model": fingerprint}, is_folder=True).require()
+        FolderArtifact(folder, STEP_5, inputs={"model": fingerprint}).require()
     elif repaired_from != public_name(model):
         raise UserError(f"{where}, which was repaired from {repaired_from!r} by its repair.json; {needed}")
     return task

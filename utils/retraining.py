@@ -14,7 +14,6 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from utils import paths
-from utils.artifacts import Artifact
 from utils.base_models import base_fingerprints, start_model
 from utils.batching import LabelledSequence
 from utils.console import UserError, progress_bar, say
@@ -28,6 +27,7 @@ from utils.fine_tuning import (
     set_checkpoints_aside,
     training_device,
 )
+from utils.folder_artifacts import FolderArtifact
 from utils.intervals import estimate_mean
 from utils.locks import locked, locked_if_free
 from utils.manifests import MANIFEST_NAME, differing_values
@@ -96,7 +96,7 @@ class Retrainer:
     def _examples(self) -> list[LabelledSequence]:
         return tokenize_dialogues(self.artifacts.dialogues, self._base.tokenizer)
 
-    def artifact(self, retraining: Retraining) -> Artifact:
+    def artifact(self, retraining: Retraining) -> FolderArtifact:
         """Where a retraining's measurements are kept."""
         constants = {**self.settings.pick(*RECIPE), "seed": retraining.seed, "rows": fingerprint_of(retraining.rows)}
         return self.artifacts.retraining(retraining.name, constants, self.inputs)
@@ -130,12 +130,12 @@ class Retrainer:
         with locked_if_free(output.path) as is_ours:
             return self._finished(retraining, output, bar) if is_ours else None
 
-    def _finished(self, retraining: Retraining, output: Artifact, bar: tqdm) -> Measured:
+    def _finished(self, retraining: Retraining, output: FolderArtifact, bar: tqdm) -> Measured:
         if not output.is_finished(self.settings.OVERWRITE):
             self._retrain(retraining, output, bar)
         return output.require()["measured"]
 
-    def _retrain(self, retraining: Retraining, output: Artifact, bar: tqdm) -> None:
+    def _retrain(self, retraining: Retraining, output: FolderArtifact, bar: tqdm) -> None:
         started = time.monotonic()
         base = self._base
         model = copy.deepcopy(base.model).to(self.device)
@@ -175,7 +175,7 @@ def require_recipe(settings: Settings, artifacts: ModelArtifacts) -> None:
     if not (folder / MANIFEST_NAME).is_file():
         say(f"   {artifacts.model} has no record of how it was fine-tuned: the recipe's constants are taken as given")
         return
-    made = Artifact(folder, paths.STEP_0, is_folder=True).require()
+    made = FolderArtifact(folder, paths.STEP_0).require()
     if made["made_by"] != paths.STEP_0:
         raise UserError(
             f"MODEL_NAME = {artifacts.model!r} was made by {made['made_by']}, and only a fine-tuning can be repeated; "

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_content, remove, write_locked
 from utils.manifests import differing_values
 
 
-class PreparedFile(Artifact):
+class PreparedFile(FileArtifact):
     """A file below DATA_DIR with its manifest, which records a fingerprint of the file's content."""
 
     @property

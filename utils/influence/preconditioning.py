@@ -20,8 +20,8 @@ from kronfluence.utils.constants import (
     NUM_LAMBDA_PROCESSED,
 )
 
-from utils.artifacts import Artifact
 from utils.console import UserError, shown_path
+from utils.folder_artifacts import FolderArtifact
 from utils.influence.factor_files import factor_file, load_factors
 from utils.influence.traced_model import Curvature, Gradients, TracedModel
 from utils.locks import locked
@@ -107,7 +107,7 @@ def _invert(factor: Mapping[str, torch.Tensor], curvature: Curvature, module: st
     return _Inverse(reciprocals, *bases, damping)
 
 
-def load_preconditioner(factors: Artifact, traced: TracedModel) -> Preconditioner:
+def load_preconditioner(factors: FolderArtifact, traced: TracedModel) -> Preconditioner:
     """The preconditioner of a traced model, from factors that no other run replaces meanwhile.
 
     Raises:

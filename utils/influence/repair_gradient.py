@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from kronfluence.task import Task
 
-from utils.artifacts import Artifact
 from utils.batching import LabelledSequence
 from utils.console import UserError
+from utils.folder_artifacts import FolderArtifact
 from utils.influence.fitted_weights import fit_weights
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
 from utils.influence.scores import mean_measurement_gradient, weigh_by_score
@@ -183,7 +183,7 @@ def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tup
     return direction, alphas.tolist()
 
 
-def preconditioner_for(scores_type: str, factors: Artifact, traced: TracedModel) -> Preconditioner | None:
+def preconditioner_for(scores_type: str, factors: FolderArtifact, traced: TracedModel) -> Preconditioner | None:
     """P of a way of choosing; None where it does without curvature.
 
     Raises:

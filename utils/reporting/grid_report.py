@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.locks import locked
 from utils.manifests import software_versions
 from utils.models import load_tokenizer
@@ -120,7 +120,7 @@ class _TokenColours:
         for task in scores if settings.COMPUTE_PER_TOKEN_SCORES else ():
             where = (task, model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
             made_by = f"{paths.STEP_1} --COMPUTE_PER_TOKEN_SCORES True"
-            file = Artifact(paths.token_scores_file(settings.OUTPUT_DIR, *where), made_by, quiet=True)
+            file = FileArtifact(paths.token_scores_file(settings.OUTPUT_DIR, *where), made_by, quiet=True)
             self._of_task[task], self._offsets = load_token_scores(file, len(dialogues))
         if self._of_task:
             self._of_task["combined"] = combined_token_scores(self._of_task, scores)
@@ -151,7 +151,7 @@ def _influence_scores(settings: Settings, model: str) -> dict[str, torch.Tensor]
     """Scores (N,) of every task, for a model that was traced with SEEDS[0]."""
     where = (model, "ekfac", settings.USE_HALF_PRECISION, settings.SEEDS[0])
     files = {task: paths.scores_file(settings.OUTPUT_DIR, task, *where) for task in MEASUREMENTS}
-    artifacts = {task: Artifact(file, paths.STEP_1, quiet=True) for task, file in files.items() if file.exists()}
+    artifacts = {task: FileArtifact(file, paths.STEP_1, quiet=True) for task, file in files.items() if file.exists()}
     return {
         task: artifact.load_tensors({SCORES_TENSOR: (1, None)})[SCORES_TENSOR].squeeze(0)
         for task, artifact in artifacts.items()
@@ -168,7 +168,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
         gains: dict[str, list[float]] = {}
         if row["scores_type"] in DIVERSE:
             location = (row["task"], row["model"], row["bottom_k"], row["if_weight"])
-            picks = Artifact(paths.dpp_file(settings.OUTPUT_DIR, *location), paths.STEP_3).load_json()
+            picks = FileArtifact(paths.dpp_file(settings.OUTPUT_DIR, *location), paths.STEP_3).load_json()
             gains = {name: picks[f"{name}_gains"] for name in ("diversity", "influence")}
         examples = [
             Example(
@@ -194,6 +194,6 @@ def _completions(settings: Settings, row: Row) -> list[Completion]:
     location = (row["task"], row["model"], row["repair"], row["learning_rate"])
     folder = paths.repaired_model_dir(settings.OUTPUT_DIR, *location)
     file = paths.result_file(settings.OUTPUT_DIR, folder.name, "completions", "test")
-    kept = Artifact(file, paths.STEP_5).load_json() if file.exists() else []
+    kept = FileArtifact(file, paths.STEP_5).load_json() if file.exists() else []
     name = f"{row['model']}, {row['task']}: {row['method']}"
     return [Completion(text["task"], name, text["prompt"], text["before"], text["after"]) for text in kept]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import paths
-from utils.artifacts import Artifact
+from utils.artifacts import FileArtifact
 from utils.console import UserError, say, shown_path
 from utils.files import fingerprint_of_text, partial_of, read_json, remove, to_json, write_if_changed, write_locked
 from utils.locks import locked
@@ -34,7 +34,7 @@ def sweep_row(report: dict[str, Any]) -> Row:
     return row | {f"{task}_split": rule for task, rule in report["split_rules"].items()}
 
 
-def read_report(artifact: Artifact) -> dict[str, Any]:
+def read_report(artifact: FileArtifact) -> dict[str, Any]:
     """Read the report on a repair.
 
     Raises:
