@@ -34,6 +34,7 @@ from utils.artifacts import Artifact, FileArtifact
 from utils.batching import BatchLoader, LabelledSequence
 from utils.console import banner, say
 from utils.devices import resolve_device
+from utils.folder_artifacts import FolderArtifact
 from utils.influence.conjugate_gradient import Solution, conjugate_gradients
 from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
@@ -105,7 +106,7 @@ def curvature_loader(
 
 
 def fit(
-    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: FileArtifact
+    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: FolderArtifact
 ) -> None:
     """Fit the factors of F."""
     started = time.monotonic()

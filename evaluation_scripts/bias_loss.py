@@ -3,8 +3,8 @@
     python evaluation_scripts/bias_loss.py
     python evaluation_scripts/bias_loss.py --MODEL_NAMES gradient_ascent_models/NAME --SPLIT train
 
-Writes results/MODEL_bias_SPLIT.json and prints a table, which compares further models with the first. Lower is
-better.
+Writes results/MODEL_bias_SPLIT.json and prints a table, which compares further models with the first.
+Lower losses are better.
 """
 
 from __future__ import annotations

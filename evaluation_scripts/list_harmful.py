@@ -244,6 +244,7 @@ def main(settings: Settings) -> None:
     train = traced[0].dialogues
     require_enough(settings.BOTTOM_K, len(train))
     known_harm = read_known_harm(settings.HH_DATASET, len(train)) or {}
+    known_harm = {kind: rows for kind, rows in known_harm.items() if rows}
     lists = [
         (artifacts, task, *rank(artifacts, task))
         for artifacts, task in itertools.product(traced, tasks_of(settings.TASK_NAME))

@@ -184,13 +184,14 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     by_answers = scores_types & {"representation", "mean_difference"}
     if by_answers or scores_types & {*DIVERSE}:
         run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
+    where = f" · {common['MODEL_NAME']}, SEED {common['SEED']}" + ", sweep" * isinstance(learning_rate, list)
     groups: dict[str, list[RepairConfig]] = {}
     for repair in repairs:
         groups.setdefault(repair.choice.name, []).append(repair)
     for number, group in enumerate(groups.values(), start=1):
         choice = group[0].choice
         constants = {**common, **choice.constants}
-        banner(f"method {number} of {len(groups)}", choice.name)
+        banner(f"method {number} of {len(groups)}", f"{choice.name}{where}")
         for task_name in fewest_task_names(group):
             if choice.scores_type in DIVERSE:
                 run_script(STEP_3, constants, TASK_NAME=task_name)

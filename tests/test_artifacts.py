@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from utils import manifests, paths
 from utils.artifacts import Artifact, FileArtifact
 from utils.console import UserError
-from utils.files import fingerprint_of, fingerprint_of_files, read_json, to_json, write_if_changed, write_locked
+from utils.files import fingerprint_of, fingerprint_of_files, read_json, remove, to_json, write_if_changed, write_locked
 from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
 from utils.repairs import RepairChoice
@@ -165,6 +165,36 @@ def test_staging_folder_is_kept_for_the_same_settings_and_emptied_for_others(tmp
             grow_until_killed(artifact, name)
         assert not artifact.is_finished()
         assert names_in(artifact.partial_path) == [*kept, "settings.json"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "of an app"}'])
+def test_a_folder_whose_manifest_is_broken_is_kept(tmp_path, content, overwrite):
+    artifact = make_folder_artifact(tmp_path)
+    save_folder(artifact, factor="1")
+    artifact.manifest_path.write_text(content, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=rf"manifest.json .*delete the folder and run {STEP} again if that made it; else"
+    ):
+        artifact.is_finished(overwrite)
+    assert (artifact.path / "factor").exists()
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_comes_to_the_place_during_the_work_is_kept(tmp_path, is_folder):
+    artifact = make_folder_artifact(tmp_path)
+    notes = artifact.path / "notes" if is_folder else artifact.path
+    with artifact.staging_folder() as folder:
+        (folder / "factor").write_text("1", encoding="utf-8")
+        notes.parent.mkdir(exist_ok=True)
+        notes.write_text("mine", encoding="utf-8")
+        with pytest.raises(UserError, match="move it away"):
+            artifact.publish_folder(time.monotonic(), {})
+    assert notes.read_text(encoding="utf-8") == "mine"
+    remove(artifact.path)
+    with artifact.staging_folder():
+        artifact.publish_folder(time.monotonic(), {})
+    assert names_in(artifact.path) == ["factor", "manifest.json"]
 
 
 @pytest.mark.parametrize("is_replacing", [False, True])

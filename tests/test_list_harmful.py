@@ -184,7 +184,7 @@ def test_what_must_stay_is_never_replaced(copy_of, refused, tmp_path, overwrite)
     for content in ("[]", "{", '{"made_by": "evaluation_scripts/list_harmful.py"}'):
         (own / "manifest.json").write_text(content)
         line = refused("--CLEANED_DATASET", own, "--OVERWRITE", overwrite)
-        assert "move it away, or choose another CLEANED_DATASET" in line
+        assert "move the folder away, or choose another CLEANED_DATASET" in line
 
 
 def test_too_many_dialogues_are_one_line(copy_of, refused, tmp_path):

@@ -397,7 +397,7 @@ def test_further_models_are_compared_with_the_first(workspace, tmp_path, capsys)
         workspace.run(f"evaluation_scripts/{script}.py", "--MODEL_NAMES", workspace.model, other)
         table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         header, first, last = ([cell.strip() for cell in table[row].split("|")[1:-1]] for row in (0, 2, 3))
-        name = "perplexity change" if metric == "anthropic" else "improvement"
+        name = "perplexity change" if metric == "anthropic" else "improvement of the loss"
         assert (header[-1], first[-1]) == (f"{name}, against {workspace.model.name}", "–")
         before, after = (
             json.loads((workspace.output / "results" / f"{model.name}_{metric}_test.json").read_text())["loss"]
@@ -415,7 +415,15 @@ def test_perplexities_of_other_tokenizers_are_not_compared():
         Result({"model": name, "loss": 1.0}, {"nll": torch.ones(3), "tokens": torch.tensor(tokens)})
         for name, tokens in (("one", [4, 5, 6]), ("other", [5, 5, 6]))
     ]
-    assert "other tokenizer" in results_table("anthropic", results)
+    assert "other tokens" in results_table("anthropic", results)
+
+
+def test_a_change_that_is_too_large_for_a_number_is_shown_as_that():
+    results = [
+        Result({"model": name, "loss": loss}, {"nll": torch.full((3,), 4 * loss), "tokens": torch.tensor([4, 4, 4])})
+        for name, loss in (("one", 1.0), ("diverged", 705.0))
+    ]
+    assert "too large for a number" in results_table("anthropic", results)
 
 
 def plain_pairs(data, split: str) -> dict[str, list[tuple[str, str, str]]]:

@@ -508,7 +508,8 @@ def test_only_the_scores_that_are_shown_or_ascended_are_split_over_tokens(monkey
         paper_tables.RepairConfig("bias", RepairChoice(name, 3, harmful_tokens_only=tokens))
         for name, tokens in (("pure_ekfac", True), ("identity", False), ("ekfac_cg", True))
     ]
-    paper_tables.run_grid({"COMPUTE_PER_TOKEN_SCORES": True}, repairs, "auto")
+    common = {"COMPUTE_PER_TOKEN_SCORES": True, "MODEL_NAME": "m", "SEED": 42}
+    paper_tables.run_grid(common, repairs, "auto")
     split = [constants["COMPUTE_PER_TOKEN_SCORES"] for name, constants in ran if name == STEP_1]
     assert split == [True, True, False]  # EKFAC's, ekfac_cg's, identity's
     defaults = {name: getattr(paper_tables, name) for name in paper_tables.__annotations__}

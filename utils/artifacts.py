@@ -12,6 +12,7 @@ several processes the first one alone decides whether an artifact is finished, a
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def _shape_in_words(shapes: dict[str, list[int]]) -> str:
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(ABC):
     """One artifact of a step, a `FileArtifact` or a `FolderArtifact`, and what it is made from.
 
     Attributes:
@@ -70,17 +71,17 @@ class Artifact:
     placed_by: str = "OUTPUT_DIR"
 
     @property
+    @abstractmethod
     def manifest_path(self) -> Path:
         """Where its manifest lies."""
-        raise NotImplementedError
 
+    @abstractmethod
     def require_place(self) -> None:
         """Check, before the work, that nothing else is where the artifact goes.
 
         Raises:
             UserError: something else is there.
         """
-        raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:

@@ -47,7 +47,8 @@ class FolderArtifact(Artifact):
         """Check, before the work, that nothing else is where the folder goes, for OVERWRITE replaces nothing else.
 
         Raises:
-            UserError: anything is there but an empty folder, or one that this script has made.
+            UserError: anything is there but an empty folder, or one that this script has made; or its manifest is
+                broken, so that nobody knows.
         """
         if not os.path.lexists(self.path):
             return
@@ -63,7 +64,8 @@ class FolderArtifact(Artifact):
                 f"{shown_path(self.path)} already exists and has no {MANIFEST_NAME}, so this project did not make "
                 f"it; {elsewhere}"
             )
-        made_by = read_manifest(self.manifest_path, elsewhere).get("made_by")
+        remedy = f"{self.remedy} if that made it; else move the folder away, or choose another {self.placed_by}"
+        made_by = read_manifest(self.manifest_path, remedy).get("made_by")
         if made_by != self.made_by:
             raise UserError(
                 f"{shown_path(self.path)} already exists and was made by {made_by}, not by {self.made_by}; {elsewhere}"
@@ -77,16 +79,17 @@ class FolderArtifact(Artifact):
         return [*super()._leftovers(), self.path / STAGING_MARKER, *self.path.glob("*.partial")]
 
     def _remove_replaced(self) -> None:
-        """Remove what this folder has replaced, its mark last; a folder without a mark is somebody else's."""
+        """Remove what this folder has replaced, its manifest last; a folder without one is somebody else's."""
         replaced = self._replaced_path
-        if not replaced.is_symlink() and replaced.is_dir():
-            marks = [replaced / MANIFEST_NAME, replaced / STAGING_MARKER]
-            if any(replaced.iterdir()) and not any(mark.is_file() for mark in marks):
-                return
+        if replaced.is_symlink():
+            remove(replaced)
+        elif replaced.is_dir() and (replaced / MANIFEST_NAME).is_file():
             for path in replaced.iterdir():
-                if path not in marks:
+                if path.name != MANIFEST_NAME:
                     remove(path)
-        remove(replaced)
+            remove(replaced)
+        elif replaced.is_dir() and not any(replaced.iterdir()):
+            remove(replaced)
 
     @contextmanager
     def staging_folder(self) -> Iterator[Path]:
@@ -122,6 +125,7 @@ class FolderArtifact(Artifact):
         manifest = self._manifest(started, shapes, files, details)
         write_whole(self.partial_path / MANIFEST_NAME, to_json(manifest))
         self._remove_replaced()
+        self.require_place()  # something may have come there since
         if os.path.lexists(self.path):
             self.path.replace(self._replaced_path)
         self.partial_path.replace(self.path)  # until here a killed run resumes

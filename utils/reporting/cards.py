@@ -8,7 +8,7 @@ from typing import Any
 from utils.paths import may_be_hub_id, public_name
 from utils.repairs import CONTROLS_OF_NPO, TRAINED, WITHOUT_CURVATURE
 from utils.reporting.escaping import markdown_text
-from utils.reporting.tables import format_number, markdown_table, with_interval
+from utils.reporting.tables import change_with_interval, format_number, markdown_table, with_interval
 
 TAGS = ["tracing-llm-trust"]
 
@@ -76,8 +76,7 @@ def _blocks_in_words(report: dict[str, Any]) -> str:
 
 def change_in_words(metric: str, row: dict[str, Any]) -> str:
     """A row of a report's measurements: `change +0.51 % [+0.31, +0.71]`, `improvement +0.042 [...] (+35.6 %)`."""
-    name, form, unit = ("change_percent", "+.2f", " %") if metric == "perplexity" else ("improvement", "+.4f", "")
-    change = f"{name.partition('_')[0]} {with_interval(row, name).shown(form, unit)}"
+    change = f"{'change' if metric == 'perplexity' else 'improvement'} {change_with_interval(metric, row)}"
     percent = row.get("improvement_percent")
     return change if percent is None else f"{change} ({percent:+.1f} %)"
 

@@ -46,7 +46,7 @@ class Example:
         row: row in the training split.
         scores: task -> influence score, negative is harmful; tasks may be missing.
         gains: what the pick added to the objective, "diversity" and "influence"; empty unless dpp picked it.
-        known_harm: the kind of harm that the dialogue is known to contain, None where nothing is known.
+        known_harm: the kinds of harm that the dialogue is known to contain, None where nothing is known.
         pieces: the completion's tokens one after the other: how many characters, and the score from -STRONGEST to
             STRONGEST, relative to the dialogue's largest; none where token scores are not known.
     """

@@ -158,13 +158,11 @@ def results_table(metric: Metric, results: Sequence[Result]) -> str:
     numbers = [result.numbers for result in results]
     hidden = {"model", "metric", "split", *(part for name in numbers[0] for part in interval_names(name))}
     columns = [name for name in numbers[0] if name not in hidden]
-    header, rows = (
-        ["model", *columns],
-        [[row["model"], *(_result_cell(row, name) for name in columns)] for row in numbers],
-    )
+    header = ["model", *columns]
+    rows = [[row["model"], *(_result_cell(row, name) for name in columns)] for row in numbers]
     if len(results) > 1:
         first, *others = results
-        kind = "perplexity change" if metric == "anthropic" else "improvement"
+        kind = "perplexity change" if metric == "anthropic" else "improvement of the loss"
         header.append(f"{kind}, against {first.numbers['model']}")
         cells = ["–", *(_difference_cell(metric, first.losses, other.losses) for other in others)]
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
@@ -172,11 +170,19 @@ def results_table(metric: Metric, results: Sequence[Result]) -> str:
 
 
 def _difference_cell(metric: Metric, before: Losses, after: Losses) -> str:
-    if metric != "anthropic":
-        return with_interval(compare(metric, before, after)[metric], "improvement").shown("+.4f")
-    if not before["tokens"].equal(after["tokens"]):
-        return "–, another tokenizer"
-    return with_interval(compare(metric, before, after)["perplexity"], "change_percent").shown("+.2f", " %")
+    if metric == "anthropic" and not before["tokens"].equal(after["tokens"]):
+        return "–, other tokens"
+    measurement = "perplexity" if metric == "anthropic" else metric
+    return change_with_interval(measurement, compare(metric, before, after)[measurement])
+
+
+def change_with_interval(measurement: str, row: Row) -> str:
+    """What a row of `compare` changed: `+0.51 % [+0.31, +0.71]` of "perplexity", else `+0.042 [+0.031, +0.053]`."""
+    if measurement != "perplexity":
+        return with_interval(row, "improvement").shown("+.4f")
+    if row["change_percent"] is None:
+        return "too large for a number"
+    return with_interval(row, "change_percent").shown("+.2f", " %")
 
 
 def _result_cell(result: Row, name: str) -> str:
