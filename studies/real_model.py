@@ -5,7 +5,8 @@
 
 Brings SmolLM2-135M-Instruct (studies/smollm2.py), chooses the learning rate and the number of epochs on held-out
 training dialogues, and fine-tunes it in two ways: on the dialogues as they are, and on the same with 5 % of planted
-harm, so that there are rows that a method has to find. Both models go through these stages:
+harm, so that there are rows that a method has to find. Both models are compared with the base, and go through these
+stages:
 
     methods      traced with several seeds of the steps and repaired by every method at the same perplexity budget
                  (studies/methods.py)

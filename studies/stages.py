@@ -236,7 +236,15 @@ STAGES = {
 }
 
 
+def compare_with_base(settings: Settings, fine_tuning: str) -> None:
+    """Print what the fine-tuning did to each measurement, before any repair."""
+    common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    for script in STEP_6.values():
+        run_script(script, common, MODEL_NAMES=[base_model(settings), common["MODEL_NAME"]])
+
+
 def run_stages(settings: Settings, fine_tuning: str) -> None:
-    """Run the chosen stages on one model."""
+    """Compare one model with its base, then run the chosen stages on it."""
+    compare_with_base(settings, fine_tuning)
     for name in settings.STAGES:
         STAGES[name](settings, fine_tuning)

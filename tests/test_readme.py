@@ -68,7 +68,7 @@ def repository(tiny_models, small_data, tmp_path_factory) -> Path:
     shutil.copytree(small_data, root / "data" / "demo")
     shutil.copytree(DEMO / "tokenizer", root / "data" / "demo" / "tokenizer")
     rows = read_rows(DEMO / "hh" / "train.jsonl")
-    for folder, count in (("my/dialogues", 80), ("small/hh", 240), ("path/to/hh", 80), ("data/demo/hh", 125)):
+    for folder, count in (("my/dialogues", 125), ("small/hh", 240), ("path/to/hh", 80), ("data/demo/hh", 125)):
         write_rows(root / folder / "train.jsonl", rows[:count])
         write_rows(root / folder / "test.jsonl", read_rows(small_data / "hh" / "test.jsonl"))
     for folder, family in (
@@ -91,16 +91,17 @@ def write_official_copies(folder: Path) -> None:
     """Local copies of as many rows as the official ones have."""
     questions = pd.read_csv(DEMO / "truthfulness" / "TruthfulQA.csv", encoding="utf-8-sig")
     questions.sample(817, replace=True, random_state=0).to_csv(folder / "TruthfulQA.csv", index=False)
-    statements = {
-        kind: [f"[target_group] are {kind} {n}." for n in range(3)] for kind in ("stereotype", "antistereotype")
-    }
+    kinds = ("stereotype", "antistereotype")
     templates = {
         "prompt": "About the [target_group]:",
         "target_groups": [f"Group {n}" for n in range(24)],
-        "topics": {f"topic {n}": statements for n in range(16)},
+        "topics": {
+            f"topic {topic}": {kind: [f"[target_group] are {kind} {topic}.{n}." for n in range(3)] for kind in kinds}
+            for topic in range(16)
+        },
     }
     (folder / "templates.json").write_text(json.dumps(templates), encoding="utf-8")
-    sides = ({topic: texts[kind] for topic, texts in templates["topics"].items()} for kind in statements)
+    sides = ({topic: texts[kind] for topic, texts in templates["topics"].items()} for kind in kinds)
     checkout = authors_checkout(folder / "checkout", templates["target_groups"], *sides)
     shutil.copy(checkout / "utils" / "performance_functions" / "ethics_dataset.py", folder)
 
@@ -132,9 +133,10 @@ def run(repository, quick_repairs, monkeypatch, tmp_path):
         assert program == "python"
         run_script(script, *words)
         if script == PREPARE:  # what was brought has been counted; the steps go on with less
+            data = repository / (words[words.index("--DATA_DIR") + 1] if "--DATA_DIR" in words else "data")
             for part in (repository / "small").iterdir():
-                if (repository / "data" / part.name).exists():
-                    shutil.copytree(part, repository / "data" / part.name, dirs_exist_ok=True)
+                if (data / part.name).exists():
+                    shutil.copytree(part, data / part.name, dirs_exist_ok=True)
 
     return run_command
 
