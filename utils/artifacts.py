@@ -36,12 +36,7 @@ from utils.files import (
 )
 from utils.hub import allows_remote_code
 from utils.locks import locked
-from utils.manifests import (
-    checksum_of,
-    differing_values,
-    read_manifest,
-    software_versions,
-)
+from utils.manifests import checksum_of, differing_values, read_manifest, software_versions
 from utils.processes import first_process_only, launched
 from utils.tensors import Shapes, require_finite, require_shapes
 
