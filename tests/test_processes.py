@@ -31,6 +31,10 @@ from utils.influence import factors
 from utils.paths import PAPER_TABLES, PROJECT_ROOT, STEP_0, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 
 TOLERANCE = 1e-5  # relative
+TELL_OF_THREADS = """import atexit, pathlib
+names = lambda: sorted(file.read_text().strip() for file in pathlib.Path("/proc/self/task").glob("*/comm"))
+atexit.register(lambda: print("threads at the end:", names()))
+"""
 
 
 def six_steps(workspace: Workspace, blocks: int = 1, strategy: str = "ekfac") -> list[tuple[str, list[object]]]:
@@ -246,8 +250,13 @@ def test_every_process_has_a_gpu_of_its_own(device, gpus, monkeypatch):
 
 
 @pytest.mark.parametrize("launcher", ["torch.distributed.run --standalone --nproc_per_node", "accelerate"])
-def test_launchers_start_the_processes(launcher, tiny_models, tmp_path):
-    """torchrun and step 2; `accelerate launch` and the fine-tuning."""
+def test_launchers_start_the_processes(launcher, tiny_models, tmp_path, monkeypatch):
+    """torchrun and step 2; `accelerate launch` and the fine-tuning.
+
+    No thread of gloo is left when the interpreter ends: one that still let go of a tensor would abort the process.
+    """
+    (tmp_path / "sitecustomize.py").write_text(TELL_OF_THREADS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     if launcher == "accelerate":
         launcher = "accelerate.commands.launch --multi_gpu --num_processes"
         script, hint = STEP_0, "next: torchrun --nproc_per_node 2 compute_factors_and_scores.py"
@@ -262,6 +271,8 @@ def test_launchers_start_the_processes(launcher, tiny_models, tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count(hint) == 1
+    assert finished.stdout.count("threads at the end: ") >= 2
+    assert "gloo" not in finished.stdout
 
 
 def test_a_mistake_is_printed_once(tiny_models, tmp_path):

@@ -290,6 +290,10 @@ def _join() -> None:
     import torch
     import torch.distributed as dist
 
+    # Imported later, by transformers, it would keep the process group of now as a default argument of its functions:
+    # gloo's threads would live until the interpreter is no more, which they now and then crash on (pytorch#179291).
+    import torch.distributed.nn.functional
+
     # Fine-tuning alone sends tensors from GPU to GPU; everything else is added up in main memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
