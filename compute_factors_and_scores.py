@@ -23,12 +23,12 @@ if __name__ == "__main__":  # before imports that take seconds
 import random
 import time
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from steps import next_command, run_step
-from tasks import TRUST_TASKS
+from tasks import TRUST_TASKS, BackwardTask
 from tasks.backward_task import TrustTask
 from utils.artifacts import Artifact, FileArtifact
 from utils.batching import BatchLoader, LabelledSequence
@@ -40,7 +40,7 @@ from utils.influence.factor_files import factor_shapes
 from utils.influence.factors import fit_factors
 from utils.influence.gauss_newton import gauss_newton_product, require_forward_mode
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
-from utils.influence.scores import mean_measurement_gradient, require_representable, score_training_examples
+from utils.influence.scores import pairs_gradient, require_representable, score_training_examples
 from utils.influence.token_scores import score_tokens
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
 from utils.locks import locked
@@ -75,10 +75,10 @@ OVERWRITE: bool = False  # True replaces artifacts that were made with other set
 TASK_NAME: TraceTask = "all"  # measurement to trace: "bias", "ethics", "truth", "all" (the three in one pass)
 NUM_BLOCKS: PositiveInt = 1  # last transformer blocks whose Linears are traced
 FACTOR_STRATEGY: Strategy = "ekfac"  # curvature: "ekfac", "kfac", "diagonal", "identity", "ekfac_cg"
-NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the curvature is that of, at most
+NUM_FACTOR_EXAMPLES: PositiveInt = 10_000  # training dialogues that the curvature is estimated on, at most
 DAMPING_FACTOR: NonNegativeFloat | None = None  # added to the eigenvalues; None = 0.1 x their mean
 CG_ITERATIONS: PositiveInt = 30  # for "ekfac_cg": passes over those dialogues, at most
-CG_TOLERANCE: PositiveFloat = 0.01  # for "ekfac_cg": residual |b - A x| / |b| at which it stops before
+CG_TOLERANCE: PositiveFloat = 0.01  # for "ekfac_cg": relative residual |b - A x| / |b| at which it stops early
 USE_HALF_PRECISION: bool = False  # True: bfloat16 forward and backward passes (GPU only); sums stay float32
 FISHER_POSITIONS: Literal["completion", "all"] = "completion"  # where labels are sampled; "all" as released
 COMPUTE_PER_TOKEN_SCORES: bool = False  # True also writes a score for every token's loss
@@ -106,7 +106,11 @@ def curvature_loader(
 
 
 def fit(
-    settings: Settings, traced: TracedModel, task: TrustTask, examples: list[LabelledSequence], output: FolderArtifact
+    settings: Settings,
+    traced: TracedModel,
+    task: BackwardTask,
+    examples: list[LabelledSequence],
+    output: FolderArtifact,
 ) -> None:
     """Fit the factors of F."""
     started = time.monotonic()
@@ -118,13 +122,45 @@ def fit(
         )
 
 
-def measurement_gradients(traced: TracedModel, queries: dict[TrustTask, TokenizedPairs]) -> Gradients:
-    """grad f of every task, (tasks, out, in), so that one training pass scores all of them."""
-    gradients = []
-    for task, pairs in queries.items():
-        loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{task.name} queries")
-        gradients.append(mean_measurement_gradient(traced, task, loader))
-    return {name: torch.cat([gradient[name] for gradient in gradients]) for name in gradients[0]}
+class Influence(NamedTuple):
+    """What the training dialogues do to the measurement of each task.
+
+    Attributes:
+        scores: (tasks, N) of the dialogues.
+        preconditioned: (F + damping I)^-1 grad f_task, (tasks, out, in) for each Linear.
+        solution: for "ekfac_cg", how the systems were solved.
+    """
+
+    scores: torch.Tensor
+    preconditioned: Gradients
+    solution: Solution | None
+
+
+def influence(
+    settings: Settings,
+    traced: TracedModel,
+    task: BackwardTask,
+    examples: list[LabelledSequence],
+    queries: dict[TrustTask, TokenizedPairs],
+    factors: FolderArtifact,
+) -> Influence:
+    """s_i = grad f_task^T (F + damping I)^-1 grad L(z_i), of every task and dialogue in one pass over the dialogues.
+
+    Raises:
+        UserError: the scores are too large or too small to be ranked by.
+    """
+    of_tasks = [pairs_gradient(traced, query, pairs, query.name) for query, pairs in queries.items()]  # grad f_task
+    gradients = {name: torch.cat([of_task[name] for of_task in of_tasks]) for name in traced.linears}
+    precondition, solution = load_preconditioner(factors, traced), None
+    if settings.FACTOR_STRATEGY == "ekfac_cg":
+        solution = solve(settings, traced, examples, gradients, precondition)
+    preconditioned = solution.vectors if solution else precondition(gradients)
+    dialogues = traced.loader(examples, cached=True, description="training dialogues")
+    scores = score_training_examples(traced, task, dialogues, preconditioned)  # (tasks, N)
+    constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}
+    for query, of_task in zip(queries, scores, strict=True):
+        require_representable([of_task], f"the influence scores for {query.name}", constants)
+    return Influence(scores, preconditioned, solution)
 
 
 def solve(
@@ -143,42 +179,52 @@ def solve(
         return {name: products[name] + precondition.dampings[name] * vectors[name] for name in vectors}
 
     solution = conjugate_gradients(product, gradients, precondition, settings.CG_ITERATIONS, settings.CG_TOLERANCE)
-    residuals = ", ".join(f"{residual:.1e}" for residual in solution.residual)
+    residuals = ", ".join(f"{residual:.1e}" for residual in solution.final_residuals)
     say(f"   conjugate gradients: {len(solution.residuals) - 1} iterations, residuals {residuals}")
-    if max(solution.residual) > settings.CG_TOLERANCE:
+    if max(solution.final_residuals) > settings.CG_TOLERANCE:
         say(f"   stopped by CG_ITERATIONS = {settings.CG_ITERATIONS}, above CG_TOLERANCE = {settings.CG_TOLERANCE:g}")
     return solution
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
+
+
+class ScoreFiles(NamedTuple):
+    """Where the scores of one task go; those of tokens only with COMPUTE_PER_TOKEN_SCORES."""
+
+    dialogues: FileArtifact
+    tokens: FileArtifact | None
+
+    @property
+    def written(self) -> list[FileArtifact]:
+        """The files that this run writes."""
+        return [file for file in self if file]
 
 
 def trace_model(settings: Settings, model: str) -> None:
     """Factors and scores of one model; finished artifacts are not computed again."""
     banner("step 1: factors and scores", model)
-    artifacts = ModelArtifacts(settings, model)
-    data_dir, names = resolve_path(settings.DATA_DIR), tasks_of(settings.TASK_NAME)
-    pairs = {name: TRUST_TASKS[name].measurement.load_pairs(data_dir, "train") for name in names}
-    outputs: dict[str, list[FileArtifact]] = {}
-    for name in names:
-        fingerprint = pairs[name].fingerprint
-        outputs[name] = [artifacts.scores(name, pairs=fingerprint)]
-        if settings.COMPUTE_PER_TOKEN_SCORES:
-            outputs[name].append(artifacts.token_scores(name, pairs=fingerprint))
-    with locked(*(output.path for of_task in outputs.values() for output in of_task)):
+    artifacts, data_dir = ModelArtifacts(settings, model), resolve_path(settings.DATA_DIR)
+    pairs = {name: TRUST_TASKS[name].measurement.load_pairs(data_dir, "train") for name in tasks_of(settings.TASK_NAME)}
+    outputs = {}
+    for name, of_task in pairs.items():
+        inputs = {"pairs": of_task.fingerprint}
+        tokens = artifacts.token_scores(name, **inputs) if settings.COMPUTE_PER_TOKEN_SCORES else None
+        outputs[name] = ScoreFiles(artifacts.scores(name, **inputs), tokens)
+    with locked(*(file.path for files in outputs.values() for file in files.written)):
         make_unfinished(artifacts, pairs, outputs)
 
 
-def make_unfinished(
-    artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], outputs: dict[str, list[FileArtifact]]
-) -> None:
+def make_unfinished(artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], outputs: dict[str, ScoreFiles]) -> None:
     """Fit the factors and compute the scores, unless they are finished.
 
     Args:
         pairs: the training pairs of each task.
-        outputs: the scores of each task, with COMPUTE_PER_TOKEN_SCORES also those of tokens.
+        outputs: where each task's scores go.
     """
-    settings, factors, names = artifacts.settings, artifacts.factors(), list(pairs)
+    settings, factors, device = artifacts.settings, artifacts.factors(), resolve_device(artifacts.settings.DEVICE)
     is_finished = partial(Artifact.is_finished, overwrite=settings.OVERWRITE)
-    device = resolve_device(settings.DEVICE)
-    unfinished = [name for name in names if not all(is_finished(output) for output in outputs[name])]
+    unfinished = [name for name, files in outputs.items() if not all(map(is_finished, files.written))]
     has_factors = is_finished(factors)
     if has_factors and not unfinished:
         return
@@ -188,38 +234,29 @@ def make_unfinished(
     if settings.FACTOR_STRATEGY == "ekfac_cg" or settings.COMPUTE_PER_TOKEN_SCORES:
         require_forward_mode(traced, examples)
     say(f"   {len(examples)} dialogues, {len(traced.linears)} Linears, {traced.tokens_per_batch} tokens per batch")
-    tasks = [
-        TRUST_TASKS[name](list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
-        for name in unfinished or names
-    ]
-    queries = {task: tokenize_pairs(pairs[task.name], traced.tokenizer, task.measurement.max_tokens) for task in tasks}
+    of_tasks = (list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
+    task, queries = BackwardTask(*of_tasks), {}
+    for name in unfinished:  # before the factors: what cannot be tokenized is found early
+        query = TRUST_TASKS[name](*of_tasks)
+        queries[query] = tokenize_pairs(pairs[name], traced.tokenizer, query.measurement.max_tokens)
     with locked(factors.path):
         if not has_factors and not is_finished(factors):  # another run may have fitted them meanwhile
-            fit(settings, traced, tasks[0], examples, factors)
+            fit(settings, traced, task, examples, factors)
     if not unfinished:
         return
     started = time.monotonic()
-    gradients, precondition = measurement_gradients(traced, queries), load_preconditioner(factors, traced)
-    solution = None
-    if settings.FACTOR_STRATEGY == "ekfac_cg":
-        solution = solve(settings, traced, examples, gradients, precondition)
-    gradients = solution.vectors if solution else precondition(gradients)
-    train = traced.loader(examples, cached=True, description="training dialogues")
-    scores = score_training_examples(traced, tasks[0], train, gradients)
+    scores, preconditioned, solution = influence(settings, traced, task, examples, queries, factors)
     for query, name in enumerate(unfinished):
-        constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}
-        require_representable([scores[query]], f"the influence scores for {name}", constants)
-    for query, name in enumerate(unfinished):
-        of_dialogues, *_ = outputs[name]
-        if not is_finished(of_dialogues):
+        if not is_finished(outputs[name].dialogues):
             sign = "positive: training on the dialogue lowers the measurement; most negative: most harmful"
-            facts = {"residuals": solution.of_query(query)} if solution else {}
-            of_dialogues.save_tensors({SCORES_TENSOR: scores[query : query + 1]}, started, sign=sign, **facts)
+            facts = {"sign": sign} | ({"residuals": solution.of_query(query)} if solution else {})
+            outputs[name].dialogues.save_tensors({SCORES_TENSOR: scores[query : query + 1]}, started, **facts)
     if settings.COMPUTE_PER_TOKEN_SCORES:
-        tokens = score_tokens(traced, train.described("tokens of the training dialogues"), gradients)
+        dialogues = traced.loader(examples, cached=True, description="tokens of the training dialogues")
+        tokens = score_tokens(traced, dialogues, preconditioned)
         for query, name in enumerate(unfinished):
-            _, of_tokens = outputs[name]
-            of_tokens.save_tensors({"scores": tokens.scores[query], "offsets": tokens.offsets}, started)
+            of_tokens = {"scores": tokens.scores[query], "offsets": tokens.offsets}
+            outputs[name].tokens.save_tensors(of_tokens, started)
 
 
 def main(settings: Settings) -> None:

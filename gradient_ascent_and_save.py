@@ -6,9 +6,10 @@
 
     theta <- theta + LEARNING_RATE * G
 
-Reads the model and the repair gradient G of step 4. With NUM_STEPS = n the way is divided: after each n-th part of it G
-is computed again, for the same dialogues at the weights reached so far, with the same curvature. Writes a complete
-Hugging Face checkpoint with repair.json and a model card, and the test-split measurements before and after to results/.
+Reads the model and the repair gradient G of step 4. With NUM_STEPS = n the way is divided into n parts: after each but
+the last G is computed again, for the same dialogues at the weights reached so far, with the same curvature. Writes a
+complete Hugging Face checkpoint with repair.json and a model card, and the test-split measurements before and after to
+results/.
 A list of learning rates is a sweep: table and figure in results/. "auto" finds the rate that improves most within
 PPL_BUDGET, on held-out training dialogues.
 """
@@ -186,7 +187,7 @@ class SteppableModel:
 
     def _go(self, repair: RepairRecord, learning_rate: float) -> None:
         """Go NUM_STEPS equal parts of the way, each along the gradient of where it starts."""
-        num_steps = self.settings.NUM_STEPS if learning_rate else 1
+        num_steps = RepairChoice.of(repair.artifacts.settings).num_steps if learning_rate else 1
         ascend(self.loaded.model, self._gradients, learning_rate / num_steps, self._originals)
         for _ in range(num_steps - 1):
             if self._gradient_here is None:
@@ -212,7 +213,7 @@ def gradient_function(repair: RepairRecord, evaluated: EvaluationModel) -> Calla
     traced = trace_model(artifacts.settings, evaluated.model, evaluated.tokenizer, evaluated.trunk)
     examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
     task = BackwardTask(list(traced.linears))
-    precondition = preconditioner_for(artifacts.settings.SCORES_TYPE, artifacts.factors(), traced)
+    precondition = preconditioner_for(RepairChoice.of(artifacts.settings).method, artifacts.factors(), traced)
     return lambda: repair_gradient(traced, task, examples, sources, precondition)[0]
 
 
@@ -322,7 +323,7 @@ def repair_task(
         banner("step 5: repair", f"{task}, {settings.SCORES_TYPE}, learning rate {rate:g}, {settings.MODEL_NAME}")
         checkpoint = repair.checkpoint(rate)
         report_file = paths.report_file(settings.OUTPUT_DIR, checkpoint.path.name)
-        with locked(report_file, *[checkpoint.path] * settings.SAVE_TO_DISK):
+        with locked(report_file, *([checkpoint.path] if settings.SAVE_TO_DISK else [])):
             is_saved = not settings.SAVE_TO_DISK or checkpoint.is_finished(settings.OVERWRITE)
             report = repair.report(rate, *measure(repair, rate, model, evaluator, metrics), search)
             if not is_saved:
@@ -359,7 +360,8 @@ def main(settings: Settings) -> None:
     repairs = [RepairRecord(artifacts, task) for task in tasks_of(settings.TASK_NAME)]
     model = SteppableModel(settings, max(repair.num_blocks for repair in repairs))
     evaluator = Evaluator(settings, "test")
-    metrics: list[Metric] = [*["anthropic"] * settings.COMPUTE_ANTHROPIC_EVAL, *TASK_NAMES * settings.COMPUTE_TASK_EVAL]
+    metrics: list[Metric] = ["anthropic"] if settings.COMPUTE_ANTHROPIC_EVAL else []
+    metrics += TASK_NAMES if settings.COMPUTE_TASK_EVAL else ()
     for metric in metrics:
         evaluator.data(metric)  # a missing file is found before the repair, not after it
     with tracking(settings.TRACKER, settings.MODEL_NAME, vars(settings)) as tracker:

@@ -8,7 +8,7 @@
 Reads the factors of step 1, and what SCORES_TYPE takes the dialogues and their weights w from. Those of the paper, and
 other ways to choose a subset S of BOTTOM_K dialogues to unlearn, w = 1 / BOTTOM_K:
 
-    pure_ekfac       the smallest influence scores (step 1)
+    pure_ekfac       the smallest influence scores of step 1, by the FACTOR_STRATEGY given here (EKFAC by default)
     dpp              the diverse subset of step 3
     random           a seeded uniform sample
     ekfac_cg         the smallest influence scores with the Gauss-Newton matrix itself as curvature (step 1)
@@ -17,7 +17,7 @@ other ways to choose a subset S of BOTTOM_K dialogues to unlearn, w = 1 / BOTTOM
     mean_difference  the dialogues that lie towards those and away from its trustworthy answers (likewise)
     bm25             the dialogues worded like its untrustworthy and unlike its trustworthy answers
 
-Beyond the paper, by the influence scores of step 1:
+Beyond the paper, by the influence scores of step 1, but for "direct":
 
     contrast         up the loss of the BOTTOM_K most harmful, down that of the TOP_K most helpful
     weighted         every dialogue by its score
@@ -64,7 +64,6 @@ from tasks import BackwardTask
 from utils.batching import LabelledSequence
 from utils.console import banner
 from utils.devices import resolve_device
-from utils.folder_artifacts import FolderArtifact
 from utils.influence.repair_gradient import preconditioner_for, repair_gradient
 from utils.influence.scores import require_representable
 from utils.influence.traced_model import Gradients, TracedModel, load_traced_model
@@ -73,7 +72,7 @@ from utils.paths import STEP_5
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_sources import RepairSources, choose_sources
-from utils.repairs import OF_PAIRS, TRAINED, WITHOUT_CURVATURE
+from utils.repairs import RepairChoice
 from utils.settings import (
     Family,
     ModelNames,
@@ -121,29 +120,42 @@ TOKENS_PER_BATCH: PositiveInt | Literal["auto"] = "auto"  # padded tokens in a b
 # -----------------------------------------------------------------------------------------------------------
 
 
-# -- the step ----------------------------------------------------------------------------------------------------------
+# -- the gradient ------------------------------------------------------------------------------------------------------
 
 
 def make_gradient(
-    settings: Settings,
-    traced: TracedModel,
-    examples: list[LabelledSequence],
-    sources: RepairSources,
-    factors: FolderArtifact,
+    artifacts: ModelArtifacts, traced: TracedModel, examples: list[LabelledSequence], sources: RepairSources
 ) -> tuple[Gradients, dict[str, Any]]:
-    """The gradient of one repair, or the change of weights that a baseline trains, and facts for the manifest."""
-    if settings.SCORES_TYPE not in TRAINED:
-        task, precondition = (
-            BackwardTask(list(traced.linears)),
-            preconditioner_for(settings.SCORES_TYPE, factors, traced),
-        )
-        fit_iterations = settings.FIT_ITERATIONS * (settings.SCORES_TYPE == "fitted")
-        return repair_gradient(traced, task, examples, sources, precondition, fit_iterations)
-    from utils.baselines import baseline_data, trained_change
+    """G of one repair, or the change of weights that a baseline trains in its place; and facts for the manifest.
 
-    data = baseline_data(traced, examples, sources)
-    training = (settings.BASELINE_STEPS, settings.BASELINE_RATE, settings.SEED)
-    return trained_change(settings.SCORES_TYPE, traced, data, *training), sources.facts
+    Args:
+        examples: the training dialogues.
+        sources: which of them count, with their weights w.
+    """
+    settings, method = artifacts.settings, RepairChoice.of(artifacts.settings).method
+    if method.is_trained:
+        from utils.baselines import baseline_data, trained_change
+
+        data = baseline_data(traced, examples, sources)
+        training = (settings.BASELINE_STEPS, settings.BASELINE_RATE, settings.SEED)
+        return trained_change(settings.SCORES_TYPE, traced, data, *training), sources.facts
+    task, precondition = BackwardTask(list(traced.linears)), preconditioner_for(method, artifacts.factors(), traced)
+    fit_iterations = settings.FIT_ITERATIONS if settings.SCORES_TYPE == "fitted" else 0
+    return repair_gradient(traced, task, examples, sources, precondition, fit_iterations)
+
+
+def scaled_by(settings: Settings, sources: RepairSources) -> dict[str, Any]:
+    """The constants that can scale a gradient beyond what its numbers can represent."""
+    method = RepairChoice.of(settings).method
+    scales = {
+        "BASELINE_RATE": method.is_trained,
+        "DAMPING_FACTOR": method.step == "natural",
+        "TASK_WEIGHTS": method.uses_pairs and len(sources.measurements) > 1,
+    }
+    return settings.pick(*filter(scales.get, scales))
+
+
+# -- the step ----------------------------------------------------------------------------------------------------------
 
 
 def make_model_gradients(settings: Settings, model: str) -> None:
@@ -163,11 +175,9 @@ def make_model_gradients(settings: Settings, model: str) -> None:
                 traced = load_traced_model(artifacts.settings, model, device)
                 examples = tokenize_dialogues(artifacts.dialogues, traced.tokenizer)
             started = time.monotonic()
-            gradient, facts = make_gradient(settings, traced, examples, sources, artifacts.factors())
-            scaling = ["BASELINE_RATE"] * (settings.SCORES_TYPE in TRAINED)
-            scaling += ["DAMPING_FACTOR"] * (settings.SCORES_TYPE not in WITHOUT_CURVATURE)
-            scaling += ["TASK_WEIGHTS"] * (settings.SCORES_TYPE in OF_PAIRS and len(sources.measurements) > 1)
-            require_representable(gradient.values(), "the numbers of the repair gradient", settings.pick(*scaling))
+            gradient, facts = make_gradient(artifacts, traced, examples, sources)
+            constants = scaled_by(settings, sources)
+            require_representable(gradient.values(), "the numbers of the repair gradient", constants)
             output.save_tensors(gradient, started, **facts)
 
 

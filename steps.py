@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from utils import interruptions, processes
 from utils.console import UserError, guard_streams, printable, redact, remedy_for, say
 from utils.hub import hub_access, remote_code
-from utils.paths import PROJECT_ROOT, resolve_path
+from utils.paths import PROJECT_ROOT, STEP_1, resolve_path
 from utils.settings import Settings, load_settings
 
 LONGEST_LINE = 1_500  # characters of an error
@@ -172,8 +172,8 @@ def arguments_for(
 def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa: ANN401
     """The command of the step that comes next, with the constants of this one; a line for each model.
 
-    The next script is not imported: if it is broken, that is no reason for a finished step to fail. Common constants
-    that it has and this script lacks are named, since an earlier step may have set them.
+    The next script is not imported: if it is broken, that is no reason for a finished step to fail. Constants of
+    several steps that it has and this script lacks are named, since an earlier step may have set them.
     """
     own = constants_in_source(name)
     constants = {constant: value for constant, value in vars(settings).items() if constant != "OVERWRITE"}
@@ -188,9 +188,14 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
         )
         for model in models
     ]
-    unknown = [f"--{name}" for name in ("DATA_DIR", "SEED", "DEVICE") if name in own and name not in constants]
-    note = [f"(add {' and '.join(unknown)} if you set {'them' if len(unknown) > 1 else 'it'} before)"] * bool(unknown)
-    return "\n      ".join([*commands, *note])
+    shared = ["DATA_DIR", "SEED", "DEVICE"]
+    if name != STEP_1:  # the first that has them
+        shared += ["FACTOR_STRATEGY", "USE_HALF_PRECISION"]
+    unknown = [f"--{name}" for name in shared if name in own and name not in constants]
+    if unknown:
+        names = " and ".join(filter(None, [", ".join(unknown[:-1]), unknown[-1]]))
+        commands.append(f"(add {names} if you set {'them' if len(unknown) > 1 else 'it'} before)")
+    return "\n      ".join(commands)
 
 
 def run_script(name: str, constants: Mapping[str, Any], **required: Any) -> None:  # noqa: ANN401

@@ -27,6 +27,7 @@ import shlex
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -37,9 +38,10 @@ from utils.dialogue_folders import rows_of, write_folder
 from utils.files import fingerprint_of
 from utils.folder_artifacts import FolderArtifact
 from utils.locks import locked
+from utils.methods import INFLUENCE_TYPES, fixed_strategy
 from utils.performance_functions.hh import Dialogues, kinds_of_rows, load_dialogues, read_known_harm
 from utils.processes import first_process_only, launcher
-from utils.rankings import INFLUENCE_TYPES, combined_scores, ranking_scores, task_scores
+from utils.rankings import combined_scores, ranking_scores, task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Table
 from utils.selection import most_harmful, require_enough
@@ -95,6 +97,14 @@ def rank(artifacts: ModelArtifacts, task: str) -> tuple[list[int], torch.Tensor]
     return most_harmful(combined_scores([scores], [1.0]), settings.BOTTOM_K), scores  # as `ranking_scores` would
 
 
+def scores_constants(settings: Settings) -> dict[str, Any]:
+    """The constants that say which scores of step 1 are meant; none where SCORES_TYPE takes none of them."""
+    if settings.SCORES_TYPE not in INFLUENCE_TYPES:
+        return {}
+    names = ["SEED", "USE_HALF_PRECISION"]
+    return settings.pick(*names) if fixed_strategy(settings.SCORES_TYPE) else settings.pick("FACTOR_STRATEGY", *names)
+
+
 def list_dialogues(
     artifacts: ModelArtifacts,
     task: str,
@@ -110,15 +120,16 @@ def list_dialogues(
     """
     settings, total = artifacts.settings, len(artifacts.dialogues)
     banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
-    caption = (
-        f"The {len(rows)} of {total:,} training dialogues that {settings.SCORES_TYPE} (FACTOR_STRATEGY "
-        f"{settings.FACTOR_STRATEGY}, SEED {settings.SEED}) ranks as most harmful for {task}, {artifacts.name}."
-    )
+    of_scores = ", ".join(f"{name} {value}" for name, value in scores_constants(settings).items())
+    caption = f"The {len(rows)} of {total:,} training dialogues that {settings.SCORES_TYPE}"
+    caption += f" ({of_scores})" * bool(of_scores) + f" ranks as most harmful for {task}, {artifacts.name}."
     if settings.SCORES_TYPE in INFLUENCE_TYPES and task != "combined":
         caption += " Score: negative means that training on the dialogue harmed"
         caption += f"; {int((scores[rows] > 0).sum())} of these are positive."
     table = harmful_table(artifacts.dialogues, rows, scores, known_harm, caption)
-    file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, len(rows))
+    file = paths.harmful_file(
+        settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, scores_constants(settings), len(rows)
+    )
     table.write(file)
     say(f"\n{replace(table, rows=table.rows[:SHOWN_ROWS]).markdown()}")
     say(f"   all {len(rows):,}, with the whole texts: {shown_path(file)}.csv")
@@ -173,9 +184,7 @@ def cleaned_dataset(settings: Settings, **inputs: str) -> FolderArtifact:
     Args:
         inputs: fingerprints of both splits, and of the rows that are left out.
     """
-    constants = settings.pick(
-        "TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "SEED", "TASK_WEIGHTS", "FACTOR_STRATEGY", "USE_HALF_PRECISION"
-    )
+    constants = settings.pick("TASK_NAME", "SCORES_TYPE", "BOTTOM_K", "TASK_WEIGHTS") | scores_constants(settings)
     constants["MODEL_NAMES"] = [paths.public_name(model) for model in settings.MODEL_NAMES]
     folder = paths.resolve_path(settings.CLEANED_DATASET)
     return FolderArtifact(folder, paths.LIST_HARMFUL, constants, inputs, placed_by="CLEANED_DATASET")

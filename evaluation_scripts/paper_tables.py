@@ -32,9 +32,10 @@ from utils.artifacts import FileArtifact
 from utils.console import UserError, banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.locks import locked
+from utils.methods import default_strategy
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import load_dialogues, read_known_harm
-from utils.repairs import CONSTANTS, DIVERSE, RepairChoice
+from utils.repairs import CONSTANTS, RepairChoice
 from utils.reporting.figures import ablation_figure
 from utils.reporting.grid_report import report_on
 from utils.reporting.html import write_report
@@ -55,7 +56,6 @@ from utils.settings import (
     Seed,
     Settings,
     require_distinct_models,
-    strategy_of,
 )
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -177,12 +177,12 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
     choices = [repair.choice for repair in repairs]
     scores_types = {choice.scores_type for choice in choices}
     run_script(STEP_1, common)
-    by_tokens = {strategy_of(choice.scores_type) for choice in choices if choice.harmful_tokens_only}
-    for strategy in sorted({*filter(None, map(strategy_of, scores_types))} - {"ekfac"}):
+    by_tokens = {default_strategy(choice.scores_type) for choice in choices if choice.harmful_tokens_only}
+    for strategy in sorted({*filter(None, map(default_strategy, scores_types))} - {"ekfac"}):
         # The report's colours are EKFAC's.
         run_script(STEP_1, common, FACTOR_STRATEGY=strategy, COMPUTE_PER_TOKEN_SCORES=strategy in by_tokens)
     by_answers = scores_types & {"representation", "mean_difference"}
-    if by_answers or scores_types & {*DIVERSE}:
+    if by_answers or any(choice.method.subset == "diverse" for choice in choices):
         run_script(STEP_2, common, ANSWERS_OF="all" if by_answers else None)
     where = f" · {common['MODEL_NAME']}, SEED {common['SEED']}" + ", sweep" * isinstance(learning_rate, list)
     groups: dict[str, list[RepairConfig]] = {}
@@ -193,7 +193,7 @@ def run_grid(common: dict[str, Any], repairs: Sequence[RepairConfig], learning_r
         constants = {**common, **choice.constants}
         banner(f"method {number} of {len(groups)}", f"{choice.name}{where}")
         for task_name in fewest_task_names(group):
-            if choice.scores_type in DIVERSE:
+            if choice.method.subset == "diverse":
                 run_script(STEP_3, constants, TASK_NAME=task_name)
             run_script(STEP_4, constants, TASK_NAME=task_name)
             run_script(STEP_5, constants, TASK_NAME=task_name, LEARNING_RATE=learning_rate)
@@ -238,7 +238,7 @@ def repair_row(
         "seed": seed,
         "task": repair.task,
         **vars(repair.choice),
-        "method": repair.choice.method,
+        "method": repair.choice.label,
         "repair": repair.choice.name,
         **mean_improvement(row, [task for task in TASK_NAMES if repair.task in (task, "combined")]),
         **row,
@@ -315,7 +315,7 @@ def main(settings: Settings) -> None:
     if any(settings.HARMFUL_TOKENS_ONLY) and not settings.COMPUTE_PER_TOKEN_SCORES:
         raise UserError("HARMFUL_TOKENS_ONLY = True needs COMPUTE_PER_TOKEN_SCORES = True, and that is False")
     known_harm, grid = read_known_harm(settings.HH_DATASET, num_dialogues), plan_grid(settings)
-    chosen = [repair.choice for part in grid.values() for repair in part if repair.choice.has_subset]
+    chosen = [repair.choice for part in grid.values() for repair in part if repair.choice.method.subset]
     require_enough(max((choice.bottom_k for choice in chosen), default=0), num_dialogues)
     baselines = measure_baselines(settings)
     with keep_model():

@@ -37,6 +37,7 @@ from utils import paths
 from utils.console import UserError, banner, say, shown_path
 from utils.intervals import estimate_values
 from utils.locks import locked
+from utils.methods import default_strategy
 from utils.rankings import task_scores
 from utils.registry import ModelArtifacts
 from utils.reporting.validation import TRAINED_AGAIN, lds_table, removal_table, validation_figure
@@ -52,7 +53,6 @@ from utils.settings import (
     RankingType,
     Seed,
     Settings,
-    strategy_of,
 )
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -265,7 +265,7 @@ def removal_rows(
 def make_scores(settings: Settings, artifacts: ModelArtifacts) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """The scores (tasks, N) of every SCORES_TYPE, from steps 1 and 2, and the seconds that they took for all tasks."""
     common = settings.pick(*STEP_CONSTANTS)
-    for strategy in filter(None, map(strategy_of, settings.SCORES_TYPES)):
+    for strategy in filter(None, map(default_strategy, settings.SCORES_TYPES)):
         run_script(paths.STEP_1, common, FACTOR_STRATEGY=strategy)
     if {"representation", "mean_difference"} & {*settings.SCORES_TYPES}:
         run_script(paths.STEP_2, common, ANSWERS_OF="all")
@@ -274,8 +274,21 @@ def make_scores(settings: Settings, artifacts: ModelArtifacts) -> tuple[dict[str
         started = time.monotonic()
         scored = [task_scores(artifacts, scores_type, task) for task in TASK_NAMES]
         scores[scores_type] = torch.stack([of_task for of_task, _ in scored])
-        seconds[scores_type] = artifacts.seconds_for(scores_type) or time.monotonic() - started
+        seconds[scores_type] = seconds_in_steps(artifacts, scores_type) or time.monotonic() - started
     return scores, seconds
+
+
+def seconds_in_steps(artifacts: ModelArtifacts, scores_type: RankingType) -> float | None:
+    """What all tasks' scores took in steps 1 and 2, from their manifests; None where no step makes them."""
+    if scores_type == "bm25":
+        return None
+    if scores_type in ("representation", "mean_difference"):
+        sides = ("rejected",) if scores_type == "representation" else ("chosen", "rejected")
+        answers = [artifacts.answer_representations(task, side) for task in TASK_NAMES for side in sides]
+        return sum(artifact.require()["seconds"] for artifact in [artifacts.representations(), *answers])
+    strategy = default_strategy(scores_type)
+    in_one_pass = max(artifacts.scores(task, strategy).require()["seconds"] for task in TASK_NAMES)
+    return in_one_pass + (0 if scores_type == "identity" else artifacts.factors().require()["seconds"])
 
 
 def require_possible(settings: Settings, total: int) -> None:

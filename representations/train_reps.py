@@ -83,7 +83,7 @@ def represent(
     require_embeddings(sequences, tokenizer)
     budget = token_budget(model, tokens_per_batch)
     loader = BatchLoader(sequences, budget, tokenizer.pad_token_id, model.device, description="representations")
-    representations = torch.zeros(len(sequences), model.config.hidden_size)
+    representations = torch.zeros(len(sequences), model.config.get_text_config().hidden_size)
     for batch in loader:
         hidden = last_hidden_state(model, batch)  # (B, T, hidden)
         mask = batch["attention_mask"].unsqueeze(2)  # (B, T, 1)

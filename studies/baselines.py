@@ -28,8 +28,9 @@ from studies.copying import copy_new
 from studies.methods import rows_at_budget
 from utils.console import UserError, banner, say, shown_path
 from utils.kept_model import keep_model
+from utils.methods import TRAINED
 from utils.paths import STEP_1, experiments_dir, resolve_path
-from utils.repairs import TRAINED, RepairChoice
+from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
 from utils.settings import Choices, OneTask, PositiveFloat, PositiveInt, ScoresType, Settings
 

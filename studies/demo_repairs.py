@@ -27,9 +27,9 @@ from studies.tracing import traced_artifacts
 from utils.console import banner, say, shown_path
 from utils.kept_model import keep_model
 from utils.paths import STEP_0, STEP_1, STEP_2, resolve_path
+from utils.rankings import ranked
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
-from utils.selection import ranked
 from utils.settings import Choices, NonNegativeFloat, OneTask, PositiveInt, ScoresType, Seed, Settings
 
 # ------------------------------------------------------------------------------------------------ constants

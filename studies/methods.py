@@ -27,7 +27,7 @@ from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_di
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
-from utils.repairs import DIVERSE, RepairChoice
+from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
 from utils.results import Losses, Metric, compare
 from utils.settings import TASK_NAMES, Settings, load_settings, task_weights
@@ -50,16 +50,15 @@ def rows_at_budget(common: dict[str, Any], tasks: Sequence[str], choices: Sequen
     for choice in choices:
         constants = {**common, **choice.constants}
         for task in (task for task in tasks if choice.fits(task)):
-            if choice.scores_type in DIVERSE:
+            if choice.method.subset == "diverse":
                 run_script(STEP_3, constants, TASK_NAME=task)
             run_script(STEP_4, constants, TASK_NAME=task)
             settings = settings_of(script, {**constants, "TASK_NAME": task})
             record = RepairRecord(ModelArtifacts(settings, settings.MODEL_NAME), task)
             model = model or script.SteppableModel(settings, record.num_blocks)
-            model.settings = settings
             content = _at_budget(record, model, evaluator, unchanged)
             of_repair = {name: record.gradient[name] for name in ("seconds", "indices")}
-            rows.append({**vars(choice), **_row(task, choice.method, content), **of_repair, "clusters": clusters})
+            rows.append({**vars(choice), **_row(task, choice.label, content), **of_repair, "clusters": clusters})
     return rows
 
 

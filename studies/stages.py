@@ -36,9 +36,9 @@ from utils.paths import (
     seed_dir,
 )
 from utils.performance_functions.hh import load_dialogues, read_known_harm
+from utils.rankings import ranked
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
-from utils.selection import ranked
 from utils.settings import ScoresType, Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
@@ -160,6 +160,8 @@ def study_beyond(settings: Settings, fine_tuning: str) -> None:
         "DATA_DIR": f"{settings.OUTPUT_DIR}/data-by-category",
         "OUTPUT_DIR": f"{settings.OUTPUT_DIR}/{fine_tuning}/by-category",
     }
+    run_script(STEP_1, common)
+    run_script(STEP_2, common)
     write_category_split(resolve_path(data_dir(settings)), resolve_path(by_category["DATA_DIR"]), settings.SEED)
     factors = [
         factors_dir(constants["OUTPUT_DIR"], model_short_name(common["MODEL_NAME"]), "ekfac", False, common["SEED"])
@@ -196,6 +198,7 @@ def study_robustness(settings: Settings, fine_tuning: str) -> None:
     The fine-tuning goes on at the learning rate of the model's own.
     """
     common = steps_common(settings, fine_tuning, settings.SEEDS[0])
+    run_script(STEP_1, common)
     choices = [RepairChoice(name, settings.BOTTOM_K) for name in ("pure_ekfac", "fitted", "direct")]
     checkpoints = []
     for row, choice in zip(rows_at_budget(common, ["truth"], choices), choices, strict=True):

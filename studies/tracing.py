@@ -12,9 +12,9 @@ from steps import load_script, run_script
 from studies.methods import settings_of
 from utils.kept_model import keep_model
 from utils.paths import LIST_HARMFUL, STEP_1, STEP_2
+from utils.rankings import ranked
 from utils.registry import ModelArtifacts
 from utils.reporting.tables import Row, Table, with_interval
-from utils.selection import ranked
 from utils.settings import RankingType
 
 # As SCORES_TYPE of evaluation_scripts/list_harmful.py. bm25 sees words alone: what a tracing has to beat.

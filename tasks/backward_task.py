@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 class BackwardTask(Task):
     """A kronfluence task whose training examples are dialogues.
 
+    The steps call its two losses alone; the list of modules and the mask are for kronfluence's own Analyzer, against
+    which the tests compare, and for whoever uses one.
+
     Its own measurement is the mean loss of chosen dialogues, whose gradient is the repair gradient; the trust tasks
     measure answer pairs. The formula is the same, and the weights in the batch differ.
 

@@ -119,11 +119,15 @@ def make_tiny_model(family: str, folder: Path, seed: int = 0) -> Path:
 
 
 def make_model(folder: Path, config_name: str, **more: object) -> Path:
-    """An untrained model of 3 blocks, hidden 32, of any architecture, saved to disk with the demo's tokenizer."""
+    """An untrained model of 3 blocks, hidden 32, of any architecture, saved to disk with the demo's tokenizer.
+
+    Args:
+        more: for the configuration; with `text_config`, whose parts have sizes of their own, all of it.
+    """
     torch.manual_seed(0)
     if not hasattr(transformers, config_name):
         pytest.skip(f"this version of transformers has no {config_name}")
-    config = getattr(transformers, config_name)(**{**SIZES, **more})
+    config = getattr(transformers, config_name)(**(more if "text_config" in more else {**SIZES, **more}))
     AutoModelForCausalLM.from_config(config).eval().save_pretrained(folder)
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(

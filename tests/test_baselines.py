@@ -16,11 +16,11 @@ from utils.baselines import BaselineData, dpo_losses, npo_losses, trained_change
 from utils.console import UserError
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.influence.training import Minibatches, TrainedLinears
+from utils.methods import TRAINED
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import losses
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
-from utils.repairs import TRAINED
 from utils.trunk import Trunk
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import GPTNeoXConfig
 
 from utils.batching import IGNORED_LABEL, BatchLoader, LabelledSequence, plan_batches, token_budget
 
@@ -66,7 +67,7 @@ def test_indices_choose_and_keep_their_positions():
 def test_the_automatic_budget_on_a_gpu_counts_the_traced_linears(monkeypatch):
     """On a GPU, of which the test only has the name."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 16 << 30))
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(hidden_size=2_048))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=GPTNeoXConfig(hidden_size=2_048))
     linears = [torch.nn.Linear(2_048, 8_192, device="meta"), torch.nn.Linear(8_192, 2_048, device="meta")]
     assert token_budget(on_gpu, 512, linears) == 512
     without, with_linears = token_budget(on_gpu, "auto"), token_budget(on_gpu, "auto", linears)

@@ -46,7 +46,7 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
         assert re.search(r"^   read \S+.*: ", told, flags=re.MULTILINE)
         assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
         (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
-        if "(add --SEED if you set it before)" in told:  # step 2 has no seed to hand on
+        if "(add --SEED, --FACTOR_STRATEGY and --USE_HALF_PRECISION if you set them before)" in told:  # not in step 2
             command += " --SEED 7"
         if "(add --DATA_DIR and --DEVICE if you set them before)" in told:  # step 3 has neither
             command += f" --DATA_DIR {workspace.data}"
@@ -67,6 +67,7 @@ def test_after_another_repair_the_next_command_compares_it_with_the_papers():
 
 def test_the_next_command_says_only_what_the_script_does_not():
     shared = {"DATA_DIR": "data/demo", "DEVICE": "auto", "SEED": 42}
+    shared |= {"FACTOR_STRATEGY": "ekfac", "USE_HALF_PRECISION": False}
     settings = Settings(MODEL_NAMES=["data/demo/pythia-demo-sft"], OVERWRITE=True, NUM_BLOCKS=2, **shared)
     assert next_command(STEP_2, settings) == f"python {STEP_2}"
     assert next_command(STEP_4, settings, SCORES_TYPE="dpp") == f"python {STEP_4} --SCORES_TYPE dpp"
@@ -97,7 +98,7 @@ def test_several_models_have_a_command_each():
         f"python {STEP_2} --MODEL_NAME a/b",
         f"python {STEP_2} --MODEL_NAME 'a/c d'",
     ]
-    assert next_command(STEP_4, settings) == f"python {STEP_4} --MODEL_NAMES a/b 'a/c d'"
+    assert next_command(STEP_4, settings).splitlines()[0] == f"python {STEP_4} --MODEL_NAMES a/b 'a/c d'"
 
 
 @pytest.mark.parametrize(

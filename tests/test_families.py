@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import OWN_LOGITS, SHARED_CASES, Workspace, make_model, needs_cases
+from conftest import OWN_LOGITS, SHARED_CASES, SIZES, Workspace, make_model, needs_cases
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from utils import trunk as trunk_module
-from utils.batching import BatchLoader
+from utils.batching import BatchLoader, token_budget
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.files import read_json
 from utils.fine_tuning import completion_loss
 from utils.models import find_blocks, load_config, load_model, load_tokenizer, require_supported, traced_linear_names
+from utils.paths import STEP_1, STEP_2, STEP_4, STEP_5
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.results import summarise
 from utils.trunk import HiddenStateCache, Trunk
 
-STEP_1, STEP_4, STEP_5 = "compute_factors_and_scores.py", "make_gradients.py", "gradient_ascent_and_save.py"
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
@@ -95,6 +96,21 @@ def test_the_steps_repair_it(model, small_data, tmp_path):
     assert changed
     assert all(".layers.2." in name for name in changed)
     assert read_json(folder / "repair.json")["measurements"]["bias"]["before"] != 0
+
+
+def test_a_model_of_text_and_images(small_data, tmp_path, monkeypatch):
+    """Whose configuration has no sizes of its own, but a configuration for each of its parts."""
+    images = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    parts = {"text_config": {**SIZES, "head_dim": 8}, "vision_config": {**images, "image_size": 28, "patch_size": 14}}
+    model = make_model(tmp_path / "gemma3-tiny", "Gemma3Config", **parts)
+    assert not hasattr(load_config(str(model)), "hidden_size")
+    workspace = Workspace(model, small_data, tmp_path / "output")
+    workspace.run(STEP_1, "--TASK_NAME", "bias")
+    workspace.run(STEP_2, "--ANSWERS_OF", "bias")
+    workspace.run(STEP_4, "--TASK_NAME", "bias", "--BOTTOM_K", 4, "--SCORES_TYPE", "representation")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 16 << 30))
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), config=load_config(str(model)))
+    assert token_budget(on_gpu, "auto") == 65_536
 
 
 def test_a_model_that_shifts_what_is_embedded_has_no_trunk(tiny_models, monkeypatch, capsys):

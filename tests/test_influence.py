@@ -105,7 +105,7 @@ class Padded(Dataset):
 
     @property
     def collation(self) -> dict:
-        return {"collate_fn": BatchLoader(self.examples, ONE_BATCH, 0, weights=self.weights)._collate}
+        return {"collate_fn": BatchLoader(self.examples, ONE_BATCH, 0, weights=self.weights).collate}
 
 
 @pytest.mark.parametrize("family", ["pythia", "qwen"])

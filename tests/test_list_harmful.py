@@ -55,6 +55,21 @@ def test_the_list_is_what_step_4_unlearns(traced, task, scores_type, capsys):
     assert all(f" {row} |" in shown for row in unlearned)
 
 
+def test_lists_by_other_scores_have_names_and_captions_of_their_own(copy_of, capsys):
+    copy_of.run(STEP_1, "--TASK_NAME", "bias", "--FACTOR_STRATEGY", "kfac", "--SEED", 7)
+    common = ["--TASK_NAME", "bias", "--BOTTOM_K", 3]
+    for scores_type, name, told in (
+        ("pure_ekfac", "pure_ekfac", "(FACTOR_STRATEGY ekfac, SEED 42, USE_HALF_PRECISION False)"),
+        ("pure_ekfac", "pure_ekfac_kfac_seed7", "(FACTOR_STRATEGY kfac, SEED 7, USE_HALF_PRECISION False)"),
+        ("bm25", "bm25", "that bm25 ranks"),
+    ):
+        capsys.readouterr()
+        other = ["--FACTOR_STRATEGY", "kfac", "--SEED", 7] if "_kfac" in name else []
+        copy_of.run(LIST_HARMFUL, *common, "--SCORES_TYPE", scores_type, *other)
+        assert told in capsys.readouterr().out
+        assert len(listed(copy_of, "bias", 3, name)) == 3
+
+
 def test_the_scores_are_those_of_step_1(traced):
     from safetensors.torch import load_file
 

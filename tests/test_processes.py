@@ -314,7 +314,7 @@ def printed_lines(ends: list[Ended]) -> list[str]:
 
 
 PASSES = {  # the step that makes them
-    STEP_1: ["covariances", "eigendecompositions", "Lambda", "truth queries", "training dialogues"],
+    STEP_1: ["covariances", "eigendecompositions", "Lambda", "truth pairs", "training dialogues"],
     STEP_2: ["representations"],
     STEP_4: ["subset", "retained"],
     STEP_5: ["HH dialogues", "truth pairs"],
@@ -420,7 +420,7 @@ def be_told_to_stop(error: type[BaseException], rank: int) -> None:
         raise error("on purpose")
 
     if rank == 1:
-        load_script(STEP_1).measurement_gradients = stop
+        load_script(STEP_1).pairs_gradient = stop
 
 
 @pytest.mark.parametrize(

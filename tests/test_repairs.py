@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from utils.files import read_json
 from utils.influence.preconditioning import Preconditioner
 from utils.influence.repair_gradient import preserving_direction
 from utils.influence.traced_model import Curvature
+from utils.methods import METHODS, TRAINED
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 from utils.repair_sources import with_other_prompts
-from utils.repairs import CONSTANTS, TRAINED, WITHOUT_CURVATURE, RepairChoice
+from utils.repairs import CONSTANTS, RepairChoice
 from utils.selection import random_subset
+from utils.settings import ScoresType
 
 STEP_3, STEP_5 = "dpp/greedy_dpp.py", "gradient_ascent_and_save.py"
 TASKS = ("bias", "ethics", "truth")
@@ -223,6 +226,10 @@ def test_several_steps_refuse_other_scores_than_those_of_step_4(make_workspace, 
     assert "DAMPING_FACTOR" in capsys.readouterr().err
 
 
+def test_every_way_is_in_the_table():
+    assert set(METHODS) == set(get_args(ScoresType))
+
+
 def test_names_hold_what_a_choice_depends_on():
     every = [
         RepairChoice(*values)
@@ -234,7 +241,7 @@ def test_names_hold_what_a_choice_depends_on():
     assert "contrast_bottom20_top100_tokens_preserve_preservetasks_steps4" in names
     # The influence weight matters to dpp alone, TOP_K to contrast alone.
     assert len(set(names)) == 16 * (2 + 2 * 2 + 2 * 2)
-    assert len({choice.method for choice in every}) == 16 * 3
+    assert len({choice.label for choice in every}) == 16 * 3
     assert RepairChoice("direct", 20).name == "direct"
     assert set(RepairChoice("dpp", 3).constants) == set(CONSTANTS.values())
 
@@ -244,7 +251,7 @@ def test_names_hold_what_a_choice_depends_on():
     [
         (RepairChoice("weighted", 5, harmful_tokens_only=True), "bias", "HARMFUL_TOKENS_ONLY = True"),
         (RepairChoice("contrast", 5, harmful_tokens_only=True), "bias", "HARMFUL_TOKENS_ONLY = True"),
-        *[(RepairChoice(name, 5, preserve_tasks=True), "bias", "PRESERVE_TASKS = True") for name in WITHOUT_CURVATURE],
+        *[(RepairChoice(name, 5, preserve_tasks=True), "bias", "PRESERVE_TASKS = True") for name in ("ga", *TRAINED)],
         *[(RepairChoice(name, 5, num_steps=2), "bias", "NUM_STEPS = 2") for name in TRAINED],
         (RepairChoice("ga", 5, preserve_perplexity=True), "bias", "PRESERVE_PERPLEXITY = True"),
         (RepairChoice("direct", 5, preserve_tasks=True), "combined", "TASK_NAME = 'combined'"),

@@ -169,14 +169,14 @@ def in_script(script: str) -> Callable[[], object]:
 
 REPAIRED = "bias_pythia-tiny_dpp_ifweight10_bottom5_lr0.02"
 KILLS: dict[str, tuple[str, Kill]] = {
-    "while the covariances are summed": (STEP_1, at_call(lambda: traced_model.BatchLoader, "_collate", 2)),
+    "while the covariances are summed": (STEP_1, at_call(lambda: traced_model.BatchLoader, "collate", 2)),
     "between two covariance files": (STEP_1, at_rename("gradient_covariance.safetensors")),
     "before the eigendecompositions": (STEP_1, at_call(lambda: factors, STAGES["eigenbases"])),
     "before the Lambda matrices": (STEP_1, at_call(lambda: factors, STAGES["lambdas"])),
     "before the Lambda matrices are saved": (STEP_1, at_rename("lambda_matrix.safetensors")),
     "before the manifest of the factors": (STEP_1, at_rename("manifest.json")),
     "before the factors get their name": (STEP_1, at_rename("factors_ekfac")),
-    "after the factors": (STEP_1, at_call(in_script(STEP_1), "mean_measurement_gradient")),
+    "after the factors": (STEP_1, at_call(in_script(STEP_1), "pairs_gradient")),
     "in the middle of the scores": (STEP_1, at_call(lambda: tasks.backward_task, "sequence_nll", 2)),
     "before the first scores are saved": (STEP_1, at_rename("pairwise_scores.safetensors")),
     "between scores and manifest": (STEP_1, at_rename("pairwise_scores.manifest.json")),
@@ -271,10 +271,10 @@ def test_finished_scores_are_not_computed_again(reference, tmp_path, monkeypatch
         with pytest.raises(SystemExit):
             workspace.run(STEP_1)
     script, measured = load_script(STEP_1), []
-    original = script.mean_measurement_gradient
+    original = script.pairs_gradient
     monkeypatch.setattr(
         script,
-        "mean_measurement_gradient",
+        "pairs_gradient",
         lambda traced, task, *rest: (measured.append(task.name), original(traced, task, *rest))[1],
     )
     workspace.run(STEP_1)

@@ -370,7 +370,7 @@ def test_every_place_that_loads_or_pushes(monkeypatch, capsys, output, token, pl
     def refuse(*_: object, **__: object) -> None:
         raise kind(f"{'x' * 290}{token} \n{quote(token)}") from RuntimeError(token)
 
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: SimpleNamespace())
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: transformers.PretrainedConfig())
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *_, **__: None)
     monkeypatch.setattr(function, refuse)
     fail_with(lambda: use(output))

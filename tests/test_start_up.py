@@ -87,10 +87,13 @@ RUNS = {  # together they take every branch that reads a constant
     STEP_1: [["--COMPUTE_PER_TOKEN_SCORES", "True"], ["--FACTOR_STRATEGY", "ekfac_cg", "--CG_ITERATIONS", "2"]],
     STEP_2: [["--ANSWERS_OF", "bias"]],
     STEP_3: [[*COMBINED, "--KERNEL", "rff"]],
-    STEP_4: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"], ["--SCORES_TYPE", "dpo"]],
+    STEP_4: [
+        [*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True"],
+        *(["--TASK_NAME", "bias", "--SCORES_TYPE", name] for name in ("dpo", "fitted")),
+    ],
     STEP_5: [[*COMBINED, "--SCORES_TYPE", "dpp", "--PRESERVE_PERPLEXITY", "True", "--LEARNING_RATE", "auto"]],
     **{script: [[]] for script in STEP_6.values()},
-    LIST_HARMFUL: [[*COMBINED, "--SCORES_TYPE", "bm25", "--CLEANED_DATASET", "OUTPUT/cleaned"]],
+    LIST_HARMFUL: [COMBINED, [*COMBINED, "--SCORES_TYPE", "bm25", "--CLEANED_DATASET", "OUTPUT/cleaned"]],
     ROBUSTNESS: [["--BITS", "4", "--NUM_FINE_TUNING_STEPS", "1"]],
 }
 ONLY_WHEN_PUSHED = {"HUB_USERNAME"}

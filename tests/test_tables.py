@@ -21,6 +21,7 @@ from utils import artifacts, paths
 from utils.artifacts import FileArtifact
 from utils.console import UserError
 from utils.files import read_json
+from utils.methods import METHODS
 from utils.models import load_tokenizer
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.rankings import load_token_scores
@@ -257,7 +258,7 @@ def test_latex_escapes_and_aligns():
 def test_every_way_of_choosing_can_be_drawn_and_explained(tmp_path):
     scores_types = set(typing.get_args(ScoresType))
     assert set(FIGURE_STYLES) == scores_types
-    assert set(grid_report.NOTES) == {name for name in scores_types if RepairChoice(name, 1).has_subset}
+    assert set(grid_report.NOTES) == {name for name in scores_types if METHODS[name].subset}
     rows = [make_row(method=f"{name} + preserve", if_weight=w) for name in scores_types for w in (0.0, 10.0)]
     ablation_figure(rows, "if_weight", tmp_path / "figures" / "if_weight.png")
     assert [file.name for file in (tmp_path / "figures").iterdir()] == ["if_weight.png"]
@@ -488,7 +489,7 @@ def test_harmful_tokens_are_an_axis_of_the_grid():
     tokens = {(repair.choice.scores_type, repair.choice.harmful_tokens_only) for repair in grid["main"]}
     assert tokens == {("pure_ekfac", True), ("pure_ekfac", False), ("direct", False)}
     assert all(repair.choice.harmful_tokens_only for repair in grid["bottom_k"])
-    assert {repair.choice.method for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}
+    assert {repair.choice.label for repair in grid["main"]} >= {"pure_ekfac + tokens", "pure_ekfac", "direct"}
 
 
 def test_token_scores_that_are_not_of_these_dialogues_are_refused(tmp_path):

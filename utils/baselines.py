@@ -30,11 +30,11 @@ from utils.console import UserError, progress_bar
 from utils.forward import output_logits
 from utils.influence.traced_model import Gradients, TracedModel
 from utils.influence.training import Minibatches, TrainedLinears
+from utils.methods import TRAINED
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.losses import SequenceNLL, label_hidden_states, logit_chunks, sequence_nll
 from utils.performance_functions.pairs import tokenize_pairs
 from utils.repair_sources import RepairSources
-from utils.repairs import TRAINED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -63,7 +63,7 @@ def token_budget(
         return AUTO_TOKENS_ON_CPU
     free_bytes = SHARE_OF_GPU_MEMORY * torch.cuda.mem_get_info(device)[0]
     widths = sum(linear.in_features + linear.out_features for linear in linears)
-    widths += 32 * model.config.hidden_size  # generous: activations of one block without a graph
+    widths += 32 * model.config.get_text_config().hidden_size  # generous: activations of one block without a graph
     bytes_per_token = 4 * 3 * widths  # float32; the value, its gradient, and a temporary copy
     return smallest(int(np.clip(free_bytes / bytes_per_token, *AUTO_TOKENS_ON_GPU)))
 
@@ -146,9 +146,9 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         sizes = [len(batch) for batch in self.batches]
-        yield from map(self._collate, iterate_share(self.batches, self._costs, sizes, self.description, "texts"))
+        yield from map(self.collate, iterate_share(self.batches, self._costs, sizes, self.description, "texts"))
 
-    def _collate(self, batch: list[int]) -> Batch:
+    def collate(self, batch: list[int]) -> Batch:
         sequences = [self.sequences[i] for i in batch]
         width = self.pad_to or max(len(sequence.input_ids) for sequence in sequences)
         input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)

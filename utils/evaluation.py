@@ -140,7 +140,13 @@ class EvaluationModel:
         return evaluate_pairs(self._tail, loader, known.pairs)
 
     def like(self, model: PreTrainedModel) -> EvaluationModel:
-        """Another model with the same tokenizer, for which no data set is tokenized again."""
+        """Another model with the same tokenizer, for which no data set is tokenized again.
+
+        Raises:
+            ValueError: this one has a trunk, whose cached hidden states are of this model alone.
+        """
+        if self.trunk:
+            raise ValueError("the cached hidden states of a model with a trunk are not those of another model")
         other = copy.copy(self)
         other.model = other._tail = model
         return other

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loading, families, the last blocks. Only this file and forward.py know a model's inside."""
+"""Models and tokenizers: loading, families, the last blocks. Here, forward.py and trunk.py know a model's inside."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def load_config(model: str) -> transformers.PretrainedConfig:
     kernels = [str(value) for name, value in vars(config).items() if "implementation" in name and "/" in str(value)]
     if kernels and not allows_remote_code():
         raise _remote_code_refusal(model, f"a kernel from the hub (config.json: {kernels[0]!r:.200})")
-    count = getattr(config, "num_hidden_layers", 1)
+    count = getattr(config.get_text_config(), "num_hidden_layers", 1)
     if not (isinstance(count, int) and 1 <= count <= LARGEST_NUM_BLOCKS):
         raise UserError(
             f"{model}: config.json has num_hidden_layers = {count!r}; allowed is a whole number from 1 to "

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from utils.console import UserError
 
@@ -176,9 +177,19 @@ def tables_dir(output_dir: str | Path) -> Path:
     return results_dir(output_dir) / "tables"
 
 
-def harmful_file(output_dir: str | Path, task: str, model_name: str, scores_type: str, bottom_k: int) -> Path:
-    """evaluation_scripts/list_harmful.py: what one ranking of one model holds to be most harmful; no suffix."""
-    return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{scores_type}_bottom{bottom_k}"
+def harmful_file(
+    output_dir: str | Path, task: str, model_name: str, scores_type: str, scores: Mapping[str, Any], bottom_k: int
+) -> Path:
+    """evaluation_scripts/list_harmful.py: what one ranking of one model holds to be most harmful; no suffix.
+
+    Args:
+        scores: the constants that say which scores of step 1 the ranking takes; another strategy, precision or seed
+            than the default is part of the name.
+    """
+    strategy, seed = scores.get("FACTOR_STRATEGY", "ekfac"), scores.get("SEED", DEFAULT_SEED)
+    ranking = scores_type if strategy == "ekfac" else f"{scores_type}_{strategy}"
+    ranking += "_half" * scores.get("USE_HALF_PRECISION", False) + ("" if seed == DEFAULT_SEED else f"_seed{seed}")
+    return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{ranking}_bottom{bottom_k}"
 
 
 def validation_dir(output_dir: str | Path, model_name: str) -> Path:

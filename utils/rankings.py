@@ -15,20 +15,16 @@ import torch
 
 from utils.artifacts import FileArtifact
 from utils.console import UserError, shown_path
+from utils.methods import INFLUENCE_TYPES, fixed_strategy
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.registry import SCORES_TENSOR, ModelArtifacts, Side
-from utils.settings import RankingType, Strategy, ranking_of, strategy_of, task_weights
+from utils.selection import most_harmful
+from utils.settings import RankingType, task_weights
 
-INFLUENCE_TYPES = ("pure_ekfac", "ekfac_cg", "identity")
 Scored = tuple[torch.Tensor, dict[str, str]]  # scores (N,), fingerprints of what they come from
-
-
-def own_strategy(scores_type: str) -> Strategy | None:
-    """The FACTOR_STRATEGY whose scores a SCORES_TYPE takes whatever FACTOR_STRATEGY is; None if it takes that one's."""
-    return None if ranking_of(scores_type) == "pure_ekfac" else strategy_of(scores_type)
 
 
 def task_scores(artifacts: ModelArtifacts, scores_type: RankingType, task: str) -> Scored:
@@ -38,7 +34,7 @@ def task_scores(artifacts: ModelArtifacts, scores_type: RankingType, task: str) 
         UserError: what they are computed from is missing, broken, made from something else, or of another length.
     """
     score: dict[RankingType, Callable[[ModelArtifacts, str], Scored]] = {
-        **{name: partial(influence_scores, strategy=own_strategy(name)) for name in INFLUENCE_TYPES},
+        **{name: partial(influence_scores, strategy=fixed_strategy(name)) for name in INFLUENCE_TYPES},
         "representation": dissimilarity_scores,
         "mean_difference": mean_difference_scores,
         "bm25": text_scores,
@@ -60,6 +56,16 @@ def ranking_scores(artifacts: ModelArtifacts, task: str, scores_type: RankingTyp
     scored = [task_scores(artifacts, scores_type, name) for name in weights]
     fingerprints = {name: fingerprint for _, sources in scored for name, fingerprint in sources.items()}
     return combined_scores([scores for scores, _ in scored], list(weights.values())), fingerprints
+
+
+def ranked(artifacts: ModelArtifacts, task: str, scores_type: RankingType) -> list[int]:
+    """All training dialogues, the most harmful first.
+
+    Raises:
+        UserError: as `task_scores`.
+    """
+    scores, _ = ranking_scores(artifacts, task, scores_type)
+    return most_harmful(scores, len(scores))
 
 
 def relative_weights(weights: Mapping[str, float]) -> dict[str, float]:
@@ -123,7 +129,7 @@ def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, to
         UserError: they are missing, broken, made from something else, or not of these dialogues.
     """
     of_tokens, of_dialogues, offsets, fingerprints = {}, {}, torch.zeros(()), {}
-    strategy = own_strategy(artifacts.settings.SCORES_TYPE)
+    strategy = fixed_strategy(artifacts.settings.SCORES_TYPE)
     weights = task_weights(artifacts.settings, task)
     for name in weights:
         artifact = artifacts.token_scores(name, strategy)

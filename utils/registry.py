@@ -16,13 +16,14 @@ from typing import Any, Literal
 from utils import paths
 from utils.artifacts import FileArtifact
 from utils.folder_artifacts import FolderArtifact
+from utils.methods import factors_for
 from utils.model_fingerprints import model_fingerprint
 from utils.models import load_config, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, STEP_6
 from utils.performance_functions.hh import Dialogues, load_dialogues
 from utils.performance_functions.pairs import AnswerPairs
-from utils.repairs import TRAINED, WITHOUT_CURVATURE, RepairChoice
-from utils.settings import TASK_NAMES, RankingType, Settings, factors_for, strategy_of
+from utils.repairs import RepairChoice
+from utils.settings import Settings
 
 Side = Literal["chosen", "rejected"]  # the trustworthy and the untrustworthy answers
 SCORES_TENSOR = "all_modules"  # kronfluence's name for scores that are summed over all modules
@@ -157,14 +158,16 @@ class ModelArtifacts:
             inputs: fingerprints. The writer gives all that the gradient is computed from, a reader `dataset`.
         """
         choice = RepairChoice.of(self.settings)
-        name = choice.gradient_name
-        path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, name, self.settings.SEED)
-        of_choice = ["BOTTOM_K"] * choice.counts_bottom_k
-        of_choice += ["GRADIENT_REDUCTION_TYPE"] * (choice.has_subset and choice.scores_type not in TRAINED)
-        of_choice += ["DAMPING_FACTOR"] * (choice.scores_type not in WITHOUT_CURVATURE)
-        of_choice += ["FIT_ITERATIONS"] * (choice.scores_type == "fitted")
-        of_choice += ["BASELINE_STEPS", "BASELINE_RATE"] * (choice.scores_type in TRAINED)
-        constants = self._known(*FACTOR_CONSTANTS, "SCORES_TYPE", *of_choice)
+        path = paths.gradients_file(self.settings.OUTPUT_DIR, task, self.name, choice.gradient_name, self.settings.SEED)
+        counts = {
+            "BOTTOM_K": choice.counts_bottom_k,
+            "GRADIENT_REDUCTION_TYPE": choice.method.subset and not choice.method.is_trained,
+            "DAMPING_FACTOR": choice.method.step == "natural",
+            "FIT_ITERATIONS": choice.scores_type == "fitted",
+            "BASELINE_STEPS": choice.method.is_trained,
+            "BASELINE_RATE": choice.method.is_trained,
+        }
+        constants = self._known(*FACTOR_CONSTANTS, "SCORES_TYPE", *filter(counts.get, counts))
         constants |= self._combination(task)
         return FileArtifact(path, STEP_4, constants, {"model": self.fingerprint, **inputs})
 
@@ -189,18 +192,6 @@ class ModelArtifacts:
         """evaluation_scripts/validate_scores.py: a fine-tuning on some of the dialogues, of which numbers are kept."""
         path = paths.retraining_dir(self.settings.OUTPUT_DIR, self.name, name)
         return FolderArtifact(path, paths.VALIDATION, constants, inputs, quiet=True)
-
-    def seconds_for(self, scores_type: RankingType) -> float | None:
-        """What all tasks' scores took in steps 1 and 2, from their manifests; None where no step makes them."""
-        if scores_type == "bm25":
-            return None
-        if scores_type in ("representation", "mean_difference"):
-            sides = ("rejected",) if scores_type == "representation" else ("chosen", "rejected")
-            answers = [self.answer_representations(task, side) for task in TASK_NAMES for side in sides]
-            return sum(artifact.require()["seconds"] for artifact in [self.representations(), *answers])
-        strategy = strategy_of(scores_type)
-        in_one_pass = max(self.scores(task, strategy).require()["seconds"] for task in TASK_NAMES)
-        return in_one_pass + (0 if scores_type == "identity" else self.factors().require()["seconds"])
 
     def report(self, checkpoint: FolderArtifact, content: str) -> FileArtifact:
         """Step 5: what a repair did, saved or not; `content` is the report's fingerprint."""

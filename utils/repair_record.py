@@ -15,7 +15,7 @@ from utils.paths import STEP_4, STEP_5, public_name
 from utils.performance_functions.hh import Dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
-from utils.repairs import DIVERSE, RepairChoice
+from utils.repairs import RepairChoice
 from utils.reporting.cards import repair_card
 from utils.results import Metric, Result, compare
 from utils.settings import TASK_NAMES
@@ -126,7 +126,7 @@ class RepairRecord:
             "model": public_name(settings.MODEL_NAME),
             "task": self.task,
             "scores_type": choice.scores_type,
-            "if_weight": choice.if_weight if choice.scores_type in DIVERSE else None,
+            "if_weight": choice.if_weight if choice.method.subset == "diverse" else None,
             "bottom_k": len(self.gradient["indices"]),
             "top_k": len(self.gradient["helpful"]),
             "preserve_perplexity": choice.preserve_perplexity,

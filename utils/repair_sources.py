@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from utils.console import UserError
+from utils.console import UserError, shown_path
 from utils.files import fingerprint_of
-from utils.paths import resolve_path
+from utils.paths import STEP_3, resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.pairs import AnswerPairs
-from utils.rankings import min_max_normalise, ranking_scores, relative_weights, task_scores, token_scores
+from utils.rankings import Scored, min_max_normalise, ranking_scores, relative_weights, task_scores, token_scores
 from utils.registry import ModelArtifacts
-from utils.repairs import BY_SCORE, CONTROLS_OF_NPO, OF_PAIRS, WITH_RETAINED, WITH_TOP_K, RepairChoice
-from utils.selection import choose_subset, held_out_rows, most_harmful, random_subset, require_enough
+from utils.repairs import RepairChoice
+from utils.selection import held_out_rows, most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES, task_weights
 
 SUM_DIVISOR = 100  # makes the "sum" over the paper's 100 dialogues their mean
@@ -71,35 +71,40 @@ def choose_sources(artifacts: ModelArtifacts, task: str, retained: list[int] | N
         retained: rows that were drawn before; by default they are drawn now.
 
     Raises:
-        UserError: choices that do not go together, or as `choose_subset`.
+        UserError: choices that do not go together, or the scores, subset or pairs that SCORES_TYPE needs are missing or
+            broken.
     """
     settings, choice, total = artifacts.settings, RepairChoice.of(artifacts.settings), len(artifacts.dialogues)
+    method, measurements = choice.method, task_weights(settings, task)
     choice.require_consistent(task)
     if choice.scores_type == "fitted" and settings.FACTOR_STRATEGY == "ekfac_cg":
         raise UserError(
             "FACTOR_STRATEGY = 'ekfac_cg': SCORES_TYPE 'fitted' takes scores and curvature of one kind, and step 4 "
             "preconditions with EKFAC; give 'ekfac'"
         )
-    measurements, indices = task_weights(settings, task), choose_subset(artifacts, task)
+    if method.subset:
+        require_enough(choice.bottom_k, total)
+    ranking = ranking_scores(artifacts, task, method.ranking) if method.ranking else None
+    indices = choose_subset(artifacts, task, ranking)
     # A gradient without a subset has no GRADIENT_REDUCTION_TYPE in its manifest.
-    is_mean = not choice.has_subset or settings.GRADIENT_REDUCTION_TYPE == "mean"
-    weights, fingerprints = dialogue_weights(artifacts, task, choice, indices, is_mean)
-    helpful = [row for row, weight in weights.items() if weight < 0] if choice.scores_type in WITH_TOP_K else []
+    is_mean = method.subset is None or settings.GRADIENT_REDUCTION_TYPE == "mean"
+    weights, fingerprints = dialogue_weights(artifacts, task, ranking, indices, is_mean)
+    helpful = [row for row, weight in weights.items() if weight < 0] if method.descends else []
     tokens = None
     if choice.harmful_tokens_only:
         *tokens, of_tokens = token_scores(artifacts, task)
         fingerprints |= of_tokens
-    if not (choice.preserve_perplexity or choice.scores_type in WITH_RETAINED):
+    if not (choice.preserve_perplexity or method.retains):
         retained = []
     elif retained is None:
         used = [*indices, *helpful]
-        if choice.scores_type in CONTROLS_OF_NPO:  # retain what "npo" does
-            used += most_harmful(ranking_scores(artifacts, task)[0], settings.BOTTOM_K)
+        if method.is_control_of_npo:  # retain what "npo" does
+            used += most_harmful(ranking[0], choice.bottom_k)
         retained = held_out_rows("retain", used, total, settings.NUM_RETAIN_EXAMPLES, settings.SEED)
     if retained:
         fingerprints["retained"] = fingerprint_of(retained)
     preserved = [name for name in TASK_NAMES if choice.preserve_tasks and name not in measurements]
-    descended = list(measurements) if choice.scores_type in OF_PAIRS else []
+    descended = list(measurements) if method.uses_pairs else []
     pairs = {}
     if preserved or descended:
         data_dir = resolve_path(settings.DATA_DIR)
@@ -112,26 +117,71 @@ def choose_sources(artifacts: ModelArtifacts, task: str, retained: list[int] | N
     )
 
 
-# -- weights of dialogues ----------------------------------------------------------------------------------------------
+# -- which dialogues ---------------------------------------------------------------------------------------------------
+
+
+def choose_subset(artifacts: ModelArtifacts, task: str, ranking: Scored | None) -> list[int]:
+    """Rows of the BOTTOM_K training dialogues to unlearn, as SCORES_TYPE has it; none where it unlearns no subset.
+
+    Args:
+        ranking: what SCORES_TYPE goes by, from `ranking_scores`; None where it goes by none.
+    """
+    settings, choice = artifacts.settings, RepairChoice.of(artifacts.settings)
+    if choice.method.subset is None:
+        return []
+    if choice.method.subset == "random":
+        return random_subset(len(artifacts.dialogues), choice.bottom_k, settings.SEED)
+    scores, fingerprints = ranking
+    if choice.method.subset == "diverse":
+        return diverse_subset(artifacts, task, fingerprints)
+    return most_harmful(scores, choice.bottom_k)
+
+
+def diverse_subset(artifacts: ModelArtifacts, task: str, fingerprints: dict[str, str]) -> list[int]:
+    """The indices that step 3 picked.
+
+    Args:
+        fingerprints: of the scores that are there now, by which they must have been picked.
+    """
+    total, bottom_k = len(artifacts.dialogues), artifacts.settings.BOTTOM_K
+    artifact = artifacts.dpp(task, **fingerprints)
+    content = artifact.load_json()
+    indices = content.get("indices") if isinstance(content, dict) else None
+    are_indices = isinstance(indices, list) and all(index in range(total) for index in indices)
+    if not are_indices or len(set(indices)) != bottom_k:
+        raise UserError(
+            f"{shown_path(artifact.path)} does not hold {bottom_k} indices below {total}; "
+            f"delete it and run {STEP_3} again"
+        )
+    return indices
+
+
+# -- their weights -----------------------------------------------------------------------------------------------------
 
 
 def dialogue_weights(
-    artifacts: ModelArtifacts, task: str, choice: RepairChoice, indices: list[int], is_mean: bool
+    artifacts: ModelArtifacts, task: str, ranking: Scored | None, indices: list[int], is_mean: bool
 ) -> tuple[dict[int, float], dict[str, str]]:
-    """The weight of each dialogue's mean token loss by row, as SCORES_TYPE has it, and their fingerprints."""
-    total, seed = len(artifacts.dialogues), artifacts.settings.SEED
+    """The weight of each dialogue's mean token loss by row, as SCORES_TYPE has it, and their fingerprints.
+
+    Args:
+        ranking: as for `choose_subset`.
+        indices: what that has chosen.
+        is_mean: whether the weights of a subset are those of a mean, and not of a sum divided by SUM_DIVISOR.
+    """
+    choice, total, seed = RepairChoice.of(artifacts.settings), len(artifacts.dialogues), artifacts.settings.SEED
     of_subset = {"subset": fingerprint_of(indices)}
-    if choice.scores_type in (*OF_PAIRS, "sft_retained"):
-        return {}, {}
-    if choice.scores_type in BY_SCORE:
+    if choice.method.weighs_all:
         weights = weights_by_score(artifacts, task)
         return dict(enumerate(weights.tolist())), {"weights": fingerprint_of(weights.tolist())}
     if choice.scores_type == "descent":
         require_enough(choice.num_helpful, total, "TOP_K")
         rows = random_subset(total, choice.num_helpful, seed)
         return dict.fromkeys(rows, -1 / len(rows)), {"helpful": fingerprint_of(rows)}
+    if not choice.method.subset:
+        return {}, {}
     if choice.scores_type == "dpp_weighted":
-        harm = min_max_normalise(-ranking_scores(artifacts, task)[0])[indices]
+        harm = min_max_normalise(-ranking[0])[indices]
         shares = harm / harm.sum() if harm.sum() > 0 else torch.full_like(harm, 1 / len(harm))
         scale = 1.0 if is_mean else len(indices) / SUM_DIVISOR
         weights = dict(zip(indices, (scale * shares).tolist(), strict=True))
@@ -139,8 +189,7 @@ def dialogue_weights(
     weights = dict.fromkeys(indices, 1 / len(indices) if is_mean else 1 / SUM_DIVISOR)
     if choice.scores_type == "contrast":
         require_enough(choice.bottom_k + choice.num_helpful, total, "BOTTOM_K and TOP_K together")
-        ranking = most_harmful(ranking_scores(artifacts, task)[0], total)
-        helpful = ranking[::-1][: choice.num_helpful]
+        helpful = most_harmful(ranking[0], total)[::-1][: choice.num_helpful]
         weights |= dict.fromkeys(helpful, -1 / len(helpful) if is_mean else -1 / SUM_DIVISOR)
         return weights, of_subset | {"helpful": fingerprint_of(helpful)}
     return weights, of_subset

@@ -6,18 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from utils.console import UserError
+from utils.methods import METHODS, Method
 from utils.settings import ScoresType, Settings
 
-DIVERSE = ("dpp", "dpp_weighted")  # by step 3
-OF_PAIRS = ("direct", "direct_shuffled", "dpo", "sft_pairs")  # look at the answer pairs, at no dialogue
-CONTROLS_OF_NPO = ("npo_random", "sft_retained")
-TRAINED = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs", *CONTROLS_OF_NPO)  # changes of weights by AdamW
-WITHOUT_CURVATURE = ("ga", *TRAINED)
-BY_SCORE = ("weighted", "fitted")  # all dialogues, each with its weight
-WITHOUT_SUBSET = (*OF_PAIRS, *BY_SCORE, "descent", "sft_retained")
-OF_RANDOM = ("random", "npo_random")  # unlearn dialogues that are drawn at random
-WITH_TOP_K = ("contrast", "descent")
-WITH_RETAINED = ("ga_kl", "npo", *CONTROLS_OF_NPO)  # dialogues that a term of the loss keeps as they are
 HELPFUL_FOR_EACH_HARMFUL = 5  # dialogues, where TOP_K is None
 FIRST_RATE = 0.012  # of the paper, from which the search for a step goes on
 TRAINED_RATE = 1.0  # where AdamW left the weights; on the line there perplexity may rise first and fall again
@@ -60,19 +51,19 @@ class RepairChoice:
         return {constant: getattr(self, name) for name, constant in CONSTANTS.items()}
 
     @property
-    def has_subset(self) -> bool:
-        """Whether BOTTOM_K dialogues are unlearned."""
-        return self.scores_type not in WITHOUT_SUBSET
+    def method(self) -> Method:
+        """What SCORES_TYPE is."""
+        return METHODS[self.scores_type]
 
     @property
     def counts_bottom_k(self) -> bool:
         """Whether BOTTOM_K matters: those dialogues are unlearned, or what a control retains leaves them out."""
-        return self.has_subset or self.scores_type in CONTROLS_OF_NPO
+        return self.method.subset is not None or self.method.is_control_of_npo
 
     @property
     def first_rate(self) -> float:
         """The learning rate that a search tries first."""
-        return TRAINED_RATE if self.scores_type in TRAINED else FIRST_RATE
+        return TRAINED_RATE if self.method.is_trained else FIRST_RATE
 
     @property
     def search_constants(self) -> dict[str, float]:
@@ -90,9 +81,9 @@ class RepairChoice:
 
         Numbers that a way of choosing does not depend on are left out.
         """
-        weight = f"_ifweight{self.if_weight:g}" if self.scores_type in DIVERSE else ""
+        weight = f"_ifweight{self.if_weight:g}" if self.method.subset == "diverse" else ""
         subset = f"_bottom{self.bottom_k}" if self.counts_bottom_k else ""
-        helpful = f"_top{self.num_helpful}" if self.scores_type in WITH_TOP_K else ""
+        helpful = f"_top{self.num_helpful}" if self.method.descends else ""
         kept = "_preserve" * self.preserve_perplexity + "_preservetasks" * self.preserve_tasks
         return f"{self.scores_type}{weight}{subset}{helpful}{'_tokens' * self.harmful_tokens_only}{kept}"
 
@@ -102,7 +93,7 @@ class RepairChoice:
         return self.gradient_name + (f"_steps{self.num_steps}" if self.num_steps > 1 else "")
 
     @property
-    def method(self) -> str:
+    def label(self) -> str:
         """The method's name in tables."""
         steps = f" in {self.num_steps} steps" if self.num_steps > 1 else ""
         kept = " + preserve" * self.preserve_perplexity + " + preserve tasks" * self.preserve_tasks
@@ -114,13 +105,13 @@ class RepairChoice:
         Raises:
             UserError: names the constant that does not fit SCORES_TYPE or the task.
         """
-        of_type = f"SCORES_TYPE = {self.scores_type!r}"
-        if self.harmful_tokens_only and (not self.has_subset or self.scores_type in (*TRAINED, "contrast")):
+        method, of_type = self.method, f"SCORES_TYPE = {self.scores_type!r}"
+        if self.harmful_tokens_only and (not method.subset or method.is_trained or method.descends):
             raise UserError(
                 f"HARMFUL_TOKENS_ONLY = True: {of_type} does not take single tokens of dialogues; set it to False, or "
                 "choose by another SCORES_TYPE, such as 'pure_ekfac'"
             )
-        if self.scores_type in WITHOUT_CURVATURE and (self.preserve_perplexity or self.preserve_tasks):
+        if method.step != "natural" and (self.preserve_perplexity or self.preserve_tasks):
             constant = "PRESERVE_PERPLEXITY" if self.preserve_perplexity else "PRESERVE_TASKS"
             raise UserError(
                 f"{constant} = True: {of_type} does without the curvature in which a direction preserves anything; set "
@@ -131,8 +122,8 @@ class RepairChoice:
                 "PRESERVE_TASKS = True: TASK_NAME = 'combined' repairs for all tasks and leaves none to be preserved; "
                 "set it to False, or TASK_NAME to bias, ethics, truth or all"
             )
-        if self.scores_type in (*TRAINED, "fitted") and self.num_steps > 1:
-            what = "weights" if self.scores_type == "fitted" else "a change of the model"
+        if (method.is_trained or self.scores_type == "fitted") and self.num_steps > 1:
+            what = "a change of the model" if method.is_trained else "weights"
             raise UserError(f"NUM_STEPS = {self.num_steps}: {of_type} is {what} that step 4 makes once; allowed is 1")
 
     def nearest(self, task: str) -> RepairChoice:

@@ -131,7 +131,9 @@ TrackerName = Literal["trackio", "wandb"]
 
 
 TASK_NAMES = ("bias", "ethics", "truth")  # the trust measurements
-COMMON_CONSTANTS = frozenset({"MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "OVERWRITE"})
+COMMON_CONSTANTS = frozenset(
+    {"MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "SEED", "DEVICE", "TRUST_REMOTE_CODE", "OVERWRITE"}
+)
 
 
 class Settings(types.SimpleNamespace):
@@ -140,24 +142,6 @@ class Settings(types.SimpleNamespace):
     def pick(self, *names: str) -> dict[str, Any]:
         """The named constants as a dictionary, for a manifest."""
         return {name: getattr(self, name) for name in names}
-
-
-def factors_for(strategy: Strategy) -> Strategy:
-    """The factors that scores of a strategy are made with: those of "ekfac" precondition the conjugate gradients."""
-    return "ekfac" if strategy == "ekfac_cg" else strategy
-
-
-def ranking_of(scores_type: ScoresType) -> RankingType | None:
-    """The ranking that a SCORES_TYPE takes its dialogues from; None if from none."""
-    if scores_type in ("random", "descent", "direct", "direct_shuffled", "dpo", "sft_pairs"):
-        return None
-    return scores_type if scores_type in typing.get_args(RankingType) else "pure_ekfac"
-
-
-def strategy_of(scores_type: ScoresType) -> Strategy | None:
-    """The FACTOR_STRATEGY of step 1 whose scores a SCORES_TYPE ranks by, unless told another; None if by none."""
-    by_ranking = {"pure_ekfac": "ekfac", "ekfac_cg": "ekfac_cg", "identity": "identity"}
-    return by_ranking.get(ranking_of(scores_type))
 
 
 def tasks_of(task_name: str) -> list[str]:

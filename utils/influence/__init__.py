@@ -1,1 +1,1 @@
-"""Influence functions: curvature factors, preconditioned gradients, scores. Only this package touches kronfluence."""
+"""Influence functions: curvature factors, preconditioned gradients, scores. Only this and tasks/ touch kronfluence."""

@@ -27,16 +27,16 @@ class Solution(NamedTuple):
     Attributes:
         vectors: x, (queries, ...) by name.
         residuals: |b - A x| / |b| of each query after every iteration, the first for x = 0, as the recursion has them.
-        residual: the same at the end, from one more product; how far rounding has taken the two apart shows here.
+        final_residuals: the same at the end, from one more product: rounding has taken the two apart.
     """
 
     vectors: Gradients
     residuals: list[list[float]]
-    residual: list[float]
+    final_residuals: list[float]
 
     def of_query(self, query: int) -> list[float]:
         """One query's residuals after every iteration; in place of the last, the one that was computed anew."""
-        return [*(after[query] for after in self.residuals[:-1]), self.residual[query]]
+        return [*(after[query] for after in self.residuals[:-1]), self.final_residuals[query]]
 
 
 def inner_products(a: Gradients, b: Gradients) -> torch.Tensor:

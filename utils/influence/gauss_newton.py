@@ -83,7 +83,7 @@ def require_forward_mode(traced: TracedModel, examples: Sequence[LabelledSequenc
         UserError: something in the model has none.
     """
     shortest = min(examples, key=lambda example: len(example.input_ids))
-    batch = traced.loader([shortest])._collate([0])  # every process makes it: iterating would give it to one
+    batch = traced.loader([shortest]).collate([0])  # every process makes it: iterating would give it to one
     directions = {name: traced.zeros(1, *shape) for name, shape in traced.gradient_shapes().items()}
     try:
         hidden_tangents(traced, batch, fisher_positions(batch, all_positions=True), directions)

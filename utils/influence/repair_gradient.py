@@ -24,14 +24,14 @@ from utils.console import UserError
 from utils.folder_artifacts import FolderArtifact
 from utils.influence.fitted_weights import fit_weights
 from utils.influence.preconditioning import Preconditioner, load_preconditioner
-from utils.influence.scores import mean_measurement_gradient, weigh_by_score
+from utils.influence.scores import mean_measurement_gradient, pairs_gradient, weigh_by_score
 from utils.influence.traced_model import Gradients, TracedModel
+from utils.methods import Method
 from utils.paths import STEP_1
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import require_labels
 from utils.performance_functions.pairs import AnswerPairs, tokenize_pairs
 from utils.repair_sources import RepairSources
-from utils.repairs import WITHOUT_CURVATURE
 
 SMALLEST_EIGENVALUE = 1e-10  # of the Gram matrix with a diagonal of ones; below, constraints count as one
 
@@ -94,11 +94,9 @@ def retained_gradient(traced: TracedModel, task: Task, examples: list[LabelledSe
     return dialogue_gradient(traced, task, examples, weights, "retained")
 
 
-def pairs_gradient(traced: TracedModel, task: Task, name: str, pairs: AnswerPairs) -> Gradients:
+def measurement_gradient(traced: TracedModel, task: Task, name: str, pairs: AnswerPairs) -> Gradients:
     """grad f of one measurement over answer pairs, (1, out, in) for each Linear."""
-    tokenized = tokenize_pairs(pairs, traced.tokenizer, MEASUREMENTS[name].max_tokens)
-    loader = traced.loader(tokenized.sequences, weights=tokenized.weights, description=f"{name} pairs")
-    return mean_measurement_gradient(traced, task, loader)
+    return pairs_gradient(traced, task, tokenize_pairs(pairs, traced.tokenizer, MEASUREMENTS[name].max_tokens), name)
 
 
 def source_gradient(
@@ -108,7 +106,7 @@ def source_gradient(
     if not sources.dialogues:
         total: Gradients = {}
         for name, weight in sources.measurements.items():
-            gradients = pairs_gradient(traced, task, name, sources.pairs[name])
+            gradients = measurement_gradient(traced, task, name, sources.pairs[name])
             total = {module: total.get(module, 0) - weight * gradient for module, gradient in gradients.items()}
         return total, {}
     weights, facts = sources.dialogues, {}
@@ -145,7 +143,7 @@ def constraint_gradients(
     traced: TracedModel, task: Task, examples: list[LabelledSequence], sources: RepairSources
 ) -> dict[str, Gradients]:
     """The gradients of the losses that are to stay, by name."""
-    constraints = {name: pairs_gradient(traced, task, name, sources.pairs[name]) for name in sources.preserved}
+    constraints = {name: measurement_gradient(traced, task, name, sources.pairs[name]) for name in sources.preserved}
     if sources.retained:
         constraints["retained"] = retained_gradient(traced, task, examples, sources.retained)
     return constraints
@@ -159,8 +157,8 @@ def inner_product_matrix(a: Gradients, b: Gradients) -> torch.Tensor:
 def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tuple[Gradients, list[float]]:
     """The natural gradient without the part that changes losses which are to stay, to first order.
 
-    D = P (g - sum_j alpha_j R_j) with <R_j, D> = 0. Constraints that say the same, or nothing, are told once: the Gram
-    system is scaled to a diagonal of ones, and solved where its eigenvalues are not rounding noise.
+    D = P (g - sum_j alpha_j R_j) with <R_j, D> = 0. Constraints that depend on others, or are 0, are left out: the
+    Gram system is scaled to a diagonal of ones, and solved where its eigenvalues are not rounding noise.
 
     Args:
         gradients: (1 + constraints, out, in) for each module: g, then the R_j.
@@ -183,13 +181,13 @@ def preserving_direction(gradients: Gradients, preconditioned: Gradients) -> tup
     return direction, alphas.tolist()
 
 
-def preconditioner_for(scores_type: str, factors: FolderArtifact, traced: TracedModel) -> Preconditioner | None:
-    """P of a way of choosing; None where it does without curvature.
+def preconditioner_for(method: Method, factors: FolderArtifact, traced: TracedModel) -> Preconditioner | None:
+    """P of a method; None where it does without curvature.
 
     Raises:
         UserError: as `load_preconditioner`.
     """
-    return None if scores_type in WITHOUT_CURVATURE else load_preconditioner(factors, traced)
+    return load_preconditioner(factors, traced) if method.step == "natural" else None
 
 
 def repair_gradient(

@@ -17,6 +17,7 @@ from utils.batching import Batch, BatchLoader
 from utils.console import UserError
 from utils.influence.token_gradients import TokenRows, row_scores, summed_gradient
 from utils.influence.traced_model import Gradients, TracedModel
+from utils.performance_functions.pairs import TokenizedPairs
 from utils.processes import all_reduce
 
 
@@ -35,6 +36,16 @@ def mean_measurement_gradient(traced: TracedModel, task: Task, loader: BatchLoad
     return {name: total.unsqueeze(0) for name, total in totals.over_processes().items()}
 
 
+def pairs_gradient(traced: TracedModel, task: Task, pairs: TokenizedPairs, name: str) -> Gradients:
+    """grad f of one measurement over its answer pairs, (1, out, in) for each Linear.
+
+    Args:
+        name: of the measurement, for the progress bar.
+    """
+    loader = traced.loader(pairs.sequences, weights=pairs.weights, description=f"{name} pairs")
+    return mean_measurement_gradient(traced, task, loader)
+
+
 def require_representable(tensors: Iterable[torch.Tensor], what: str, constants: Mapping[str, Any]) -> None:
     """Refuse what a constant has scaled beyond the precision: ranks and steps would be rounding noise.
 
@@ -48,7 +59,7 @@ def require_representable(tensors: Iterable[torch.Tensor], what: str, constants:
     largest = torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max()
     limits = torch.finfo(largest.dtype)
     if not limits.tiny / limits.eps <= float(largest) <= limits.max:
-        reason = "they do not depend on the last NUM_BLOCKS blocks"
+        reason = "the loss does not depend on the last NUM_BLOCKS blocks" if largest == 0 else "the model overflows"
         if blamed := [f"{name} = {value}" for name, value in constants.items() if value is not None]:
             reason = f"change {' or '.join(blamed)}"
         dtype = str(largest.dtype).removeprefix("torch.")

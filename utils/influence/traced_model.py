@@ -17,8 +17,9 @@ from utils.influence.label_gradients import LabelGradientCache
 from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
 from utils.kept_model import open_model
+from utils.methods import factors_for
 from utils.models import traced_linear_names
-from utils.settings import Settings, factors_for
+from utils.settings import Settings
 from utils.trunk import Trunk
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ class Minibatches:
         """The batches of one minibatch, as BatchLoader makes them; the rows of an item follow each other."""
         for items in self.minibatches[step % len(self.minibatches)]:
             rows = items[:, None] * self.per_item + np.arange(self.per_item)
-            yield self.loader._collate(rows.flatten().tolist())  # iterating would share batches out among processes
+            yield self.loader.collate(rows.flatten().tolist())  # iterating would share batches out among processes
 
     def release(self) -> None:
         """Give the memory of the cached hidden states back."""

@@ -36,14 +36,14 @@ def shown_names(names: Sequence[object]) -> str:
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-def require_length(text: str, where: str, limit: int = MAX_CHARACTERS) -> None:
+def require_length(text: str, where: str) -> None:
     """Refuse a text that is far longer than any real one, before it is tokenized whole.
 
     Raises:
-        UserError: the text has more than `limit` characters.
+        UserError: the text has more than MAX_CHARACTERS.
     """
-    if len(text) > limit:
-        raise UserError(f"{where} has {len(text):,} characters; allowed are {limit:,}: shorten or remove it")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{where} has {len(text):,} characters; allowed are {MAX_CHARACTERS:,}: shorten or remove it")
 
 
 def require_file(path: Path, remedy: str) -> None:

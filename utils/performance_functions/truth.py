@@ -55,7 +55,7 @@ def _read_questions(path: Path) -> list[Question]:
     questions = []
     num_answers = num_characters = 0
     for line, row in enumerate(table.to_dict("records"), start=2):
-        for column in (QUESTION, BEST, INCORRECT, *[CORRECT] * (CORRECT in row)):
+        for column in filter(row.__contains__, (QUESTION, BEST, INCORRECT, CORRECT)):
             require_length(row[column], f"{shown_path(path)}, row {line:,}: {column!r}")
         best, incorrect = _distinct([row[BEST]]), _distinct(row[INCORRECT].split(";"))
         for name, is_given in ((QUESTION, row[QUESTION].strip()), (BEST, best), (INCORRECT, incorrect)):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from utils.methods import METHODS
 from utils.paths import may_be_hub_id, public_name
-from utils.repairs import CONTROLS_OF_NPO, TRAINED, WITHOUT_CURVATURE
 from utils.reporting.escaping import markdown_text
 from utils.reporting.tables import change_with_interval, format_number, markdown_table, with_interval
 
@@ -37,6 +37,7 @@ def _joined(paragraphs: Iterable[str | None]) -> str:
     return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
+ALONG = {"natural": " of a natural gradient", "plain": "", "trained": " along a change of weights"}
 WITHOUT_DIALOGUES = {  # what the step goes along, by scores_type
     "direct": "down the measurement itself, without any training dialogue",
     "direct_shuffled": "down the measurement with the prompts of other pairs, a control",
@@ -47,17 +48,11 @@ WITHOUT_DIALOGUES = {  # what the step goes along, by scores_type
 
 def _step_in_words(report: dict[str, Any]) -> str:
     kind, num_steps = report["scores_type"], report["num_steps"]
-    step = "One step" if num_steps == 1 else f"{num_steps} steps"
-    step += (
-        " along a change of weights"
-        if kind in TRAINED
-        else ""
-        if kind in WITHOUT_CURVATURE
-        else " of a natural gradient"
-    )
+    method = METHODS[kind]
+    step = ("One step" if num_steps == 1 else f"{num_steps} steps") + ALONG[method.step]
     what = "the tokens with negative scores of " if report["harmful_tokens_only"] else ""
-    if kind in TRAINED:
-        step += f" that the {'control' if kind in CONTROLS_OF_NPO else 'baseline'} `{kind}` trained"
+    if method.is_trained:
+        step += f" that the {'control' if method.is_control_of_npo else 'baseline'} `{kind}` trained"
     elif kind in WITHOUT_DIALOGUES:
         step += f" {WITHOUT_DIALOGUES[kind]}"
     elif kind == "descent":

@@ -11,12 +11,12 @@ from utils import paths
 from utils.artifacts import FileArtifact
 from utils.locks import locked
 from utils.manifests import software_versions
+from utils.methods import METHODS
 from utils.models import load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, kinds_of_rows, load_dialogues
 from utils.rankings import combined_token_scores, load_token_scores
 from utils.registry import SCORES_TENSOR
-from utils.repairs import DIVERSE
 from utils.reporting.figures import is_whole_picture
 from utils.reporting.html import STRONGEST, Completion, Example, Picture, Report, Subset
 from utils.reporting.tables import Row, Table
@@ -166,7 +166,7 @@ def _subsets(settings: Settings, rows: Sequence[Row], known_harm: Mapping[str, C
     subsets = []
     for row in rows:
         gains: dict[str, list[float]] = {}
-        if row["scores_type"] in DIVERSE:
+        if METHODS[row["scores_type"]].subset == "diverse":
             location = (row["task"], row["model"], row["bottom_k"], row["if_weight"])
             picks = FileArtifact(paths.dpp_file(settings.OUTPUT_DIR, *location), paths.STEP_3).load_json()
             gains = {name: picks[f"{name}_gains"] for name in ("diversity", "influence")}
