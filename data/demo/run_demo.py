@@ -55,7 +55,7 @@ def main(settings: Settings) -> None:
     say(f"seconds: {time.monotonic() - started:.0f}")
     say(f"picture: {shown_path(paths.overview_figure(settings.OUTPUT_DIR))}")
     say(f"open {shown_path(paths.results_dir(settings.OUTPUT_DIR) / 'report.html')} in a browser")
-    say("next: make tables, which runs every method, two seeds and the ablations")
+    say("next: make tables, which runs six methods, two seeds and the ablations")
 
 
 if __name__ == "__main__":
