@@ -150,7 +150,7 @@ def influence(
         UserError: the scores are too large or too small to be ranked by.
     """
     of_tasks = [pairs_gradient(traced, query, pairs, query.name) for query, pairs in queries.items()]  # grad f_task
-    gradients = {name: torch.cat([of_task[name] for of_task in of_tasks]) for name in traced.linears}
+    gradients = {name: torch.cat([of_task[name] for of_task in of_tasks]) for name in traced.linears}  # (tasks, ...)
     precondition, solution = load_preconditioner(factors, traced), None
     if settings.FACTOR_STRATEGY == "ekfac_cg":
         solution = solve(settings, traced, examples, gradients, precondition)
@@ -234,10 +234,10 @@ def make_unfinished(artifacts: ModelArtifacts, pairs: dict[str, AnswerPairs], ou
     if settings.FACTOR_STRATEGY == "ekfac_cg" or settings.COMPUTE_PER_TOKEN_SCORES:
         require_forward_mode(traced, examples)
     say(f"   {len(examples)} dialogues, {len(traced.linears)} Linears, {traced.tokens_per_batch} tokens per batch")
-    of_tasks = (list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
-    task, queries = BackwardTask(*of_tasks), {}
+    constants = (list(traced.linears), settings.SEED, settings.FISHER_POSITIONS)
+    task, queries = BackwardTask(*constants), {}
     for name in unfinished:  # before the factors: what cannot be tokenized is found early
-        query = TRUST_TASKS[name](*of_tasks)
+        query = TRUST_TASKS[name](*constants)
         queries[query] = tokenize_pairs(pairs[name], traced.tokenizer, query.measurement.max_tokens)
     with locked(factors.path):
         if not has_factors and not is_finished(factors):  # another run may have fitted them meanwhile

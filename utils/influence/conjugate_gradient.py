@@ -27,7 +27,7 @@ class Solution(NamedTuple):
     Attributes:
         vectors: x, (queries, ...) by name.
         residuals: |b - A x| / |b| of each query after every iteration, the first for x = 0, as the recursion has them.
-        final_residuals: the same at the end, from one more product: rounding has taken the two apart.
+        final_residuals: the same at the end, from one more product: rounding makes the two differ.
     """
 
     vectors: Gradients

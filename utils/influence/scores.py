@@ -59,7 +59,9 @@ def require_representable(tensors: Iterable[torch.Tensor], what: str, constants:
     largest = torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max()
     limits = torch.finfo(largest.dtype)
     if not limits.tiny / limits.eps <= float(largest) <= limits.max:
-        reason = "the loss does not depend on the last NUM_BLOCKS blocks" if largest == 0 else "the model overflows"
+        reason = "no constant did that: check the model's weights"
+        if largest == 0:
+            reason = "the loss does not depend on the last NUM_BLOCKS blocks"
         if blamed := [f"{name} = {value}" for name, value in constants.items() if value is not None]:
             reason = f"change {' or '.join(blamed)}"
         dtype = str(largest.dtype).removeprefix("torch.")
