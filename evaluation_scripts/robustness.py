@@ -1,7 +1,7 @@
 """After step 5: how much of a repair's improvement is left after what happens to models in practice.
 
     python evaluation_scripts/robustness.py
-    python evaluation_scripts/robustness.py --REPAIRED_MODELS gradient_ascent_models/NAME --BITS 8
+    python evaluation_scripts/robustness.py --REPAIRED_MODEL_NAMES gradient_ascent_models/NAME --BITS 8
 
 The POST-SFT model and its repaired checkpoints go through the same stresses, and are measured on the test split:
 
@@ -69,7 +69,7 @@ Bits = Annotated[int, Between(2, 8)]
 
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # POST-SFT model: hub id or local folder
-REPAIRED_MODELS: ModelNames | None = None  # folders that step 5 made from it; None = all of them below OUTPUT_DIR
+REPAIRED_MODEL_NAMES: ModelNames | None = None  # folders that step 5 made from it; None = all of them below OUTPUT_DIR
 HH_DATASET: str = "data/demo/hh"  # dialogues: hub id or a folder with train.jsonl and test.jsonl
 DATA_DIR: str = "data/demo"  # folder with bias/, ethics/ and truthfulness/
 OUTPUT_DIR: str = "."  # where artifacts go; relative paths start at the repository
@@ -255,7 +255,7 @@ class Measurer:
 
 
 def repaired_models(settings: Settings, fingerprint: str) -> dict[str, str]:
-    """REPAIRED_MODELS, or all repairs of MODEL_NAME below OUTPUT_DIR, each with the task that it was repaired for.
+    """REPAIRED_MODEL_NAMES, or all repairs of MODEL_NAME below OUTPUT_DIR, each with the task that it was repaired for.
 
     Args:
         fingerprint: of MODEL_NAME.
@@ -263,13 +263,13 @@ def repaired_models(settings: Settings, fingerprint: str) -> dict[str, str]:
     Raises:
         UserError: there is none, or one is not a folder that step 5 made from MODEL_NAME as it is now.
     """
-    found = settings.REPAIRED_MODELS or repaired_checkpoints(settings.OUTPUT_DIR, fingerprint)
+    found = settings.REPAIRED_MODEL_NAMES or repaired_checkpoints(settings.OUTPUT_DIR, fingerprint)
     if not found:
         raise UserError(
-            f"REPAIRED_MODELS = None: {paths.repaired_models_dir(settings.OUTPUT_DIR)} has no repaired checkpoint of "
-            f"{settings.MODEL_NAME}; run {paths.STEP_5} first, or name one"
+            f"REPAIRED_MODEL_NAMES = None: {paths.repaired_models_dir(settings.OUTPUT_DIR)} has no repaired checkpoint "
+            f"of {settings.MODEL_NAME}; run {paths.STEP_5} first, or name one"
         )
-    require_distinct_models([settings.MODEL_NAME, *found], "MODEL_NAME and REPAIRED_MODELS")
+    require_distinct_models([settings.MODEL_NAME, *found], "MODEL_NAME and REPAIRED_MODEL_NAMES")
     return {repaired: repaired_task(repaired, settings.MODEL_NAME, fingerprint) for repaired in found}
 
 

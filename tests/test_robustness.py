@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_without_measuring_again(copy_of, monkeypatch, caps
         measured.append(metric)
         return measure(self, metric, *arguments, **keywords)
 
-    words = ["--REPAIRED_MODELS", checkpoint(copy_of), "--NUM_FINE_TUNING_STEPS", 0]
+    words = ["--REPAIRED_MODEL_NAMES", checkpoint(copy_of), "--NUM_FINE_TUNING_STEPS", 0]
     with monkeypatch.context() as patch:
         patch.setattr(EvaluationModel, "measure", interrupted)
         with pytest.raises(SystemExit):
@@ -314,7 +314,7 @@ def test_identical_models_stay_identical(repaired, tmp_path):
     workspace = Workspace(repaired.model, repaired.data, tmp_path / "output")
     same = Path(shutil.copytree(repaired.model, tmp_path / "same"))
     shutil.copy(checkpoint(repaired) / "repair.json", same)
-    workspace.run(ROBUSTNESS, "--REPAIRED_MODELS", same, *SMALL)
+    workspace.run(ROBUSTNESS, "--REPAIRED_MODEL_NAMES", same, *SMALL)
     for row in rows_of(workspace).values():
         changes = [
             row["perplexity_change_percent"],
@@ -356,7 +356,7 @@ def test_the_same_results_as_a_checkpoint_that_was_rounded_by_hand(copy_of, scri
         (["--NUM_FINE_TUNING_STEPS", 4], ["NUM_FINE_TUNING_STEPS = 4", "take 64 dialogues", "has 60", "0 to 3"]),
         (["--BATCH_SIZE", 3], ["BATCH_SIZE = 3", "multiple of 2", "BATCH_SIZE_PER_DEVICE"]),
         (["--DEVICE", "spread"], ["DEVICE = 'spread'", "auto, cpu and cuda"]),
-        (["--REPAIRED_MODELS", "/no/such/model"], ["/no/such/model"]),
+        (["--REPAIRED_MODEL_NAMES", "/no/such/model"], ["/no/such/model"]),
     ],
 )
 def test_a_wrong_constant_is_one_line(repaired, capsys, words, told):
@@ -382,7 +382,7 @@ def test_a_wrong_constant_is_one_line(repaired, capsys, words, told):
 def test_a_folder_that_is_no_repair_of_the_model_is_refused(copy_of, capsys, spoil, told):
     folder = checkpoint(copy_of)
     spoil(folder, json.loads((folder / "repair.json").read_text(encoding="utf-8")))
-    error = refusal(capsys, copy_of, "--REPAIRED_MODELS", folder)
+    error = refusal(capsys, copy_of, "--REPAIRED_MODEL_NAMES", folder)
     assert told in error
     assert not robustness(copy_of).exists()
 
@@ -405,12 +405,12 @@ def test_a_repair_of_the_model_as_it_was_before_is_refused(copy_of, tmp_path, ca
     loaded.get_output_embeddings().weight.data.mul_(1.01)
     loaded.save_pretrained(model)
     changed = Workspace(model, copy_of.data, copy_of.output)
-    assert "was made with model = " in refusal(capsys, changed, "--REPAIRED_MODELS", checkpoint(copy_of))
+    assert "was made with model = " in refusal(capsys, changed, "--REPAIRED_MODEL_NAMES", checkpoint(copy_of))
     assert f"run {STEP_5} first" in refusal(capsys, changed)
 
 
 def test_the_model_itself_is_no_repair(repaired, capsys):
-    assert "differ in the last part" in refusal(capsys, repaired, "--REPAIRED_MODELS", repaired.model)
+    assert "differ in the last part" in refusal(capsys, repaired, "--REPAIRED_MODEL_NAMES", repaired.model)
 
 
 def test_a_learning_rate_that_breaks_the_model_is_one_line(copy_of, capsys):

@@ -161,7 +161,7 @@ class RepairRecord:
 
 
 def repaired_task(repaired: str, model: str, fingerprint: str) -> str:
-    """The task that a checkpoint in REPAIRED_MODELS was repaired for, by its repair.json.
+    """The task that a checkpoint in REPAIRED_MODEL_NAMES was repaired for, by its repair.json.
 
     Args:
         model, fingerprint: of the POST-SFT model, MODEL_NAME.
@@ -169,7 +169,7 @@ def repaired_task(repaired: str, model: str, fingerprint: str) -> str:
     Raises:
         UserError: it has no such file, or was repaired from another model.
     """
-    where, folder = f"REPAIRED_MODELS has {repaired}", Path(locate(repaired))
+    where, folder = f"REPAIRED_MODEL_NAMES has {repaired}", Path(locate(repaired))
     needed = f"allowed are folders that {STEP_5} made from MODEL_NAME = {model!r}; run it first"
     if not (folder / "repair.json").is_file():
         raise UserError(f"{where}, which has no repair.json; {needed}")
