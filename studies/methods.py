@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from steps import load_script, run_script
@@ -23,7 +23,7 @@ from utils.folder_artifacts import FolderArtifact
 from utils.learning_rate_search import search_on
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
-from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, resolve_path, results_dir
+from utils.paths import STEP_0, STEP_3, STEP_4, STEP_5, model_short_name, resolve_path, results_dir
 from utils.performance_functions.hh import load_dialogues
 from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
@@ -136,7 +136,12 @@ def _at_budget(record: RepairRecord, model: Any, evaluator: Evaluator, unchanged
 
 
 def retrained_row(
-    common: dict[str, Any], task: str, removed: Sequence[int], method: str = "retrain", **constants: Any
+    common: dict[str, Any],
+    task: str,
+    removed: Sequence[int],
+    method: str = "retrain",
+    model: str | None = None,
+    **constants: Any,
 ) -> Row:
     """What fine-tuning again without some dialogues does for a task, whatever it costs: what repairs replace.
 
@@ -144,32 +149,29 @@ def retrained_row(
         common: constants that all steps share, with MODEL_NAME, a model made by data/make_sft_model.py.
         removed: rows of the training split.
         method: its name in tables.
+        model: name of the new model, by default that of the method and the task; one that is there is not made again.
         constants: of data/make_sft_model.py, where the model's record does not say them: BASE_MODEL where it is a path,
             and those that do not change what is made, as BATCH_SIZE_PER_DEVICE.
     """
     settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task})
-    folder = f"{settings.OUTPUT_DIR}/retrained/{method}-{task}"
+    folder = f"{settings.OUTPUT_DIR}/retrained/{model or f'{method}-{task}'}"
     train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
     write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)
     recipe = FolderArtifact(resolve_path(settings.MODEL_NAME), STEP_0).require()["settings"]
     run_script(STEP_0, {**recipe, **constants}, HH_DATASET=f"{folder}-dialogues", SFT_MODEL_DIR=f"{folder}-sft")
     made = FolderArtifact(resolve_path(f"{folder}-sft"), STEP_0).require()
     evaluator = Evaluator(settings, "test")
-    models = {"before": settings.MODEL_NAME, "after": f"{folder}-sft"}
-    inputs = {when: model_fingerprint(model) for when, model in models.items()}
-    inputs |= {metric: evaluator.data(metric).fingerprint for metric in METRICS}
-    output = FileArtifact(results_dir(settings.OUTPUT_DIR) / f"{method}_{task}.json", MADE_BY, {}, inputs)
-    with locked(output.path):
-        if not output.is_finished(overwrite=True):
-            started = time.monotonic()
-            device = resolve_device(settings.DEVICE)
-            loaded = (EvaluationModel.load(name, device) for name in models.values())
-            before, after = (_all_losses(evaluator, partial(model.measure, quiet=True)) for model in loaded)
-            output.save_json({"learning_rate": None, **_changes(before, after)}, started)
-        content = output.load_json()
+    before, after = (_stored_losses(evaluator, name) for name in (settings.MODEL_NAME, f"{folder}-sft"))
     return {
         **vars(RepairChoice(REFERENCE, len(removed))),
-        **_row(task, method, content),
+        **_row(task, method, {"learning_rate": None, **_changes(before, after)}),
         "seconds": made["seconds"],
         "clusters": clusters_of(evaluator),
     }
+
+
+def _stored_losses(evaluator: Evaluator, name: str) -> dict[Metric, Losses]:
+    """Every measurement of a model, as step 6 takes and keeps it."""
+    load = cache(partial(EvaluationModel.load, name, resolve_device(evaluator.settings.DEVICE)))
+    of_model = (model_short_name(name), model_fingerprint(name), load)
+    return {metric: evaluator.result(metric, *of_model).losses for metric in METRICS}

@@ -143,8 +143,11 @@ def fine_tune(
 def choose_recipe(settings: Settings) -> tuple[float, int]:
     """The learning rate and the number of epochs with the lowest perplexity of held-out training dialogues.
 
-    The rates are tried with the first number of epochs, then the other numbers with the best rate.
+    The rates are tried with the first number of epochs, then the other numbers with the best rate. One rate and one
+    number leave nothing to try.
     """
+    if len(settings.LEARNING_RATES) == len(settings.NUM_EPOCHS) == 1:
+        return settings.LEARNING_RATES[0], settings.NUM_EPOCHS[0]
     tried: dict[tuple[float, int], dict[str, Any]] = {}
 
     def best() -> tuple[float, int]:

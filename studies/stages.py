@@ -6,6 +6,7 @@ The settings are those of studies/real_model.py.
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ BATCH_SIZE = 16  # of all fine-tunings
 IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 2, "SAVE_EVERY": 20}  # 5 GB with the optimizer's state
 FURTHER_STEPS = 20  # of fine-tuning after a repair
 NUM_NARRATIVES = 200
+RETRAINED_AT_RANDOM = "retrain_random"  # the control: without as many random dialogues
 
 
 def base_model(settings: Settings) -> str:
@@ -105,12 +107,14 @@ def study_methods(settings: Settings, fine_tuning: str) -> None:
 def study_tracing(settings: Settings, fine_tuning: str) -> None:
     """What is found by tracing the fine-tuned model, and by tracing its base, which has not learned the dialogues yet.
 
-    Two tables: how much of the known harm, and what fine-tuning again without the dialogues found does.
+    Two tables: how much of the known harm, and what fine-tuning again without the dialogues found, or without as many
+    random ones, does.
     """
     common = steps_common(settings, fine_tuning, settings.SEEDS[0])
     traced = {"fine_tuned": common, "base": {**common, "MODEL_NAME": base_model(settings)}}
     folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
-    known_harm = read_known_harm(common["HH_DATASET"], len(load_dialogues(common["HH_DATASET"], "train")))
+    num_dialogues = len(load_dialogues(common["HH_DATASET"], "train"))
+    known_harm = read_known_harm(common["HH_DATASET"], num_dialogues)
     tasks = [task for task in settings.TASKS if task in (settings.RETRAIN_TASKS or [])]
     if known_harm or tasks:
         for constants in traced.values():
@@ -126,6 +130,9 @@ def study_tracing(settings: Settings, fine_tuning: str) -> None:
         for task, (model, constants) in itertools.product(tasks, traced.items()):
             found = ranked(traced_artifacts(constants), task, REFERENCE)[: settings.BOTTOM_K]
             rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
+        control = random.Random(common["SEED"]).sample(range(num_dialogues), settings.BOTTOM_K)
+        for task in tasks:
+            rows.append(retrained_row(common, task, control, RETRAINED_AT_RANDOM, RETRAINED_AT_RANDOM, **recipe))
         table = comparison_table([rows], f"{name}.", are_models=False)
         table.write(folder / "retrained")
         say(f"\n{table.markdown()}")
@@ -209,7 +216,7 @@ def study_robustness(settings: Settings, fine_tuning: str) -> None:
     made = FolderArtifact(resolve_path(common["MODEL_NAME"]), STEP_0).require()
     num_steps = min(FURTHER_STEPS, len(load_dialogues(common["HH_DATASET"], "train")) // BATCH_SIZE)
     further = {"NUM_FINE_TUNING_STEPS": num_steps, "LEARNING_RATE": made["settings"]["LEARNING_RATE"]}
-    run_script(ROBUSTNESS, common, REPAIRED_MODELS=checkpoints, **further)
+    run_script(ROBUSTNESS, common, REPAIRED_MODEL_NAMES=checkpoints, **further)
     narratives = Path(settings.OUTPUT_DIR) / "dialogues" / "narratives"
     write_narratives(resolve_path(data_dir(settings)), resolve_path(narratives))
     other = {**common, "HH_DATASET": str(narratives), "OUTPUT_DIR": f"{common['OUTPUT_DIR']}/narratives"}

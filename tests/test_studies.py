@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Workspace, contents, make_tiny_model, read_rows, run_script
+from conftest import Workspace, contents, load_script, make_tiny_model, read_rows, run_script
 from safetensors.torch import load_file
 
-from studies import smollm2, stages
+from studies import real_model, smollm2, stages
 from studies.beyond_pairs import beyond_table
 from studies.comparison import comparison_figure, comparison_table
 from studies.dialogues import plant
@@ -34,7 +34,7 @@ from utils.performance_functions.hh import load_dialogues
 from utils.performance_functions.pairs import AnswerPair, AnswerPairs
 from utils.repairs import RepairChoice
 from utils.reporting.figures import is_whole_picture
-from utils.settings import TASK_NAMES
+from utils.settings import TASK_NAMES, load_settings
 
 STUDY = "studies/real_model.py"
 
@@ -396,6 +396,9 @@ def require_retrained(folder: Path, models: Path, data: Path) -> None:
     for model, left_out in (("fine_tuned", removed), ("base", scores.argsort()[:3].tolist())):
         kept = read_rows(folder / "retrained" / f"retrain_traced_by_{model}-truth-dialogues" / "train.jsonl")
         assert kept == [row for number, row in enumerate(seen) if number not in left_out]
+    kept = read_rows(folder / "retrained" / "retrain_random-dialogues" / "train.jsonl")
+    assert len(kept) == len(seen) - 3
+    assert kept == [row for row in seen if row in kept]
     made, again = (json.loads((model / "manifest.json").read_text()) for model in (before, after))
     assert made["settings"] == again["settings"]
     pairs, losses = MEASUREMENTS["truth"].load_pairs(data, "test"), []
@@ -405,7 +408,8 @@ def require_retrained(folder: Path, models: Path, data: Path) -> None:
             float(EvaluationModel(model, load_tokenizer(str(path), model)).measure("truth", pairs)["loss"].mean())
         )
     table = pd.read_csv(folder / "retrained.csv").set_index("method")
-    assert set(table.index) == {"pure_ekfac", "retrain_traced_by_fine_tuned", "retrain_traced_by_base"}
+    retrained = {"retrain_traced_by_fine_tuned", "retrain_traced_by_base", "retrain_random"}
+    assert set(table.index) == {"pure_ekfac", *retrained}
     assert table.loc["retrain_traced_by_fine_tuned", "improvement"] == pytest.approx(losses[0] - losses[1], abs=1e-5)
     assert table.loc["retrain_traced_by_fine_tuned", "seconds"] == again["seconds"]
 
@@ -460,6 +464,12 @@ def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs
     changed = {name for name, content in after.items() if before[name] != content}
     drawn = {"planted/results/report.html", "planted/methods.png"}
     assert changed <= drawn, "what is finished is not done again"
+
+
+def test_one_recipe_is_not_tried(monkeypatch):
+    settings = load_settings(load_script(STUDY), ["--LEARNING_RATES", "1e-4", "--NUM_EPOCHS", "2"])
+    monkeypatch.setattr(real_model, "fine_tune", lambda *_: pytest.fail("there is nothing to choose"))
+    assert real_model.choose_recipe(settings) == (1e-4, 2)
 
 
 def test_the_dialogues_of_the_study(studied, small_data):
