@@ -136,6 +136,12 @@ class Influence(NamedTuple):
     solution: Solution | None
 
 
+def measurement_gradients(traced: TracedModel, queries: dict[TrustTask, TokenizedPairs]) -> Gradients:
+    """grad f_task of every task over its training pairs, (tasks, out, in) for each Linear."""
+    of_tasks = [pairs_gradient(traced, query, pairs, query.name) for query, pairs in queries.items()]
+    return {name: torch.cat([of_task[name] for of_task in of_tasks]) for name in traced.linears}
+
+
 def influence(
     settings: Settings,
     traced: TracedModel,
@@ -149,12 +155,12 @@ def influence(
     Raises:
         UserError: the scores are too large or too small to be ranked by.
     """
-    of_tasks = [pairs_gradient(traced, query, pairs, query.name) for query, pairs in queries.items()]  # grad f_task
-    gradients = {name: torch.cat([of_task[name] for of_task in of_tasks]) for name in traced.linears}  # (tasks, ...)
+    gradients = measurement_gradients(traced, queries)
     precondition, solution = load_preconditioner(factors, traced), None
     if settings.FACTOR_STRATEGY == "ekfac_cg":
         solution = solve(settings, traced, examples, gradients, precondition)
     preconditioned = solution.vectors if solution else precondition(gradients)
+    del gradients  # they are as large, and the batches of the next pass were sized without them
     dialogues = traced.loader(examples, cached=True, description="training dialogues")
     scores = score_training_examples(traced, task, dialogues, preconditioned)  # (tasks, N)
     constants = settings.pick("DAMPING_FACTOR") if settings.FACTOR_STRATEGY != "identity" else {}

@@ -375,7 +375,7 @@ def main(settings: Settings) -> None:
 
 
 def tables_command(settings: Settings) -> str:
-    """The command that compares all ways of choosing on this model; from another than the default, this with that."""
+    """The command that compares ways of choosing on this model: the tables' six, or the default with this one."""
     names = ("MODEL_NAME", "MODEL_FAMILY", "HH_DATASET", "DATA_DIR", "OUTPUT_DIR", "DEVICE", "TRUST_REMOTE_CODE")
     own = ("BOTTOM_K", "IF_WEIGHT", "PRESERVE_PERPLEXITY", "PRESERVE_TASKS", "HARMFUL_TOKENS_ONLY", "NUM_STEPS")
     same = {name: [getattr(settings, name)] for name in own}

@@ -128,6 +128,9 @@ def make_gradient(
 ) -> tuple[Gradients, dict[str, Any]]:
     """G of one repair, or the change of weights that a baseline trains in its place; and facts for the manifest.
 
+    The sum over dialogues is `source_gradient` in utils/influence/repair_gradient.py; `repair_gradient` below it
+    applies (F + damping I)^-1, and keeps what is to be preserved.
+
     Args:
         examples: the training dialogues.
         sources: which of them count, with their weights w.
@@ -140,7 +143,7 @@ def make_gradient(
         training = (settings.BASELINE_STEPS, settings.BASELINE_RATE, settings.SEED)
         return trained_change(settings.SCORES_TYPE, traced, data, *training), sources.facts
     task, precondition = BackwardTask(list(traced.linears)), preconditioner_for(method, artifacts.factors(), traced)
-    fit_iterations = settings.FIT_ITERATIONS if settings.SCORES_TYPE == "fitted" else 0
+    fit_iterations = settings.FIT_ITERATIONS if method.is_fitted else 0
     return repair_gradient(traced, task, examples, sources, precondition, fit_iterations)
 
 

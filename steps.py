@@ -190,7 +190,7 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
     ]
     shared = ["DATA_DIR", "SEED", "DEVICE"]
     if name != STEP_1:  # the first that has them
-        shared += ["FACTOR_STRATEGY", "USE_HALF_PRECISION"]
+        shared += ["NUM_BLOCKS", "FACTOR_STRATEGY", "USE_HALF_PRECISION", "DAMPING_FACTOR"]
     unknown = [f"--{name}" for name in shared if name in own and name not in constants]
     if unknown:
         names = " and ".join(filter(None, [", ".join(unknown[:-1]), unknown[-1]]))

@@ -120,16 +120,15 @@ def list_dialogues(
     """
     settings, total = artifacts.settings, len(artifacts.dialogues)
     banner("most harmful dialogues", f"{task}, {settings.SCORES_TYPE}, {artifacts.model}")
-    of_scores = ", ".join(f"{name} {value}" for name, value in scores_constants(settings).items())
+    constants = scores_constants(settings) | (settings.pick("TASK_WEIGHTS") if task == "combined" else {})
+    of_scores = ", ".join(f"{name} {value}" for name, value in constants.items())
     caption = f"The {len(rows)} of {total:,} training dialogues that {settings.SCORES_TYPE}"
     caption += f" ({of_scores})" * bool(of_scores) + f" ranks as most harmful for {task}, {artifacts.name}."
     if settings.SCORES_TYPE in INFLUENCE_TYPES and task != "combined":
         caption += " Score: negative means that training on the dialogue harmed"
         caption += f"; {int((scores[rows] > 0).sum())} of these are positive."
     table = harmful_table(artifacts.dialogues, rows, scores, known_harm, caption)
-    file = paths.harmful_file(
-        settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, scores_constants(settings), len(rows)
-    )
+    file = paths.harmful_file(settings.OUTPUT_DIR, task, artifacts.name, settings.SCORES_TYPE, constants, len(rows))
     table.write(file)
     say(f"\n{replace(table, rows=table.rows[:SHOWN_ROWS]).markdown()}")
     say(f"   all {len(rows):,}, with the whole texts: {shown_path(file)}.csv")

@@ -153,7 +153,8 @@ def retrained_row(
         constants: of data/make_sft_model.py, where the model's record does not say them: BASE_MODEL where it is a path,
             and those that do not change what is made, as BATCH_SIZE_PER_DEVICE.
     """
-    settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task})
+    # What another model of the same name has measured is replaced.
+    settings = settings_of(load_script(STEP_5), {**common, "TASK_NAME": task, "OVERWRITE": True})
     folder = f"{settings.OUTPUT_DIR}/retrained/{model or f'{method}-{task}'}"
     train, test = (rows_of(load_dialogues(settings.HH_DATASET, split)) for split in ("train", "test"))
     write_folder(resolve_path(f"{folder}-dialogues"), without(train, removed), test)

@@ -11,7 +11,7 @@ stages:
     methods      traced with several seeds of the steps and repaired by every method at the same perplexity budget
                  (studies/methods.py)
     tracing      how much of the planted harm the fine-tuned model's scores find, and its base's (studies/tracing.py);
-                 fine-tuned again without what each of them found
+                 fine-tuned again without what each of them found, and without as many random dialogues
     beyond       what repairs for truth do beyond their pairs (studies/beyond_pairs.py)
     tables       evaluation_scripts/paper_tables.py, with the search that a user runs
     robustness   how much survives rounding and further fine-tuning (evaluation_scripts/robustness.py)
@@ -146,12 +146,10 @@ def choose_recipe(settings: Settings) -> tuple[float, int]:
     The rates are tried with the first number of epochs, then the other numbers with the best rate. One rate and one
     number leave nothing to try.
     """
-    if len(settings.LEARNING_RATES) == len(settings.NUM_EPOCHS) == 1:
-        return settings.LEARNING_RATES[0], settings.NUM_EPOCHS[0]
     tried: dict[tuple[float, int], dict[str, Any]] = {}
 
     def best() -> tuple[float, int]:
-        return min(tried, key=lambda recipe: tried[recipe]["after"])
+        return min(tried, key=lambda recipe: tried[recipe].get("after", 0.0))
 
     def try_all(recipes: list[tuple[float, int]]) -> None:
         for rate, epochs in recipes:
@@ -159,9 +157,12 @@ def choose_recipe(settings: Settings) -> tuple[float, int]:
                 model = f"choice-lr{rate:g}-epochs{epochs}"
                 tried[rate, epochs] = fine_tune(settings, "choice", model, rate, epochs, settings.TRAINING_SEEDS[0])
 
-    try_all([(rate, settings.NUM_EPOCHS[0]) for rate in settings.LEARNING_RATES])
-    best_rate, _ = best()
-    try_all([(best_rate, epochs) for epochs in settings.NUM_EPOCHS])
+    if len(settings.LEARNING_RATES) == len(settings.NUM_EPOCHS) == 1:
+        tried[settings.LEARNING_RATES[0], settings.NUM_EPOCHS[0]] = {}  # nothing to choose from
+    else:
+        try_all([(rate, settings.NUM_EPOCHS[0]) for rate in settings.LEARNING_RATES])
+        best_rate, _ = best()
+        try_all([(best_rate, epochs) for epochs in settings.NUM_EPOCHS])
     rows = [{"learning_rate": rate, "epochs": epochs, **perplexity} for (rate, epochs), perplexity in tried.items()]
     write_if_changed(resolve_path(settings.OUTPUT_DIR) / "choice.json", to_json(rows))
     rate, epochs = best()

@@ -6,7 +6,6 @@ The settings are those of studies/real_model.py.
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,13 +39,13 @@ from utils.performance_functions.hh import load_dialogues, read_known_harm
 from utils.rankings import ranked
 from utils.repairs import RepairChoice
 from utils.reporting.tables import Row
+from utils.selection import random_subset
 from utils.settings import ScoresType, Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
 IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 2, "SAVE_EVERY": 20}  # 5 GB with the optimizer's state
 FURTHER_STEPS = 20  # of fine-tuning after a repair
 NUM_NARRATIVES = 200
-RETRAINED_AT_RANDOM = "retrain_random"  # the control: without as many random dialogues
 
 
 def base_model(settings: Settings) -> str:
@@ -130,9 +129,9 @@ def study_tracing(settings: Settings, fine_tuning: str) -> None:
         for task, (model, constants) in itertools.product(tasks, traced.items()):
             found = ranked(traced_artifacts(constants), task, REFERENCE)[: settings.BOTTOM_K]
             rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
-        control = random.Random(common["SEED"]).sample(range(num_dialogues), settings.BOTTOM_K)
-        for task in tasks:
-            rows.append(retrained_row(common, task, control, RETRAINED_AT_RANDOM, RETRAINED_AT_RANDOM, **recipe))
+        control = random_subset(num_dialogues, settings.BOTTOM_K, common["SEED"])
+        for task in tasks:  # one model for all
+            rows.append(retrained_row(common, task, control, "retrain_random", model="retrain_random", **recipe))
         table = comparison_table([rows], f"{name}.", are_models=False)
         table.write(folder / "retrained")
         say(f"\n{table.markdown()}")

@@ -46,9 +46,12 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
         assert re.search(r"^   read \S+.*: ", told, flags=re.MULTILINE)
         assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
         (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
-        if "(add --SEED, --FACTOR_STRATEGY and --USE_HALF_PRECISION if you set them before)" in told:  # not in step 2
+        unknown = re.findall(r"^ *\(add (.*) if you set them before\)$", told, flags=re.MULTILINE)
+        if command.startswith(f"python {STEP_3}"):  # step 2 has none of these
+            assert unknown == ["--SEED, --FACTOR_STRATEGY and --USE_HALF_PRECISION"]
             command += " --SEED 7"
-        if "(add --DATA_DIR and --DEVICE if you set them before)" in told:  # step 3 has neither
+        if command.startswith(f"python {STEP_4}"):
+            assert unknown == ["--DATA_DIR, --DEVICE and --DAMPING_FACTOR"]
             command += f" --DATA_DIR {workspace.data}"
     assert ran == [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5]
     for word in (str(workspace.model), str(workspace.output), str(workspace.data / "hh")):
@@ -70,7 +73,9 @@ def test_the_next_command_says_only_what_the_script_does_not():
     shared |= {"FACTOR_STRATEGY": "ekfac", "USE_HALF_PRECISION": False}
     settings = Settings(MODEL_NAMES=["data/demo/pythia-demo-sft"], OVERWRITE=True, NUM_BLOCKS=2, **shared)
     assert next_command(STEP_2, settings) == f"python {STEP_2}"
-    assert next_command(STEP_4, settings, SCORES_TYPE="dpp") == f"python {STEP_4} --SCORES_TYPE dpp"
+    (command, to_add) = next_command(STEP_4, settings, SCORES_TYPE="dpp").splitlines()
+    assert command == f"python {STEP_4} --SCORES_TYPE dpp"
+    assert to_add.strip() == "(add --DAMPING_FACTOR if you set it before)"
     assert next_command(STEP_1, settings) == f"python {STEP_1} --NUM_BLOCKS 2"
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
 
 from utils import trunk as trunk_module
-from utils.batching import BatchLoader, token_budget
+from utils.batching import SHARE_OF_GPU_MEMORY, BatchLoader, token_budget
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.files import read_json
@@ -108,9 +108,22 @@ def test_a_model_of_text_and_images(small_data, tmp_path, monkeypatch):
     workspace.run(STEP_1, "--TASK_NAME", "bias")
     workspace.run(STEP_2, "--ANSWERS_OF", "bias")
     workspace.run(STEP_4, "--TASK_NAME", "bias", "--BOTTOM_K", 4, "--SCORES_TYPE", "representation")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 << 30, 16 << 30))
+    free_bytes = 128 << 20  # so little that the hidden size decides
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_bytes, 16 << 30))
     on_gpu = SimpleNamespace(device=torch.device("cuda"), config=load_config(str(model)))
-    assert token_budget(on_gpu, "auto") == 65_536
+    of_text = SHARE_OF_GPU_MEMORY * free_bytes / (4 * 3 * 32 * SIZES["hidden_size"])
+    assert token_budget(on_gpu, "auto") == int(of_text)
+
+
+def test_a_model_of_several_language_models(tmp_path, tiny_models):
+    """Which of them would be measured, nobody knows."""
+    transformers.MusicgenConfig(
+        text_encoder=transformers.T5Config(d_model=32, num_layers=1).to_dict(),
+        audio_encoder=transformers.EncodecConfig().to_dict(),
+        decoder={"hidden_size": 32, "num_hidden_layers": 1},
+    ).save_pretrained(tmp_path / "musicgen")
+    with pytest.raises(UserError, match="'musicgen' is not supported: config.json describes several language models"):
+        load_config(str(tmp_path / "musicgen"))
 
 
 def test_a_model_that_shifts_what_is_embedded_has_no_trunk(tiny_models, monkeypatch, capsys):

@@ -26,7 +26,12 @@ from utils.influence import factors as factors_module
 from utils.influence import label_gradients
 from utils.influence.factors import fit_covariances, fit_eigenbases, fit_factors
 from utils.influence.preconditioning import Preconditioner, require_invertible
-from utils.influence.scores import mean_measurement_gradient, score_training_examples, weigh_by_score
+from utils.influence.scores import (
+    mean_measurement_gradient,
+    require_representable,
+    score_training_examples,
+    weigh_by_score,
+)
 from utils.influence.token_scores import score_tokens
 from utils.influence.traced_model import Curvature, TracedModel, traced_linears
 from utils.models import load_model, load_tokenizer
@@ -525,3 +530,19 @@ def test_step_1_is_the_same_for_one_task_and_for_three(make_workspace):
 
     assert scores(together).shape == (1, 60)
     assert torch.norm(scores(together) - scores(alone)) <= 1e-4 * torch.norm(scores(alone))
+
+
+@pytest.mark.parametrize(
+    ("largest", "damping", "reason"),
+    [
+        (0.0, None, "look whether the loss depends on the last NUM_BLOCKS blocks"),
+        (0.0, 1e30, "change DAMPING_FACTOR = 1e+30, or look whether the loss depends on the last NUM_BLOCKS blocks"),
+        (float("nan"), None, "check the model's weights"),
+        (float("inf"), 0.1, "change DAMPING_FACTOR = 0.1, or check the model's weights"),
+        (1e-38, 1e30, "change DAMPING_FACTOR = 1e+30, or check the model's weights"),
+    ],
+)
+def test_numbers_that_cannot_be_computed_with_name_all_that_may_have_done_it(largest, damping, reason):
+    with pytest.raises(UserError) as told:
+        require_representable([torch.tensor([0.0, largest])], "the scores", {"DAMPING_FACTOR": damping})
+    assert str(told.value).endswith(f"which float32 cannot compute with: {reason}")

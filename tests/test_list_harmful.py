@@ -70,6 +70,15 @@ def test_lists_by_other_scores_have_names_and_captions_of_their_own(copy_of, cap
         assert len(listed(copy_of, "bias", 3, name)) == 3
 
 
+def test_lists_with_other_weights_of_the_tasks_have_names_of_their_own(copy_of, capsys):
+    common = ["--TASK_NAME", "combined", "--BOTTOM_K", 5]
+    for weights, name in (([1, 1, 1], "pure_ekfac"), ([1, 0, 0.5], "pure_ekfac_weights1-0-0.5")):
+        capsys.readouterr()
+        copy_of.run(LIST_HARMFUL, *common, "--TASK_WEIGHTS", *weights)
+        assert f"TASK_WEIGHTS {[float(weight) for weight in weights]}" in capsys.readouterr().out
+        assert len(listed(copy_of, "combined", 5, name)) == 5
+
+
 def test_the_scores_are_those_of_step_1(traced):
     from safetensors.torch import load_file
 

@@ -201,6 +201,8 @@ def test_harmful_tokens_alone_are_ascended(traced, task):
         harmful, of = harmful + int(is_harmful.sum()), of + len(is_harmful)
         means += [losses[is_harmful].mean()] * bool(is_harmful.any())
     assert manifest["tokens"] == {"harmful": harmful, "of": of}
+    weighed = {name for name in manifest["inputs"] if name.startswith("scores_")}
+    assert weighed == ({"scores_bias", "scores_ethics", "scores_truth"} if task == "combined" else set())
     assert 0 < harmful < of
     plain = autograd(model, torch.stack(means).mean(), gradient)
     shapes = {name: tuple(value.shape[1:]) for name, value in plain.items()}

@@ -16,7 +16,7 @@ from utils.files import read_json
 from utils.influence.preconditioning import Preconditioner
 from utils.influence.repair_gradient import preserving_direction
 from utils.influence.traced_model import Curvature
-from utils.methods import METHODS, TRAINED
+from utils.methods import METHODS
 from utils.models import load_model, load_tokenizer
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
@@ -28,6 +28,7 @@ from utils.settings import ScoresType
 
 STEP_3, STEP_5 = "dpp/greedy_dpp.py", "gradient_ascent_and_save.py"
 TASKS = ("bias", "ethics", "truth")
+BY_ADAMW = ("ga_kl", "npo", "task_vector", "dpo", "sft_pairs", "npo_random", "sft_retained")
 
 
 class PlainModel:
@@ -251,8 +252,8 @@ def test_names_hold_what_a_choice_depends_on():
     [
         (RepairChoice("weighted", 5, harmful_tokens_only=True), "bias", "HARMFUL_TOKENS_ONLY = True"),
         (RepairChoice("contrast", 5, harmful_tokens_only=True), "bias", "HARMFUL_TOKENS_ONLY = True"),
-        *[(RepairChoice(name, 5, preserve_tasks=True), "bias", "PRESERVE_TASKS = True") for name in ("ga", *TRAINED)],
-        *[(RepairChoice(name, 5, num_steps=2), "bias", "NUM_STEPS = 2") for name in TRAINED],
+        *[(RepairChoice(name, 5, preserve_tasks=True), "bias", "PRESERVE_TASKS = True") for name in ("ga", *BY_ADAMW)],
+        *[(RepairChoice(name, 5, num_steps=2), "bias", "NUM_STEPS = 2") for name in (*BY_ADAMW, "fitted")],
         (RepairChoice("ga", 5, preserve_perplexity=True), "bias", "PRESERVE_PERPLEXITY = True"),
         (RepairChoice("direct", 5, preserve_tasks=True), "combined", "TASK_NAME = 'combined'"),
     ],
@@ -284,7 +285,7 @@ def test_more_helpful_dialogues_than_there_are(plain, capsys):
         assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("scores_type", TRAINED)
+@pytest.mark.parametrize("scores_type", BY_ADAMW)
 def test_what_baselines_train_is_scaled_like_any_gradient(plain, scores_type):
     workspace, choice = plain.workspace, RepairChoice(scores_type, 5)
     common = ["--TASK_NAME", "combined", "--SCORES_TYPE", scores_type, "--BOTTOM_K", 5, "--TASK_WEIGHTS", 1, 0.5, 0]

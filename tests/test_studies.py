@@ -466,10 +466,12 @@ def test_the_whole_study_on_a_tiny_model(studied, with_categories, quick_repairs
     assert changed <= drawn, "what is finished is not done again"
 
 
-def test_one_recipe_is_not_tried(monkeypatch):
-    settings = load_settings(load_script(STUDY), ["--LEARNING_RATES", "1e-4", "--NUM_EPOCHS", "2"])
+def test_one_recipe_is_not_tried(monkeypatch, tmp_path):
+    arguments = ["--LEARNING_RATES", "1e-4", "--NUM_EPOCHS", "2", "--OUTPUT_DIR", str(tmp_path)]
+    settings = load_settings(load_script(STUDY), arguments)
     monkeypatch.setattr(real_model, "fine_tune", lambda *_: pytest.fail("there is nothing to choose"))
     assert real_model.choose_recipe(settings) == (1e-4, 2)
+    assert json.loads((tmp_path / "choice.json").read_text()) == [{"learning_rate": 1e-4, "epochs": 2}]
 
 
 def test_the_dialogues_of_the_study(studied, small_data):

@@ -1,4 +1,4 @@
-"""The ways to repair a model, one for each SCORES_TYPE, and what makes them differ: one table."""
+"""The ways to repair a model, one for each SCORES_TYPE, and what the code has to know of each: one table."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Method:
         step: along a natural gradient, along the gradient itself, or along a change of weights that AdamW trained.
         descends: the loss of TOP_K dialogues goes down.
         weighs_all: every dialogue counts, by its influence score.
+        is_fitted: from those weights on, better ones are fitted.
         uses_pairs: it looks at the training pairs, and at no dialogue.
         retains: a term of its loss keeps other dialogues as they are.
         is_control_of_npo: trained like "npo", on the same retained dialogues.
@@ -29,6 +30,7 @@ class Method:
     step: Literal["natural", "plain", "trained"] = "natural"
     descends: bool = False
     weighs_all: bool = False
+    is_fitted: bool = False
     uses_pairs: bool = False
     retains: bool = False
     is_control_of_npo: bool = False
@@ -51,8 +53,8 @@ METHODS: dict[ScoresType, Method] = {
     "bm25": Method(ranking="bm25"),
     # Beyond the paper.
     "contrast": Method(descends=True),
-    "weighted": Method(subset=None, ranking=None, weighs_all=True),
-    "fitted": Method(subset=None, ranking=None, weighs_all=True),
+    "weighted": Method(subset=None, weighs_all=True),
+    "fitted": Method(subset=None, weighs_all=True, is_fitted=True),
     "dpp_weighted": Method(subset="diverse"),
     "direct": Method(subset=None, ranking=None, uses_pairs=True),
     # What others do.
@@ -73,13 +75,15 @@ INFLUENCE_TYPES: tuple[RankingType, ...] = ("pure_ekfac", "ekfac_cg", "identity"
 
 
 def fixed_strategy(scores_type: ScoresType) -> Strategy | None:
-    """The FACTOR_STRATEGY whose scores a SCORES_TYPE goes by, where its name says so; None if FACTOR_STRATEGY does."""
+    """The FACTOR_STRATEGY whose scores a SCORES_TYPE goes by, where its name says so; None where the constant does, or
+    where it goes by no score of step 1.
+    """
     ranking = METHODS[scores_type].ranking
     return ranking if ranking in get_args(Strategy) else None
 
 
 def default_strategy(scores_type: ScoresType) -> Strategy | None:
-    """The FACTOR_STRATEGY whose scores a SCORES_TYPE goes by, unless it is told another; None if it goes by none."""
+    """The FACTOR_STRATEGY whose scores a SCORES_TYPE goes by, unless it is told another; None where it goes by none."""
     return "ekfac" if METHODS[scores_type].ranking == "pure_ekfac" else fixed_strategy(scores_type)
 
 

@@ -116,14 +116,21 @@ def load_config(model: str) -> transformers.PretrainedConfig:
     """The model's config.json.
 
     Raises:
-        UserError: it is not found or cannot be read; it names a kernel of the hub, which is code; or it asks for no
-            transformer block, or for so many that building them would take for ever.
+        UserError: it is not found or cannot be read; it names a kernel of the hub, which is code; or it describes
+            several language models, or one of no transformer block, or of so many that building them would take for
+            ever.
     """
     config = _from_hub_or_folder("AutoConfig", model, "configuration")
     kernels = [str(value) for name, value in vars(config).items() if "implementation" in name and "/" in str(value)]
     if kernels and not allows_remote_code():
         raise _remote_code_refusal(model, f"a kernel from the hub (config.json: {kernels[0]!r:.200})")
-    count = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    try:
+        count = getattr(config.get_text_config(), "num_hidden_layers", 1)
+    except ValueError:  # there are several
+        raise UserError(
+            f"{model}: model type {config.model_type!r} is not supported: config.json describes several language "
+            "models; allowed is one"
+        ) from None
     if not (isinstance(count, int) and 1 <= count <= LARGEST_NUM_BLOCKS):
         raise UserError(
             f"{model}: config.json has num_hidden_layers = {count!r}; allowed is a whole number from 1 to "

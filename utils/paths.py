@@ -178,17 +178,19 @@ def tables_dir(output_dir: str | Path) -> Path:
 
 
 def harmful_file(
-    output_dir: str | Path, task: str, model_name: str, scores_type: str, scores: Mapping[str, Any], bottom_k: int
+    output_dir: str | Path, task: str, model_name: str, scores_type: str, constants: Mapping[str, Any], bottom_k: int
 ) -> Path:
     """evaluation_scripts/list_harmful.py: what one ranking of one model holds to be most harmful; no suffix.
 
     Args:
-        scores: the constants that say which scores of step 1 the ranking takes; another strategy, precision or seed
-            than the default is part of the name.
+        constants: those that say which scores of step 1 the ranking takes, with which weights of the tasks; another
+            strategy, precision, seed or weight than the default is part of the name.
     """
-    strategy, seed = scores.get("FACTOR_STRATEGY", "ekfac"), scores.get("SEED", DEFAULT_SEED)
+    strategy, seed = constants.get("FACTOR_STRATEGY", "ekfac"), constants.get("SEED", DEFAULT_SEED)
+    weights = constants.get("TASK_WEIGHTS", [1.0])
     ranking = scores_type if strategy == "ekfac" else f"{scores_type}_{strategy}"
-    ranking += "_half" * scores.get("USE_HALF_PRECISION", False) + ("" if seed == DEFAULT_SEED else f"_seed{seed}")
+    ranking += "_half" * constants.get("USE_HALF_PRECISION", False) + ("" if seed == DEFAULT_SEED else f"_seed{seed}")
+    ranking += "" if set(weights) == {1.0} else f"_weights{'-'.join(f'{weight:g}' for weight in weights)}"
     return results_dir(output_dir) / "harmful" / f"{task}_{model_name}_{ranking}_bottom{bottom_k}"
 
 

@@ -135,7 +135,9 @@ def token_scores(artifacts: ModelArtifacts, task: str) -> tuple[torch.Tensor, to
         artifact = artifacts.token_scores(name, strategy)
         fingerprint = fingerprints[f"tokens_{name}"] = artifact.require()["fingerprint"]
         of_tokens[name], offsets = load_token_scores(artifact, len(artifacts.dialogues), fingerprint)
-        of_dialogues[name], _ = influence_scores(artifacts, name, strategy)
+        of_dialogues[name], of_scores = influence_scores(artifacts, name, strategy)
+        if len(weights) > 1:  # one task's tokens are not weighed against others
+            fingerprints |= of_scores
     return combined_token_scores(of_tokens, of_dialogues, weights), offsets, fingerprints
 
 

@@ -163,7 +163,7 @@ class ModelArtifacts:
             "BOTTOM_K": choice.counts_bottom_k,
             "GRADIENT_REDUCTION_TYPE": choice.method.subset and not choice.method.is_trained,
             "DAMPING_FACTOR": choice.method.step == "natural",
-            "FIT_ITERATIONS": choice.scores_type == "fitted",
+            "FIT_ITERATIONS": choice.method.is_fitted,
             "BASELINE_STEPS": choice.method.is_trained,
             "BASELINE_RATE": choice.method.is_trained,
         }

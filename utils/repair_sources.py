@@ -77,7 +77,7 @@ def choose_sources(artifacts: ModelArtifacts, task: str, retained: list[int] | N
     settings, choice, total = artifacts.settings, RepairChoice.of(artifacts.settings), len(artifacts.dialogues)
     method, measurements = choice.method, task_weights(settings, task)
     choice.require_consistent(task)
-    if choice.scores_type == "fitted" and settings.FACTOR_STRATEGY == "ekfac_cg":
+    if method.is_fitted and settings.FACTOR_STRATEGY == "ekfac_cg":
         raise UserError(
             "FACTOR_STRATEGY = 'ekfac_cg': SCORES_TYPE 'fitted' takes scores and curvature of one kind, and step 4 "
             "preconditions with EKFAC; give 'ekfac'"

@@ -122,7 +122,7 @@ class RepairChoice:
                 "PRESERVE_TASKS = True: TASK_NAME = 'combined' repairs for all tasks and leaves none to be preserved; "
                 "set it to False, or TASK_NAME to bias, ethics, truth or all"
             )
-        if (method.is_trained or self.scores_type == "fitted") and self.num_steps > 1:
+        if (method.is_trained or method.is_fitted) and self.num_steps > 1:
             what = "a change of the model" if method.is_trained else "weights"
             raise UserError(f"NUM_STEPS = {self.num_steps}: {of_type} is {what} that step 4 makes once; allowed is 1")
 

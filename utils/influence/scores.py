@@ -59,11 +59,11 @@ def require_representable(tensors: Iterable[torch.Tensor], what: str, constants:
     largest = torch.stack([tensor.abs().max().cpu() for tensor in tensors]).max()
     limits = torch.finfo(largest.dtype)
     if not limits.tiny / limits.eps <= float(largest) <= limits.max:
-        reason = "no constant did that: check the model's weights"
+        reason = "check the model's weights"
         if largest == 0:
-            reason = "the loss does not depend on the last NUM_BLOCKS blocks"
+            reason = "look whether the loss depends on the last NUM_BLOCKS blocks"
         if blamed := [f"{name} = {value}" for name, value in constants.items() if value is not None]:
-            reason = f"change {' or '.join(blamed)}"
+            reason = f"change {' or '.join(blamed)}, or {reason}"
         dtype = str(largest.dtype).removeprefix("torch.")
         raise UserError(f"{what} are {float(largest):.0e} at most, which {dtype} cannot compute with: {reason}")
 
