@@ -32,7 +32,7 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
-from utils.console import banner, say
+from utils.console import banner, say, shown_path
 from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
 from utils.files import fingerprint_of
@@ -293,16 +293,20 @@ def measure(
     return results(artifacts.name, artifacts.fingerprint, 0.0), after
 
 
-def say_report(report: dict[str, Any], search: dict[str, Any] | None) -> None:
-    """One line for each measurement, and one if a search's step costs more on the test dialogues than its budget."""
+def say_report(report: dict[str, Any], search: dict[str, Any] | None, budget: float) -> None:
+    """One line for each measurement, and one if the step costs more test perplexity than the budget."""
     measured = report["measurements"]
     for metric, row in measured.items():
         say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {change_in_words(metric, row)}")
-    if search and "perplexity" in measured and measured["perplexity"]["change_percent"] > 100 * search["budget"]:
+    if "perplexity" not in measured or measured["perplexity"]["change_percent"] <= 100 * budget:
+        return
+    if search:
         say(
-            f"   PPL_BUDGET = {search['budget']:g} was kept on {search['validation_dialogues']} training dialogues: the"
-            " test dialogues cost more; for less give a smaller one"
+            f"   PPL_BUDGET = {budget:g} was kept on {search['validation_dialogues']} training dialogues: the test "
+            "dialogues cost more; for less give a smaller one"
         )
+    else:
+        say(f"   this costs more perplexity than PPL_BUDGET = {budget:g}; --LEARNING_RATE auto finds a step within it")
 
 
 def repair_task(
@@ -331,7 +335,7 @@ def repair_task(
             repair.write(report)
             if settings.NUM_COMPLETIONS:
                 write_completions(repair, rate, model, evaluator)
-        say_report(report, search)
+        say_report(report, search, settings.PPL_BUDGET)
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
         reports.append(report)
     if isinstance(rates, list):
@@ -384,7 +388,9 @@ def tables_command(settings: Settings) -> str:
         same["SCORES_TYPES"] = ["pure_ekfac", settings.SCORES_TYPE]
     if settings.TASK_NAME != "all":
         same["TASKS"] = [settings.TASK_NAME]
-    return next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
+    command = next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
+    report = paths.html_report(settings.OUTPUT_DIR)
+    return command + f"\n      (replaces the tables and {shown_path(report)}, of an earlier grid)" * report.exists()
 
 
 if __name__ == "__main__":

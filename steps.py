@@ -191,10 +191,10 @@ def next_command(name: str, settings: Settings, **required: Any) -> str:  # noqa
     shared = ["DATA_DIR", "SEED", "DEVICE"]
     if name != STEP_1:  # the first that has them
         shared += ["NUM_BLOCKS", "FACTOR_STRATEGY", "USE_HALF_PRECISION", "DAMPING_FACTOR"]
-    unknown = [f"--{name}" for name in shared if name in own and name not in constants]
+    unknown = [name for name in shared if name in own and name not in constants]
     if unknown:
         names = " and ".join(filter(None, [", ".join(unknown[:-1]), unknown[-1]]))
-        commands.append(f"(add {names} if you set {'them' if len(unknown) > 1 else 'it'} before)")
+        commands.append(f"(and {names} as before, where you have set {'them' if len(unknown) > 1 else 'it'})")
     return "\n      ".join(commands)
 
 

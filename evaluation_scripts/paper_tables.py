@@ -329,7 +329,7 @@ def main(settings: Settings) -> None:
             tables[-1].write(folder / name)
             if name != "main":
                 ablation_figure(shown, name, folder / f"{name}.png")
-    write_report(report_on(settings, rows, tables, known_harm), paths.results_dir(settings.OUTPUT_DIR) / "report.html")
+    write_report(report_on(settings, rows, tables, known_harm), paths.html_report(settings.OUTPUT_DIR))
     say(f"\n{tables[0].markdown()}")
     say(f"tables: {shown_path(folder)}")
 

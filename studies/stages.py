@@ -43,7 +43,7 @@ from utils.selection import random_subset
 from utils.settings import ScoresType, Settings
 
 BATCH_SIZE = 16  # of all fine-tunings
-IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 2, "SAVE_EVERY": 20}  # 5 GB with the optimizer's state
+IN_LITTLE_MEMORY = {"BATCH_SIZE_PER_DEVICE": 1}  # 5 GB with the optimizer's state; and nothing is padded
 FURTHER_STEPS = 20  # of fine-tuning after a repair
 NUM_NARRATIVES = 200
 
@@ -110,7 +110,7 @@ def study_tracing(settings: Settings, fine_tuning: str) -> None:
     random ones, does.
     """
     common = steps_common(settings, fine_tuning, settings.SEEDS[0])
-    traced = {"fine_tuned": common, "base": {**common, "MODEL_NAME": base_model(settings)}}
+    traced = {"base": {**common, "MODEL_NAME": base_model(settings)}, "fine_tuned": common}
     folder, name = resolve_path(settings.OUTPUT_DIR) / fine_tuning, model_name(settings, fine_tuning)
     num_dialogues = len(load_dialogues(common["HH_DATASET"], "train"))
     known_harm = read_known_harm(common["HH_DATASET"], num_dialogues)
@@ -126,12 +126,12 @@ def study_tracing(settings: Settings, fine_tuning: str) -> None:
         with keep_model():
             rows = rows_at_budget(common, tasks, [RepairChoice(REFERENCE, settings.BOTTOM_K)])
         recipe = {"BASE_MODEL": base_model(settings), **IN_LITTLE_MEMORY}
-        for task, (model, constants) in itertools.product(tasks, traced.items()):
-            found = ranked(traced_artifacts(constants), task, REFERENCE)[: settings.BOTTOM_K]
-            rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
         control = random_subset(num_dialogues, settings.BOTTOM_K, common["SEED"])
         for task in tasks:  # one model for all
             rows.append(retrained_row(common, task, control, "retrain_random", model="retrain_random", **recipe))
+        for (model, constants), task in itertools.product(traced.items(), tasks):
+            found = ranked(traced_artifacts(constants), task, REFERENCE)[: settings.BOTTOM_K]
+            rows.append(retrained_row(common, task, found, f"retrain_traced_by_{model}", **recipe))
         table = comparison_table([rows], f"{name}.", are_models=False)
         table.write(folder / "retrained")
         say(f"\n{table.markdown()}")

@@ -114,3 +114,17 @@ def test_nothing_beside_a_model_says_where_somebodys_folders_are(workspace, tmp_
         assert {"README.md", "manifest.json", "config.json"} <= {file.name for file in texts}
         telling = [file for file in texts if re.search(f"{tmp_path.parent}|{Path.home()}/", file.read_text("utf-8"))]
         assert not telling
+
+
+@pytest.mark.parametrize(
+    ("choice", "relation"),
+    [
+        ({"scores_type": "dpp"}, "The method is that of"),
+        ({"scores_type": "contrast"}, "The method extends, or is compared with, that of"),
+        ({"scores_type": "dpp", "preserve_tasks": True}, "The method extends, or is compared with, that of"),
+        ({"scores_type": "pure_ekfac", "num_steps": 2}, "The method extends, or is compared with, that of"),
+    ],
+)
+def test_a_card_says_whether_the_method_is_the_papers(choice, relation):
+    report = {**REPORT, **choice, "model": "m", "dataset": "d", "settings": {}}
+    assert f"{relation} *Enhancing Trustworthiness" in repair_card(report)

@@ -19,7 +19,8 @@ import steps
 from steps import load_script, next_command
 from utils import console
 from utils.console import UserError, banner, progress_bar, remedy_for, say, say_error, say_read, silence
-from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5
+from utils.files import write_whole
+from utils.paths import PROJECT_ROOT, STEP_1, STEP_2, STEP_3, STEP_4, STEP_5, html_report
 from utils.settings import Settings, load_settings
 
 
@@ -46,12 +47,12 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
         assert re.search(r"^   read \S+.*: ", told, flags=re.MULTILINE)
         assert re.search(r"^   wrote \S+.* in [\d.]+ s$", told, flags=re.MULTILINE)
         (command,) = re.findall(r"^next: (.*)$", told, flags=re.MULTILINE)
-        unknown = re.findall(r"^ *\(add (.*) if you set them before\)$", told, flags=re.MULTILINE)
+        unknown = re.findall(r"^ *\(and (.*) as before, where you have set them\)$", told, flags=re.MULTILINE)
         if command.startswith(f"python {STEP_3}"):  # step 2 has none of these
-            assert unknown == ["--SEED, --FACTOR_STRATEGY and --USE_HALF_PRECISION"]
+            assert unknown == ["SEED, FACTOR_STRATEGY and USE_HALF_PRECISION"]
             command += " --SEED 7"
         if command.startswith(f"python {STEP_4}"):
-            assert unknown == ["--DATA_DIR, --DEVICE and --DAMPING_FACTOR"]
+            assert unknown == ["DATA_DIR, DEVICE and DAMPING_FACTOR"]
             command += f" --DATA_DIR {workspace.data}"
     assert ran == [STEP_1, STEP_2, STEP_3, STEP_4, STEP_5]
     for word in (str(workspace.model), str(workspace.output), str(workspace.data / "hh")):
@@ -59,13 +60,17 @@ def test_each_step_says_what_it_wrote_and_names_the_next_with_the_same_constants
     assert (workspace.output / "gradient_ascent_models").is_dir()
 
 
-def test_after_another_repair_the_next_command_compares_it_with_the_papers():
+def test_after_another_repair_the_next_command_compares_it_with_the_papers(tmp_path):
     step_5 = load_script(STEP_5)
     settings = load_settings(step_5, ["--SCORES_TYPE", "fitted", "--TASK_NAME", "truth"])
     command = step_5.tables_command(settings)
     assert "--SCORES_TYPES pure_ekfac fitted" in command
     assert "--TASKS truth" in command
     assert "SCORES_TYPES" not in step_5.tables_command(load_settings(step_5, []))
+    elsewhere = load_settings(step_5, ["--OUTPUT_DIR", str(tmp_path)])
+    assert "replaces" not in step_5.tables_command(elsewhere)
+    write_whole(html_report(tmp_path), "of another grid")
+    assert f"(replaces the tables and {html_report(tmp_path)}" in step_5.tables_command(elsewhere)
 
 
 def test_the_next_command_says_only_what_the_script_does_not():
@@ -75,7 +80,7 @@ def test_the_next_command_says_only_what_the_script_does_not():
     assert next_command(STEP_2, settings) == f"python {STEP_2}"
     (command, to_add) = next_command(STEP_4, settings, SCORES_TYPE="dpp").splitlines()
     assert command == f"python {STEP_4} --SCORES_TYPE dpp"
-    assert to_add.strip() == "(add --DAMPING_FACTOR if you set it before)"
+    assert to_add.strip() == "(and DAMPING_FACTOR as before, where you have set it)"
     assert next_command(STEP_1, settings) == f"python {STEP_1} --NUM_BLOCKS 2"
 
 

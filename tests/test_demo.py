@@ -95,5 +95,5 @@ def test_demo_runs_the_real_scripts_and_sums_them_up(
     assert (results / "report.html").is_file()
     shown = capsys.readouterr().out
     for task in ("bias", "ethics", "truth", "combined"):
-        for method in ("pure_ekfac", "dpp", "random", "dpp + preserve"):
+        for method in ("pure_ekfac", "dpp", "contrast", "random"):
             assert re.search(rf"\| +{task} +\| +{re.escape(method)} +\|", shown)

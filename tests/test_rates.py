@@ -243,10 +243,12 @@ def test_the_search_never_looks_at_the_test_split_and_is_not_repeated(make_works
 def test_a_step_that_costs_more_on_the_test_dialogues_says_so(capsys, cost, is_told):
     row = {"before": 10.0, "after": 10.0 * (1 + cost / 100), "change_percent": cost, "improvement": 0.0}
     search = {"budget": 0.01, "validation_dialogues": 50}
-    load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, search)
-    assert ("for less give a smaller one" in capsys.readouterr().out) == is_told
-    load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, None)
-    assert "PPL_BUDGET" not in capsys.readouterr().out
+    for made_by, advice in (
+        (search, "for less give a smaller one"),
+        (None, "--LEARNING_RATE auto finds a step within"),
+    ):
+        load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, made_by, 0.01)
+        assert (advice in capsys.readouterr().out) == is_told
 
 
 def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():

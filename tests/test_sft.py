@@ -58,25 +58,31 @@ def test_a_base_model_is_fine_tuned_further(tiny_models, small_data, tmp_path):
 
 
 def test_a_killed_training_resumes_and_ends_as_well(small_data, tmp_path, monkeypatch, capsys):
-    common = ["--HH_DATASET", str(small_data / "hh"), "--NUM_EPOCHS", "3", "--BATCH_SIZE", "10", "--SAVE_EVERY", "4"]
+    common = ["--HH_DATASET", str(small_data / "hh"), "--NUM_EPOCHS", "3", "--BATCH_SIZE", "10"]
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "whole"))
     bar, steps = Progress, []
     original = bar.on_step_end
 
     def stop_in_the_middle(self, *arguments, **keywords):
         steps.append(1)
-        if len(steps) == 11:  # of 18; the last checkpoint is that of step 8
+        if len(steps) in (1, 12):  # of 18, with a checkpoint at every second
             raise KeyboardInterrupt
         return original(self, *arguments, **keywords)
 
     monkeypatch.setattr(bar, "on_step_end", stop_in_the_middle)
-    with pytest.raises(SystemExit) as stop:
-        run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "killed"))
-    assert stop.value.code == 130
-    assert not (tmp_path / "killed").exists()
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "killed"))
+        assert stop.value.code == 130
+        assert not (tmp_path / "killed").exists()
+        told = capsys.readouterr().out
+        assert "going on with" not in told, "there was nothing to go on with"
+        assert "resuming from" not in told
     monkeypatch.setattr(bar, "on_step_end", original)
     run_script(SCRIPT, *common, "--SFT_MODEL_DIR", str(tmp_path / "killed"))
-    assert "resuming from" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "going on with" in told
+    assert "checkpoint-10" in told
     whole, killed = (read_json(tmp_path / name / "manifest.json")["perplexity"] for name in ("whole", "killed"))
     assert killed["before"] == whole["before"]
     assert killed["after"] == pytest.approx(whole["after"], rel=0.02)

@@ -37,6 +37,7 @@ from utils.spreading import SPREAD
 from utils.tracker import Tracker
 
 STEPS_BETWEEN_LOGS = 10
+CHECKPOINTS = 10  # in a training, one after the other
 
 
 def collate(sequences: list[LabelledSequence], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -183,13 +184,15 @@ def fine_tune(
     """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
 
     Args:
-        settings: SAVE_EVERY = None keeps no checkpoint.
+        settings: SAVE_EVERY = None keeps no checkpoint, "auto" takes one at every tenth of the way.
         folder: where the last checkpoint is kept during training.
         checkpoint: the one to resume from, if any.
         bar: over optimizer steps, of which this training takes `num_steps`.
     """
     is_cuda = model.device.type == "cuda"
-    size = micro_batch_size(settings, launched())
+    size, save_every = micro_batch_size(settings, launched()), settings.SAVE_EVERY
+    if save_every == "auto":
+        save_every = -(-num_steps(settings, len(examples)) // CHECKPOINTS)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.NUM_EPOCHS,
@@ -197,8 +200,8 @@ def fine_tune(
         gradient_accumulation_steps=settings.BATCH_SIZE // (size * launched()),
         learning_rate=settings.LEARNING_RATE,
         warmup_steps=max(1, len(examples) * settings.NUM_EPOCHS // settings.BATCH_SIZE // 20),
-        save_strategy="steps" if settings.SAVE_EVERY else "no",
-        save_steps=settings.SAVE_EVERY or 1,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 1,
         save_total_limit=1,
         logging_strategy="steps",
         logging_steps=STEPS_BETWEEN_LOGS,

@@ -105,9 +105,9 @@ class FolderArtifact(Artifact):
             is_ours = not has_links(self.partial_path) and read_json(marker)["fingerprint"] == self.fingerprint
         except (UserError, OSError, KeyError, TypeError):
             is_ours = False
-        if is_ours:
+        if is_ours and len(list(self.partial_path.iterdir())) > 1:  # more than the marker
             say(f"   going on with {shown_path(self.partial_path)}, which a stopped run left")
-        else:
+        if not is_ours:
             remove(self.partial_path)
             write_whole(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
 

@@ -214,6 +214,11 @@ def stressed_result_file(output_dir: str | Path, model_name: str, stress: str, m
     return robustness_dir(output_dir, model_name) / "measurements" / stress / f"{measured}_{metric}_test.json"
 
 
+def html_report(output_dir: str | Path) -> Path:
+    """evaluation_scripts/paper_tables.py: the page of the last grid."""
+    return results_dir(output_dir) / "report.html"
+
+
 def overview_figure(output_dir: str | Path) -> Path:
     """The sweeps of a grid of repairs, a panel for each repaired task."""
     return tables_dir(output_dir) / "sweeps.png"

@@ -27,20 +27,16 @@ from utils.settings import Choices, PositiveInt, ScoresType, Settings
 # ------------------------------------------------------------------------------------------------ constants
 MODEL_NAME: str = "data/demo/pythia-demo-sft"  # trained on first use
 OUTPUT_DIR: str = "."  # folder for all output; a relative path is relative to the repository
-SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp", "random"]  # also: "identity", "representation", "direct"
+SCORES_TYPES: Choices[ScoresType] = ["pure_ekfac", "dpp", "contrast", "random"]  # also: "fitted", "identity", "direct"
 BOTTOM_K: PositiveInt = 20  # dialogues to unlearn
 TRUST_REMOTE_CODE: bool = False  # True runs code that a model brings along; read it first
 # -----------------------------------------------------------------------------------------------------------
 
 
-STEPS_BETWEEN_CHECKPOINTS = 50  # of 300
-
-
 def main(settings: Settings) -> None:
     """Make the model, repair it, and say where the results are."""
     started = time.monotonic()
-    training = {"SFT_MODEL_DIR": settings.MODEL_NAME, "SAVE_EVERY": STEPS_BETWEEN_CHECKPOINTS}
-    run_script(paths.STEP_0, {**training, **settings.pick("TRUST_REMOTE_CODE")})
+    run_script(paths.STEP_0, {"SFT_MODEL_DIR": settings.MODEL_NAME, **settings.pick("TRUST_REMOTE_CODE")})
     grid = {
         "MODEL_NAMES": [settings.MODEL_NAME],
         "OUTPUT_DIR": settings.OUTPUT_DIR,
@@ -48,13 +44,14 @@ def main(settings: Settings) -> None:
         "SEEDS": [42],
         "BOTTOM_K": [settings.BOTTOM_K],
         "IF_WEIGHT": [10.0],
+        "PRESERVE_PERPLEXITY": [False],
         **settings.pick("TRUST_REMOTE_CODE"),
     }
     run_script(paths.PAPER_TABLES, grid)
     say("known harm: how many of the unlearned dialogues are harmful ones that were planted in the demo's data.")
     say(f"seconds: {time.monotonic() - started:.0f}")
     say(f"picture: {shown_path(paths.overview_figure(settings.OUTPUT_DIR))}")
-    say(f"open {shown_path(paths.results_dir(settings.OUTPUT_DIR) / 'report.html')} in a browser")
+    say(f"open {shown_path(paths.html_report(settings.OUTPUT_DIR))} in a browser")
     say("next: make tables, which runs six methods, two seeds and the ablations")
 
 

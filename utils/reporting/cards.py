@@ -65,6 +65,14 @@ def _step_in_words(report: dict[str, Any]) -> str:
     return f"{step}, at learning rate {report['learning_rate']:g}.{kept}"
 
 
+def _relation_to_the_papers(report: dict[str, Any]) -> str:
+    beyond = ("harmful_tokens_only", "preserve_perplexity", "preserve_tasks")
+    is_papers = report["scores_type"] in ("pure_ekfac", "dpp") and report["num_steps"] == 1
+    if is_papers and not any(report[name] for name in beyond):
+        return "is"
+    return "extends, or is compared with,"
+
+
 def _blocks_in_words(report: dict[str, Any]) -> str:
     return "transformer block" if report["num_blocks"] == 1 else f"{report['num_blocks']} transformer blocks"
 
@@ -117,9 +125,9 @@ def repair_card(report: dict[str, Any]) -> str:
             report["search"] and f"The learning rate was found by a search: {report['search']['stopped']}.",
             *_before_and_after(report),
             "## How it was made",
-            "The method is that of *Enhancing Trustworthiness of Fine-Tuned LLMs via Regularized Subset Selection* "
-            "(ICLR 2026). In this folder, `repair.json` lists the unlearned rows and all results, and `manifest.json` "
-            "the software versions.",
+            f"The method {_relation_to_the_papers(report)} that of *Enhancing Trustworthiness of Fine-Tuned LLMs via "
+            "Regularized Subset Selection* (ICLR 2026). In this folder, `repair.json` lists the unlearned rows and all "
+            "results, and `manifest.json` the software versions.",
             _settings_list(report["settings"]),
             "## Intended use and limits",
             "For research on repairing fine-tuned models. The measurements are likelihoods of given answers, not\n"

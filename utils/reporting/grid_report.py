@@ -95,8 +95,10 @@ def _pictures(settings: Settings) -> list[Picture]:
             figure = paths.sweep_figure(settings.OUTPUT_DIR, task, model)
             captions[figure] = f"{model}, repaired for {task}: the effect on every task"
     folder = paths.tables_dir(settings.OUTPUT_DIR)
-    captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
-    captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
+    if len(settings.BOTTOM_K) > 1:  # otherwise it is of an earlier grid
+        captions[folder / "bottom_k.png"] = "Effect of the number of unlearned dialogues"
+    if len(settings.IF_WEIGHT) > 1:
+        captions[folder / "if_weight.png"] = "Effect of the weight of influence against diversity"
     pictures = []
     for file, caption in captions.items():
         with locked(file):  # another run may be drawing it again
