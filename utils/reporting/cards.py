@@ -65,7 +65,7 @@ def _step_in_words(report: dict[str, Any]) -> str:
     return f"{step}, at learning rate {report['learning_rate']:g}.{kept}"
 
 
-def _relation_to_the_papers(report: dict[str, Any]) -> str:
+def _relation_to_the_paper(report: dict[str, Any]) -> str:
     beyond = ("harmful_tokens_only", "preserve_perplexity", "preserve_tasks")
     is_papers = report["scores_type"] in ("pure_ekfac", "dpp") and report["num_steps"] == 1
     if is_papers and not any(report[name] for name in beyond):
@@ -125,7 +125,7 @@ def repair_card(report: dict[str, Any]) -> str:
             report["search"] and f"The learning rate was found by a search: {report['search']['stopped']}.",
             *_before_and_after(report),
             "## How it was made",
-            f"The method {_relation_to_the_papers(report)} that of *Enhancing Trustworthiness of Fine-Tuned LLMs via "
+            f"The method {_relation_to_the_paper(report)} that of *Enhancing Trustworthiness of Fine-Tuned LLMs via "
             "Regularized Subset Selection* (ICLR 2026). In this folder, `repair.json` lists the unlearned rows and all "
             "results, and `manifest.json` the software versions.",
             _settings_list(report["settings"]),
