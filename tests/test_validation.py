@@ -55,6 +55,14 @@ def prepared(fine_tuned, tiny_models, small_data, tmp_path) -> tuple[Workspace, 
     return workspace, ["--BASE_MODEL", str(tiny_models["pythia"]), *RECIPE, *SMALL, *TYPES]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(fine_tuned, tiny_models, small_data, tmp_path_factory) -> dict[str, dict]:
+    """The manifests of a small validation that nothing stopped, by retraining."""
+    workspace = Workspace(fine_tuned, small_data, tmp_path_factory.mktemp("undisturbed") / "output")
+    workspace.run(SCRIPT, "--BASE_MODEL", tiny_models["pythia"], *RECIPE, *SMALL, *TYPES)
+    return retrainings(workspace)
+
+
 def retrainings(workspace: Workspace) -> dict[str, dict]:
     folder = workspace.output / "results" / "validation" / workspace.model.name / "retrainings"
     found = sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.suffix != ".partial")
@@ -199,11 +207,9 @@ def test_a_retraining_is_the_fine_tuning_of_step_0(prepared):
         assert whole[f"{task}_test"] == pytest.approx(json.loads(file.read_text())["loss"], rel=1e-5)
 
 
-def test_a_killed_validation_goes_on_with_the_next_retraining(prepared):
+def test_a_killed_validation_goes_on_with_the_next_retraining(prepared, undisturbed):
     """Killed any number of times, nothing that was finished is done again, and the rest comes out as undisturbed."""
     workspace, arguments = prepared
-    undisturbed = Workspace(workspace.model, workspace.data, workspace.output.with_name("undisturbed"))
-    undisturbed.run(SCRIPT, *arguments)
     folder = workspace.output / "results" / "validation" / workspace.model.name / "retrainings"
     command = [sys.executable, str(PROJECT_ROOT / SCRIPT), *workspace.arguments(SCRIPT), *arguments]
     finished: dict[Path, int] = {}
@@ -224,9 +230,9 @@ def test_a_killed_validation_goes_on_with_the_next_retraining(prepared):
     assert finished
     workspace.run(SCRIPT, *arguments)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    made, expected = retrainings(workspace), retrainings(undisturbed)
-    assert made.keys() == expected.keys()
-    assert all(made[name]["measured"] == pytest.approx(expected[name]["measured"], rel=1e-6) for name in made)
+    made = retrainings(workspace)
+    assert made.keys() == undisturbed.keys()
+    assert all(made[name]["measured"] == pytest.approx(undisturbed[name]["measured"], rel=1e-6) for name in made)
     assert not [path for path in folder.iterdir() if path.name.startswith(".") or path.suffix == ".partial"]
 
 
@@ -256,30 +262,24 @@ def test_two_runs_share_the_retrainings(prepared):
     assert len(tables[0]) == 7
 
 
-def test_several_processes_train_one_model_together(prepared):
+def test_several_processes_train_one_model_together(prepared, undisturbed):
     """Started by torchrun, the same retrainings come out, but for what rounding makes of a training."""
     workspace, arguments = prepared
-    workspace.run(SCRIPT, *arguments)
-    alone = {name: manifest["measured"] for name, manifest in retrainings(workspace).items()}
-    other = Workspace(workspace.model, workspace.data, workspace.output.with_name("together"))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(PROJECT_ROOT / SCRIPT)]
-    command = [*launcher, *other.arguments(SCRIPT), *arguments]
+    command = [*launcher, *workspace.arguments(SCRIPT), *arguments]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    together = retrainings(other)
-    assert together.keys() == alone.keys()
+    together = retrainings(workspace)
+    assert together.keys() == undisturbed.keys()
     for name, manifest in together.items():
         assert manifest["processes"] == 2
-        assert manifest["measured"] == pytest.approx(alone[name], rel=0.02, abs=0.02)
+        assert manifest["measured"] == pytest.approx(undisturbed[name]["measured"], rel=0.02, abs=0.02)
 
 
-def test_a_retraining_that_was_killed_goes_on_from_its_checkpoint(prepared, monkeypatch):
+def test_a_retraining_that_was_killed_goes_on_from_its_checkpoint(prepared, undisturbed, monkeypatch):
     """Killed between optimizer steps and at its very end, it measures what it would have."""
     workspace, arguments = prepared
     arguments = [*arguments, "--SAVE_EVERY", "1"]
-    workspace.run(SCRIPT, *arguments)
-    undisturbed = {name: manifest["measured"] for name, manifest in retrainings(workspace).items()}
-    other = Workspace(workspace.model, workspace.data, workspace.output.with_name("killed"))
     for attribute, owner in (("on_step_end", fine_tuning.Progress), ("set_checkpoints_aside", retraining_module)):
         with monkeypatch.context() as patch:
             original, calls = getattr(owner, attribute), []
@@ -292,12 +292,12 @@ def test_a_retraining_that_was_killed_goes_on_from_its_checkpoint(prepared, monk
 
             patch.setattr(owner, attribute, killed)
             with pytest.raises(SystemExit) as stop:
-                other.run(SCRIPT, *arguments)
+                workspace.run(SCRIPT, *arguments)
             assert stop.value.code == 130
-        assert list((other.output / "results").rglob("*.partial/checkpoint-*"))
-    other.run(SCRIPT, *arguments)
-    for name, manifest in retrainings(other).items():
-        assert manifest["measured"] == pytest.approx(undisturbed[name], rel=1e-6)
+        assert list((workspace.output / "results").rglob("*.partial/checkpoint-*"))
+    workspace.run(SCRIPT, *arguments)
+    for name, manifest in retrainings(workspace).items():
+        assert manifest["measured"] == pytest.approx(undisturbed[name]["measured"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +330,9 @@ def test_a_bare_architecture_starts_from_its_own_random_weights(small_data, tmp_
     bare = ["--BASE_MODEL", "qwen-demo", *RECIPE]
     run_script(SFT, *bare, "--HH_DATASET", small_data / "hh", "--SFT_MODEL_DIR", model, "--SEED", 7)
     workspace = Workspace(model, small_data, tmp_path / "output")
-    workspace.run(SCRIPT, *bare, *SMALL, *TYPES, "--BASE_SEED", 7, "--TRAINING_SEEDS", 7, 0)
+    few = ["--NUM_SUBSETS", 5, "--NUM_REPEATS", 1, "--BOTTOM_K", 5, "--TRAINING_SEEDS", 7, 0]
+    types = ["--SCORES_TYPES", "bm25", "--REMOVED_TYPES", "bm25", "--HELPFUL_TYPES", "bm25"]
+    workspace.run(SCRIPT, *bare, *few, *types, "--BASE_SEED", 7)
     workspace.run("evaluation_scripts/ethics_loss.py")
     file = workspace.output / "results" / "bare-sft_ethics_test.json"
     whole = retrainings(workspace)["whole-7"]["measured"]
