@@ -293,8 +293,8 @@ def measure(
     return results(artifacts.name, artifacts.fingerprint, 0.0), after
 
 
-def say_report(report: dict[str, Any], search: dict[str, Any] | None, budget: float) -> None:
-    """One line for each measurement, and one if the step costs more test perplexity than the budget."""
+def say_report(report: dict[str, Any], search: dict[str, Any] | None, budget: float, is_sweep: bool) -> None:
+    """One line for each measurement, and one if a step by itself costs more test perplexity than the budget."""
     measured = report["measurements"]
     for metric, row in measured.items():
         say(f"   {metric}: {row['before']:.4f} -> {row['after']:.4f}, {change_in_words(metric, row)}")
@@ -305,8 +305,11 @@ def say_report(report: dict[str, Any], search: dict[str, Any] | None, budget: fl
             f"   PPL_BUDGET = {budget:g} was kept on {search['validation_dialogues']} training dialogues: the test "
             "dialogues cost more; for less give a smaller one"
         )
-    else:
-        say(f"   this costs more perplexity than PPL_BUDGET = {budget:g}; --LEARNING_RATE auto finds a step within it")
+    elif not is_sweep:
+        say(
+            f"   this costs more perplexity than PPL_BUDGET = {budget:g}; --LEARNING_RATE auto looks for a step within "
+            "it, on training dialogues"
+        )
 
 
 def repair_task(
@@ -335,7 +338,7 @@ def repair_task(
             repair.write(report)
             if settings.NUM_COMPLETIONS:
                 write_completions(repair, rate, model, evaluator)
-        say_report(report, search, settings.PPL_BUDGET)
+        say_report(report, search, settings.PPL_BUDGET, isinstance(rates, list))
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
         reports.append(report)
     if isinstance(rates, list):
@@ -390,7 +393,7 @@ def tables_command(settings: Settings) -> str:
         same["TASKS"] = [settings.TASK_NAME]
     command = next_command(paths.PAPER_TABLES, Settings(**settings.pick(*names)), **same)
     report = paths.html_report(settings.OUTPUT_DIR)
-    return command + f"\n      (replaces the tables and {shown_path(report)}, of an earlier grid)" * report.exists()
+    return command + f"\n      (replaces the main table and {shown_path(report)}, of an earlier grid)" * report.exists()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ BATCH_SIZE: PositiveInt = 16  # dialogues per optimizer step, over all processes
 BATCH_SIZE_PER_DEVICE: PositiveInt = 16  # most dialogues per forward pass of one process; fewer take less memory
 GRADIENT_CHECKPOINTING: bool = False  # recompute activations in the backward pass: less memory, a third more time
 LEARNING_RATE: PositiveFloat = 2e-3  # peak; 1e-5 suits a pretrained base
-SAVE_EVERY: Literal["auto"] | PositiveInt = "auto"  # steps between checkpoints to resume from; "auto" = a tenth of all
+SAVE_EVERY: Literal["auto"] | PositiveInt = "auto"  # steps between checkpoints; "auto" = a tenth of all, at most 500
 SEED: Seed = 42  # of the random weights and the order of the dialogues
 DEVICE: str = "auto"  # "auto", "cpu", "cuda"
 TRACKER: TrackerName | None = None  # also log the training curve to "trackio" or "wandb"

@@ -123,8 +123,9 @@ def test_nothing_beside_a_model_says_where_somebodys_folders_are(workspace, tmp_
         ({"scores_type": "contrast"}, "The method extends, or is compared with, that of"),
         ({"scores_type": "dpp", "preserve_tasks": True}, "The method extends, or is compared with, that of"),
         ({"scores_type": "pure_ekfac", "num_steps": 2}, "The method extends, or is compared with, that of"),
+        ({"settings": {"FACTOR_STRATEGY": "ekfac_cg"}}, "The method extends, or is compared with, that of"),
     ],
 )
 def test_a_card_says_whether_the_method_is_the_papers(choice, relation):
-    report = {**REPORT, **choice, "model": "m", "dataset": "d", "settings": {}}
+    report = {**REPORT, "model": "m", "dataset": "d", "settings": {}, **choice}
     assert f"{relation} *Enhancing Trustworthiness" in repair_card(report)

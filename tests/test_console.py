@@ -70,7 +70,7 @@ def test_after_another_repair_the_next_command_compares_it_with_the_papers(tmp_p
     elsewhere = load_settings(step_5, ["--OUTPUT_DIR", str(tmp_path)])
     assert "replaces" not in step_5.tables_command(elsewhere)
     write_whole(html_report(tmp_path), "of another grid")
-    assert f"(replaces the tables and {html_report(tmp_path)}" in step_5.tables_command(elsewhere)
+    assert f"(replaces the main table and {html_report(tmp_path)}" in step_5.tables_command(elsewhere)
 
 
 def test_the_next_command_says_only_what_the_script_does_not():

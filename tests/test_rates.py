@@ -245,10 +245,12 @@ def test_a_step_that_costs_more_on_the_test_dialogues_says_so(capsys, cost, is_t
     search = {"budget": 0.01, "validation_dialogues": 50}
     for made_by, advice in (
         (search, "for less give a smaller one"),
-        (None, "--LEARNING_RATE auto finds a step within"),
+        (None, "--LEARNING_RATE auto looks for a step within"),
     ):
-        load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, made_by, 0.01)
+        load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, made_by, 0.01, is_sweep=False)
         assert (advice in capsys.readouterr().out) == is_told
+    load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, None, 0.01, is_sweep=True)
+    assert "PPL_BUDGET" not in capsys.readouterr().out
 
 
 def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():

@@ -37,7 +37,8 @@ from utils.spreading import SPREAD
 from utils.tracker import Tracker
 
 STEPS_BETWEEN_LOGS = 10
-CHECKPOINTS = 10  # in a training, one after the other
+CHECKPOINTS = 10  # at least, in a training
+LONGEST_WITHOUT_CHECKPOINT = 500  # steps
 
 
 def collate(sequences: list[LabelledSequence], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -184,7 +185,7 @@ def fine_tune(
     """Train with transformers' Trainer: AdamW, linear warm-up and decay, gradient clipping at 1.
 
     Args:
-        settings: SAVE_EVERY = None keeps no checkpoint, "auto" takes one at every tenth of the way.
+        settings: SAVE_EVERY = None keeps no checkpoint, "auto" takes one at every tenth of the way, or 500 steps.
         folder: where the last checkpoint is kept during training.
         checkpoint: the one to resume from, if any.
         bar: over optimizer steps, of which this training takes `num_steps`.
@@ -192,7 +193,7 @@ def fine_tune(
     is_cuda = model.device.type == "cuda"
     size, save_every = micro_batch_size(settings, launched()), settings.SAVE_EVERY
     if save_every == "auto":
-        save_every = -(-num_steps(settings, len(examples)) // CHECKPOINTS)
+        save_every = min(-(-num_steps(settings, len(examples)) // CHECKPOINTS), LONGEST_WITHOUT_CHECKPOINT)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=settings.NUM_EPOCHS,
