@@ -37,7 +37,7 @@ from utils.spreading import SPREAD
 from utils.tracker import Tracker
 
 STEPS_BETWEEN_LOGS = 10
-CHECKPOINTS = 10  # at least, in a training
+CHECKPOINTS = 10  # about, in a training; one replaces the other
 LONGEST_WITHOUT_CHECKPOINT = 500  # steps
 
 

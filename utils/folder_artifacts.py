@@ -105,11 +105,11 @@ class FolderArtifact(Artifact):
             is_ours = not has_links(self.partial_path) and read_json(marker)["fingerprint"] == self.fingerprint
         except (UserError, OSError, KeyError, TypeError):
             is_ours = False
-        if is_ours and len(list(self.partial_path.iterdir())) > 1:  # more than the marker
-            say(f"   going on with {shown_path(self.partial_path)}, which a stopped run left")
         if not is_ours:
             remove(self.partial_path)
             write_whole(marker, to_json({"fingerprint": self.fingerprint, **self.settings}))
+        elif any(path != marker for path in self.partial_path.iterdir()):
+            say(f"   going on with {shown_path(self.partial_path)}, which a stopped run left")
 
     @first_process_only
     def publish_folder(self, started: float, shapes: dict[str, list[int]], **details: Any) -> None:  # noqa: ANN401

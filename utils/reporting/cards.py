@@ -66,12 +66,13 @@ def _step_in_words(report: dict[str, Any]) -> str:
 
 
 def _relation_to_the_paper(report: dict[str, Any]) -> str:
-    beyond = ("harmful_tokens_only", "preserve_perplexity", "preserve_tasks")
-    is_papers = report["scores_type"] in ("pure_ekfac", "dpp") and report["num_steps"] == 1
-    is_papers = is_papers and report["settings"].get("FACTOR_STRATEGY", "ekfac") == "ekfac"
-    if is_papers and not any(report[name] for name in beyond):
-        return "is"
-    return "extends, or is compared with,"
+    is_papers = (
+        report["scores_type"] in ("pure_ekfac", "dpp")
+        and report["settings"].get("FACTOR_STRATEGY", "ekfac") == "ekfac"
+        and report["num_steps"] == 1
+        and not any(report[name] for name in ("harmful_tokens_only", "preserve_perplexity", "preserve_tasks"))
+    )
+    return "is" if is_papers else "extends, or is compared with,"
 
 
 def _blocks_in_words(report: dict[str, Any]) -> str:
