@@ -25,7 +25,7 @@ from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
 from utils.repairs import RepairChoice
 from utils.results import quantities
-from utils.selection import held_out_rows
+from utils.selection import held_out_rows, portions_around
 from utils.settings import load_settings
 
 STEP_4, STEP_5 = "make_gradients.py", "gradient_ascent_and_save.py"
@@ -33,50 +33,53 @@ BUDGET = 0.01
 
 
 def curves(cost, gain):
-    """Probes of a made-up repair, and a list of the rates that were asked for."""
+    """Probes of a made-up repair's cost and gain, and a list of the rates that were asked for."""
     asked = []
 
-    def measure(rate):
+    def cost_at(rate):
         asked.append(rate)
-        return Trial(rate, cost(rate), 0.0, gain(rate))
+        return Trial(rate, cost(rate), 0.0)
 
-    return measure, asked
+    return (cost_at, gain), asked
 
 
 @pytest.mark.parametrize("scale", [1e-5, 0.01, 1.0, 3_000.0])
 def test_the_largest_step_within_the_budget_is_found(scale):
-    measure, asked = curves(lambda rate: (rate / scale) ** 2, lambda rate: rate / scale)
-    found = largest_gain_within(BUDGET, measure)
+    probes, asked = curves(lambda rate: (rate / scale) ** 2, lambda rate: rate / scale)
+    found = largest_gain_within(BUDGET, *probes)
     assert 1 / (1 + PRECISION) <= found.learning_rate / (0.1 * scale) <= 1
     assert "exceeds the perplexity budget" in found.stopped
     assert len(asked) == len(set(asked)) == len(found.trials)
+    with_gain = [trial.learning_rate for trial in found.trials if trial.gain is not None]
+    assert len(with_gain) <= 2, "the largest within the budget, and the next, which gains less"
+    assert with_gain[-1] == found.learning_rate
 
 
 @pytest.mark.parametrize("peak", [1e-3, 0.02, 0.07])
 def test_a_peak_before_the_budget_is_found(peak):
-    measure, _ = curves(lambda rate: rate**2, lambda rate: rate / peak * math.exp(1 - rate / peak))
-    found = largest_gain_within(BUDGET, measure)
+    probes, _ = curves(lambda rate: rate**2, lambda rate: rate / peak * math.exp(1 - rate / peak))
+    found = largest_gain_within(BUDGET, *probes)
     assert found.learning_rate == pytest.approx(peak, rel=0.06)
     assert "peaks before the budget" in found.stopped
 
 
 def test_a_repair_that_never_helps_is_no_repair():
-    measure, asked = curves(lambda rate: rate**2, lambda rate: -rate)
-    found = largest_gain_within(BUDGET, measure)
+    probes, asked = curves(lambda rate: rate**2, lambda rate: -rate)
+    found = largest_gain_within(BUDGET, *probes)
     assert (found.learning_rate, found.stopped) == (0.0, "no step within the budget improves the training pairs")
     assert len(asked) < 25
 
 
 def test_a_repair_that_always_costs_too_much_is_no_repair():
-    measure, _ = curves(lambda rate: 1.0, lambda rate: rate)
-    found = largest_gain_within(BUDGET, measure)
+    probes, _ = curves(lambda rate: 1.0, lambda rate: rate)
+    found = largest_gain_within(BUDGET, *probes)
     assert found.learning_rate == 0
     assert "stays within the budget" in found.stopped
 
 
 def test_a_repair_that_costs_nothing_ends_somewhere():
-    measure, _ = curves(lambda rate: -0.1, lambda rate: math.log(rate))
-    found = largest_gain_within(BUDGET, measure)
+    probes, _ = curves(lambda rate: -0.1, lambda rate: math.log(rate))
+    found = largest_gain_within(BUDGET, *probes)
     assert math.isfinite(found.learning_rate)
     assert found.stopped == "no step that was tried exceeds the budget"
 
@@ -87,18 +90,18 @@ def test_what_an_optimizer_reached_is_found_behind_a_part_that_costs_more():
     def cost(rate: float) -> float:
         return 5 * BUDGET * math.sin(math.pi * rate) if rate < 1 else BUDGET * (rate - 0.9)
 
-    measure, asked = curves(cost, lambda rate: rate - 0.3)
-    assert largest_gain_within(BUDGET, measure).learning_rate == 0
+    probes, asked = curves(cost, lambda rate: rate - 0.3)
+    assert largest_gain_within(BUDGET, *probes).learning_rate == 0
     first = RepairChoice("npo", 20).first_rate
-    found = largest_gain_within(BUDGET, measure, first)
+    found = largest_gain_within(BUDGET, *probes, first)
     assert found.learning_rate == pytest.approx(1.9, rel=0.011)
     assert first in asked
     assert RepairChoice("pure_ekfac", 20).first_rate == 0.012, "of the paper"
 
 
 def test_numbers_that_are_none_count_as_too_dear():
-    measure, _ = curves(lambda rate: math.inf if rate > 0.03 else 0.0, lambda rate: rate)
-    assert largest_gain_within(BUDGET, measure).learning_rate == pytest.approx(0.03, rel=0.011)
+    probes, _ = curves(lambda rate: math.inf if rate > 0.03 else 0.0, lambda rate: rate)
+    assert largest_gain_within(BUDGET, *probes).learning_rate == pytest.approx(0.03, rel=0.011)
 
 
 def change_and_jackknife_error(before, after):
@@ -138,7 +141,9 @@ def test_a_cost_that_is_not_known_well_leaves_room():
     """Of two repairs with the same measured cost, the one with the larger standard error takes the smaller step."""
 
     def rate_with(standard_error):
-        return largest_gain_within(BUDGET, lambda rate: Trial(rate, rate**2, standard_error(rate), rate)).learning_rate
+        return largest_gain_within(
+            BUDGET, lambda rate: Trial(rate, rate**2, standard_error(rate)), lambda rate: rate
+        ).learning_rate
 
     assert rate_with(lambda rate: 0.0) == pytest.approx(0.1, rel=0.011)
     assert rate_with(lambda rate: rate**2 / 4) == pytest.approx(math.sqrt(0.01 / 1.25), rel=0.011)
@@ -263,3 +268,20 @@ def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():
     assert len(held_out_rows("retain", first, 100, 500, 42)) == 48, "half of those left: validation has the rest"
     with pytest.raises(UserError, match="leaves none for retain; set BOTTOM_K, or TOP_K, to less"):
         held_out_rows("retain", range(9), 10, 5, 42)
+
+
+@pytest.mark.parametrize("count", [30, 500])
+def test_portions_hold_the_held_out_rows_and_are_the_same_for_every_subset(count):
+    drawn = ("validation", 100, count, 42)
+    found = []
+    for used in (range(5), range(50, 60), range(90), ()):
+        rows = held_out_rows("validation", used, 100, count, 42)
+        portions = portions_around(rows, *drawn)
+        measured = [row for portion in portions for row in portion]
+        assert set(rows) <= set(measured)
+        assert len(measured) == len(set(measured))
+        found.append(portions)
+    longest = max(found, key=len)
+    assert all(portions == longest[: len(portions)] for portions in found)
+    assert sum(map(len, found[-1])) == min(count, 50), "nothing more where nothing is used"
+    assert sum(map(len, found[0])) <= 1.25 * min(count, 50), "few others"

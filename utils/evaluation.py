@@ -151,12 +151,6 @@ class EvaluationModel:
         other.model = other._tail = model
         return other
 
-    def release(self, metric: Metric, data: Data) -> None:
-        """Free the cached hidden states of data that will not be measured again."""
-        known = self._inputs.pop((metric, data.fingerprint), None)
-        if known and known.cache:
-            self.trunk.forget(known.cache)
-
     def _input(self, metric: Metric, data: Data) -> EvaluationInput:
         key = (metric, data.fingerprint)
         if key not in self._inputs:

@@ -10,11 +10,14 @@ unused: their validation dialogues have weights too, so their cost on other dial
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from utils.console import say
 from utils.evaluation import Data, EvaluationModel
@@ -29,7 +32,7 @@ from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repairs import FIRST_RATE, RepairChoice
 from utils.results import Losses, Metric, quantities
-from utils.selection import held_out_rows
+from utils.selection import held_out_rows, portions_around
 from utils.settings import task_weights
 
 PRECISION = 0.01  # relative, of the rate that is found
@@ -46,13 +49,14 @@ class Trial:
     Attributes:
         perplexity_change: (after - before) / before on the validation dialogues; infinite if the loss is not finite.
         standard_error: of `perplexity_change`, over the validation dialogues.
-        gain: to be maximised; the improvement on the training pairs, in nats per token.
+        gain: to be maximised; the improvement on the training pairs, in nats per token. None if it was not measured,
+            because nothing depends on it.
     """
 
     learning_rate: float
     perplexity_change: float
     standard_error: float
-    gain: float
+    gain: float | None = None
 
     @property
     def cost(self) -> float:
@@ -69,16 +73,22 @@ class Search:
     trials: list[Trial]
 
 
-def largest_gain_within(budget: float, measure: Callable[[float], Trial], first: float = FIRST_RATE) -> Search:
+def largest_gain_within(
+    budget: float, cost_at: Callable[[float], Trial], gain_at: Callable[[float], float], first: float = FIRST_RATE
+) -> Search:
     """Find the largest step within the budget to PRECISION, or a smaller one if the gain peaks before it.
 
     The cost of a step grows like a power of it (quadratically near a minimum), so the next rate to try is where a
     power law reaches the budget: with exponent 2 from a single point, then through both ends of the bracket. Every
     third trial bisects the bracket in log space instead, so that it shrinks whatever the curve.
 
+    The gain is taken to have one peak, and is measured where that decides: at the largest rate within the budget and
+    at smaller ones as long as they gain more.
+
     Args:
         budget: largest allowed `cost`.
-        measure: tries a rate above 0.
+        cost_at: tries a rate above 0; gives a trial without its gain.
+        gain_at: the gain of a rate that was tried.
         first: rate that is tried first.
     """
     tried: dict[float, Trial] = {}
@@ -86,8 +96,13 @@ def largest_gain_within(budget: float, measure: Callable[[float], Trial], first:
     def try_rate(rate: float) -> Trial:
         rate = float(f"{rate:.4g}")
         if rate not in tried:
-            tried[rate] = measure(rate)
+            tried[rate] = cost_at(rate)
         return tried[rate]
+
+    def with_gain(trial: Trial) -> Trial:
+        if trial.gain is None:
+            trial = tried[trial.learning_rate] = dataclasses.replace(trial, gain=gain_at(trial.learning_rate))
+        return trial
 
     def ended(rate: float, stopped: str) -> Search:
         return Search(rate, stopped, sorted(tried.values(), key=lambda known: known.learning_rate))
@@ -107,7 +122,7 @@ def largest_gain_within(budget: float, measure: Callable[[float], Trial], first:
 
     if inside is None:
         return ended(0.0, f"no step down to {SMALLEST_RATE:.3g} stays within the budget")
-    best = _climb(try_rate, [known for known in tried.values() if known.cost <= budget], budget)
+    best = _climb(try_rate, with_gain, [known for known in tried.values() if known.cost <= budget], budget)
     if best.gain <= 0:
         return ended(0.0, "no step within the budget improves the training pairs")
     if best.learning_rate < inside.learning_rate:
@@ -137,14 +152,21 @@ def _next_rate(budget: float, inside: Trial | None, outside: Trial | None, bisec
     return math.exp(min(max(middle, low + margin), high - margin))
 
 
-def _climb(try_rate: Callable[[float], Trial], within: list[Trial], budget: float) -> Trial:
-    """From the best rate so far, halve the distance to its neighbours until they are close.
+def _climb(
+    try_rate: Callable[[float], Trial], with_gain: Callable[[Trial], Trial], within: list[Trial], budget: float
+) -> Trial:
+    """From the largest rate down while the gain rises; then halve the distance to the best one's neighbours.
 
     Ends at once if even a step that costs a tenth of the budget does harm, since gain is linear in smaller ones.
     """
+    within.sort(key=lambda known: -known.learning_rate)
+    for position, trial in enumerate(within):
+        within[position] = with_gain(trial)
+        if position and within[position].gain < within[position - 1].gain:
+            break
     for _ in range(MAX_CLIMBS):
         within.sort(key=lambda known: known.learning_rate)
-        position = max(range(len(within)), key=lambda i: within[i].gain)
+        position = max((i for i, known in enumerate(within) if known.gain is not None), key=lambda i: within[i].gain)
         best = within[position]
         if best.gain <= 0 and best.cost <= budget / 10:
             return best
@@ -156,7 +178,7 @@ def _climb(try_rate: Callable[[float], Trial], within: list[Trial], budget: floa
         if above == best.learning_rate or abs(math.log(wider / best.learning_rate)) < math.log(1 + 2.5 * PRECISION):
             return best  # the largest rate within the budget, or a peak that is known well enough
         trial = try_rate(wider)
-        within.append(dataclasses.replace(trial, gain=-math.inf) if trial.cost > budget else trial)
+        within.append(dataclasses.replace(trial, gain=-math.inf) if trial.cost > budget else with_gain(trial))
     return best
 
 
@@ -188,7 +210,7 @@ def search_learning_rate(
     Returns:
         learning_rate, stopped (why the search ended), budget, validation_dialogues, split_rules (how training and test
         pairs were split, by task), seconds, and trials: for each rate the change of validation perplexity with its
-        standard error, and the improvement of the training pairs, weighted over the tasks.
+        standard error, and the improvement of the training pairs, weighted over the tasks (None: not measured).
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
     used = {row for name in ("indices", "helpful", "retained") for row in gradient[name]}
@@ -207,11 +229,20 @@ def search_learning_rate(
     with locked(artifact.path):
         if artifact.is_finished(settings.OVERWRITE):
             return artifact.load_json()
-        model = model_at(0.0)  # loads the model, which the search's seconds leave out
+        model_at(0.0)  # loads the model, which the search's seconds leave out
         started = time.monotonic()
+        # The trunk runs once on portions that are the same for other repairs, in place of these very dialogues.
+        portions = portions_around(rows, "validation", len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
+        of_portions = [dialogues.at(portion) for portion in portions]
+        measured_rows = list(itertools.chain(*portions))
+        positions = [measured_rows.index(row) for row in rows]
 
         def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
-            return model_at(rate).measure(metric, data, quiet=True)
+            model = model_at(rate)
+            if data is not validation:
+                return model.measure(metric, data, quiet=True)
+            measured = [model.measure(metric, portion, quiet=True) for portion in of_portions]
+            return {name: torch.cat([losses[name] for losses in measured])[positions] for name in measured[0]}
 
         first = RepairChoice.of(settings).first_rate
         search = search_on(validation, pairs, weights, settings.PPL_BUDGET, losses_at, first)
@@ -224,13 +255,11 @@ def search_learning_rate(
             "trials": [
                 dataclasses.asdict(trial)
                 for trial in search.trials
-                if math.isfinite(trial.perplexity_change) and math.isfinite(trial.gain)
+                if math.isfinite(trial.perplexity_change) and (trial.gain is None or math.isfinite(trial.gain))
             ],
             "seconds": round(time.monotonic() - started, 3),
         }
         artifact.save_json(content, started)
-    for metric, data in {"anthropic": validation, **pairs}.items():
-        model.release(metric, data)
     say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
     return content
 
@@ -253,26 +282,28 @@ def search_on(
         counts_error: whether a standard error over the dialogues counts against the budget.
     """
 
-    def losses(learning_rate: float) -> tuple[ClusterSums, dict[str, float]]:
-        of_pairs = {
-            name: float(losses_at(learning_rate, name, of_task)["loss"].mean()) for name, of_task in pairs.items()
-        }
-        return quantities(losses_at(learning_rate, "anthropic", dialogues))["loss"], of_pairs
+    def nll_at(rate: float) -> ClusterSums:
+        return quantities(losses_at(rate, "anthropic", dialogues))["loss"]
 
-    nll_before, before = losses(0.0)
+    def pairs_at(rate: float) -> dict[str, float]:
+        return {name: float(losses_at(rate, name, of_task)["loss"].mean()) for name, of_task in pairs.items()}
 
-    @first_process_only  # so that no process takes another branch for a last digit
-    def trial_of(learning_rate: float, nll_after: ClusterSums, after: dict[str, float]) -> Trial:
+    nll_before, pairs_before = nll_at(0.0), pairs_at(0.0)
+
+    # Decided by one process, so that none takes another branch for a last digit.
+    @first_process_only
+    def trial_of(rate: float, nll_after: ClusterSums) -> Trial:
         change, error = perplexity_change(nll_before, nll_after)
-        gain = sum(weight * (before[name] - after[name]) for name, weight in weights.items()) / sum(weights.values())
-        say(
-            f"   tried {learning_rate:g}: perplexity {100 * change:+.2f} ± {100 * error:.2f} %, "
-            f"pairs improve by {gain:+.4f} nats per token"
-        )
-        counted = error if counts_error else 0.0
-        return Trial(learning_rate, change, counted, gain if math.isfinite(gain) else -math.inf)
+        say(f"   tried {rate:g}: perplexity {100 * change:+.2f} ± {100 * error:.2f} %")
+        return Trial(rate, change, error if counts_error else 0.0)
 
-    def measure(learning_rate: float) -> Trial:
-        return trial_of(learning_rate, *losses(learning_rate))
+    @first_process_only
+    def gain_of(rate: float, pairs_after: dict[str, float]) -> float:
+        gain = sum(weight * (pairs_before[name] - pairs_after[name]) for name, weight in weights.items())
+        gain /= sum(weights.values())
+        say(f"   with {rate:g} the training pairs improve by {gain:+.4f} nats per token")
+        return gain if math.isfinite(gain) else -math.inf
 
-    return largest_gain_within(budget, measure, first)
+    return largest_gain_within(
+        budget, lambda rate: trial_of(rate, nll_at(rate)), lambda rate: gain_of(rate, pairs_at(rate)), first
+    )

@@ -21,6 +21,11 @@ def random_subset(num_examples: int, bottom_k: int, seed: int) -> list[int]:
     return random.Random(seed).sample(range(num_examples), bottom_k)
 
 
+def _drawing_order(purpose: str, num_examples: int, seed: int) -> list[int]:
+    """The examples in the order in which `held_out_rows` draws them; it does not depend on what is used."""
+    return random.Random(f"{purpose} {seed}").sample(range(num_examples), num_examples)
+
+
 def held_out_rows(
     purpose: Literal["retain", "validation"], used: Collection[int], num_examples: int, count: int, seed: int
 ) -> list[int]:
@@ -31,15 +36,31 @@ def held_out_rows(
     Raises:
         UserError: fewer than two examples are left.
     """
-    order = random.Random(f"{purpose} {seed}").sample(range(num_examples), num_examples)
     used = set(used)
-    free = [row for row in order if row not in used]
+    free = [row for row in _drawing_order(purpose, num_examples, seed) if row not in used]
     if len(free) < 2:
         raise UserError(
             f"{len(used)} of {num_examples} training examples are taken, which leaves none for {purpose}; "
             "set BOTTOM_K, or TOP_K, to less"
         )
     return sorted(free[: min(count, len(free) // 2)])
+
+
+def portions_around(
+    rows: Collection[int], purpose: Literal["retain", "validation"], num_examples: int, count: int, seed: int
+) -> list[list[int]]:
+    """Portions of the order of drawing that hold all of these held-out rows, and a few others.
+
+    They do not depend on which rows these are, only their number does: what is computed for a portion serves every
+    repair. The first holds `count` rows, or half of all; those after it an eighth of that, in place of rows in use.
+    """
+    order, missing = _drawing_order(purpose, num_examples, seed), set(rows)
+    portions, size = [], max(1, min(count, num_examples // 2))
+    while missing:
+        portions.append(sorted(order[:size]))
+        missing -= set(order[:size])
+        order, size = order[size:], max(1, len(portions[0]) // 8)
+    return portions
 
 
 def require_enough(count: int, num_examples: int, constant: str = "BOTTOM_K") -> None:
