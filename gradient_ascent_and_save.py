@@ -22,7 +22,6 @@ if __name__ == "__main__":  # before imports that take seconds
     end_at_once()
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,17 +31,17 @@ from torch import nn
 
 from steps import next_command, run_step
 from utils import paths
+from utils.completions import write_completions
 from utils.console import banner, say, shown_path
 from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel, Evaluator, require_finite_loss
-from utils.files import fingerprint_of
 from utils.folder_artifacts import FolderArtifact
 from utils.hub import push_folder, require_hub_access
 from utils.kept_model import open_model
 from utils.learning_rate_search import search_learning_rate
 from utils.locks import locked
 from utils.model_fingerprints import content_fingerprint
-from utils.models import save_model, traced_linear_names
+from utils.models import save_model
 from utils.performance_functions.hh import tokenize_dialogues
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
@@ -65,12 +64,12 @@ from utils.settings import (
     Seed,
     Settings,
     TrackerName,
-    task_weights,
     tasks_of,
 )
 from utils.spreading import SPREAD
 from utils.tensors import Shapes, require_finite
 from utils.tracker import Tracker, tracking
+from utils.transformer_blocks import traced_linear_names
 
 if TYPE_CHECKING:
     from utils.influence.traced_model import Gradients
@@ -252,29 +251,6 @@ def save_checkpoint(repair: RepairRecord, learning_rate: float, model: Steppable
     save()
 
 
-def write_completions(repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator) -> None:
-    """Greedy completions of the repaired tasks' test prompts, before and after, unless as many are stored."""
-    checkpoint = repair.checkpoint(learning_rate)
-    pairs = {task: evaluator.data(task) for task in task_weights(model.settings, repair.task)}
-    prompts = {
-        task: list(dict.fromkeys(pair.prompt for pair in of_task))[: model.settings.NUM_COMPLETIONS]
-        for task, of_task in pairs.items()
-    }
-    fingerprint = fingerprint_of({task: of_task.fingerprint for task, of_task in pairs.items()})
-    output = repair.artifacts.completions(checkpoint, evaluator.split, fingerprint)
-    if output.is_finished(model.settings.OVERWRITE):
-        stored = Counter(row["task"] for row in output.load_json())
-        if all(stored[task] >= len(of_task) for task, of_task in prompts.items()):
-            return
-    started = time.monotonic()
-    rows = [{"task": task, "prompt": prompt} for task, of_task in prompts.items() for prompt in of_task]
-    for when, rate in (("before", 0.0), ("after", learning_rate)):
-        completions = model.at(repair, rate).greedy_completions([row["prompt"] for row in rows])
-        for row, completion in zip(rows, completions, strict=True):
-            row[when] = completion
-    output.save_json(rows, started)
-
-
 def measure(
     repair: RepairRecord, learning_rate: float, model: SteppableModel, evaluator: Evaluator, metrics: list[Metric]
 ) -> tuple[dict[Metric, Result], dict[Metric, Result]]:
@@ -337,7 +313,7 @@ def repair_task(
                 save_checkpoint(repair, rate, model, is_measured=bool(metrics))
             repair.write(report)
             if settings.NUM_COMPLETIONS:
-                write_completions(repair, rate, model, evaluator)
+                write_completions(repair, rate, partial(model.at, repair), evaluator)
         say_report(report, search, settings.PPL_BUDGET, isinstance(rates, list))
         tracker.log({f"{task}/{name}": value for name, value in sweep_row(report).items() if value is not None})
         reports.append(report)

@@ -23,9 +23,10 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from utils.models import DTYPE_KEYWORD, traced_linear_names
+from utils.models import DTYPE_KEYWORD
 from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS, load_dialogues
+from utils.transformer_blocks import traced_linear_names
 
 FACTOR_BATCH, SCORE_BATCH, REPRESENTATION_BATCH, EVALUATION_BATCH = 8, 2, 16, 8
 DAMPING_OF_MEAN = 0.1

@@ -44,7 +44,6 @@ from utils.evaluation import EvaluationModel, Evaluator
 from utils.fine_tuning import fine_tune, micro_batch_size, training_device
 from utils.locks import locked
 from utils.model_fingerprints import model_fingerprint
-from utils.models import find_blocks, traced_linear_names
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.processes import launched
 from utils.registry import repaired_checkpoints, stressed_artifacts
@@ -64,6 +63,7 @@ from utils.settings import (
     Settings,
     require_distinct_models,
 )
+from utils.transformer_blocks import find_blocks, traced_linear_names
 
 Bits = Annotated[int, Between(2, 8)]
 

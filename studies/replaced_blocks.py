@@ -27,12 +27,13 @@ from utils.console import UserError, banner, say, shown_path
 from utils.devices import resolve_device
 from utils.evaluation import EvaluationModel
 from utils.intervals import estimate_difference
-from utils.models import find_blocks, load_model
+from utils.models import load_model
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
 from utils.reporting.tables import Row, Table, with_interval
 from utils.results import quantities
 from utils.settings import Choices, PositiveInt, Settings
+from utils.transformer_blocks import find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

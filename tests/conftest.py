@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from steps import load_script, run_step
-from utils import evaluation, learning_rate_search
+from utils import completions, learning_rate_search
 from utils.files import fingerprint_of_content
 from utils.manifests import checksum_of
 from utils.paths import PROJECT_ROOT
@@ -164,7 +164,7 @@ def quick_repairs() -> Iterator[None]:
     """Searches for a learning rate end after a few trials, completions after a few tokens; for tests of the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learning_rate_search, "PRECISION", 0.5)
-        patch.setattr(evaluation, "MAX_NEW_TOKENS", 4)
+        patch.setattr(completions, "MAX_NEW_TOKENS", 4)
         yield
 
 

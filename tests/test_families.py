@@ -22,11 +22,12 @@ from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.files import read_json
 from utils.fine_tuning import completion_loss
-from utils.models import find_blocks, load_config, load_model, load_tokenizer, require_supported, traced_linear_names
+from utils.models import load_config, load_model, load_tokenizer, require_supported
 from utils.paths import STEP_1, STEP_2, STEP_4, STEP_5
 from utils.performance_functions.hh import load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import sequence_nll
 from utils.results import summarise
+from utils.transformer_blocks import find_blocks, traced_linear_names
 from utils.trunk import HiddenStateCache, Trunk
 
 TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from utils.batching import LabelledSequence
+from utils.completions import greedy_completions
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.fine_tuning import completion_loss
@@ -475,7 +476,8 @@ def test_hostile_texts_go_through_all_steps(workspace):
 def test_no_prompt_at_all(workspace, capsys):
     model = load_model(str(workspace.model), torch.device("cpu"))
     evaluated = EvaluationModel(model, load_tokenizer(str(workspace.model)))
-    assert evaluated.greedy_completions(["", "<|endoftext|>"])[0] == evaluated.greedy_completions(["<|endoftext|>"])[0]
+    end = "<|endoftext|>"
+    assert greedy_completions(evaluated, ["", end])[0] == greedy_completions(evaluated, [end])[0]
     templates = workspace.data / "bias" / "templates.json"
     content = json.loads(templates.read_text(encoding="utf-8"))
     content["topics"] |= {"blank": {"stereotype": [""], "antistereotype": ["y"]}}

@@ -24,7 +24,7 @@ from process_pool import Ended, Launch
 from safetensors.torch import load_file
 
 from steps import load_script
-from utils import batching, evaluation, learning_rate_search, processes
+from utils import batching, completions, learning_rate_search, processes
 from utils.console import UserError, progress_bar
 from utils.devices import resolve_device
 from utils.influence import factors
@@ -63,7 +63,7 @@ def six_steps(workspace: Workspace, blocks: int = 1, strategy: str = "ekfac") ->
 
 def quick_search(_: int) -> None:
     """Searches for a learning rate end after a few trials, completions after a few tokens."""
-    learning_rate_search.PRECISION, evaluation.MAX_NEW_TOKENS = 0.2, 4
+    learning_rate_search.PRECISION, completions.MAX_NEW_TOKENS = 0.2, 4
 
 
 def contents(folder) -> dict[str, object]:

@@ -16,6 +16,7 @@ import torch
 from conftest import Workspace, run_process, run_script
 
 from data.official.sources import Source, hub_rows
+from utils.completions import greedy_completions
 from utils.console import UserError
 from utils.evaluation import EvaluationModel
 from utils.files import read_json
@@ -313,7 +314,7 @@ def test_nothing_in_a_models_folder_runs(tiny_models, small_data, tmp_path, monk
         Workspace(folder, small_data, tmp_path / "output").run(BIAS)
     with suppress(UserError):
         model = load_model(str(folder), torch.device("cpu"))
-        EvaluationModel(model, load_tokenizer(str(folder), model)).greedy_completions(["Hello"])
+        greedy_completions(EvaluationModel(model, load_tokenizer(str(folder), model)), ["Hello"])
     with suppress(UserError):
         tokenizer_fingerprint(str(folder))
 
@@ -429,6 +430,6 @@ def test_completions_are_greedy_whatever_the_folder_asks_for(tiny_models, tmp_pa
         model = load_model(str(folder), torch.device("cpu"))
         before = model.generation_config.to_dict()
         evaluated = EvaluationModel(model, load_tokenizer(str(folder), model))
-        completions.append(evaluated.greedy_completions(["\n\nHuman: Hello\n\nAssistant:"]))
+        completions.append(greedy_completions(evaluated, ["\n\nHuman: Hello\n\nAssistant:"]))
         assert model.generation_config.to_dict() == before, "it is saved with a repaired model"
     assert completions == completions[:1] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -24,7 +24,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.hh import Dialogues, load_dialogues, tokenize_dialogues
 from utils.performance_functions.losses import SequenceNLL, log_odds_losses, multiple_choice, sequence_nll
 from utils.performance_functions.pairs import AnswerPairs, TokenizedPairs, tokenize_pairs
-from utils.processes import all_reduce, shared_map
+from utils.processes import all_reduce
 from utils.registry import losses_artifact, result_artifact
 from utils.results import HIGHER_IS_BETTER, LARGEST_LOSS, Losses, Metric, Result, quantities, summarise
 from utils.settings import Settings
@@ -35,7 +35,6 @@ from utils.trunk import HiddenStateCache, Trunk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 48  # of a completion
 Data = Dialogues | AnswerPairs
 
 
@@ -174,33 +173,6 @@ class EvaluationModel:
             description=description,
         )
         return EvaluationInput(loader, pairs, cache)
-
-    @torch.no_grad()
-    def greedy_completions(self, prompts: Sequence[str]) -> list[str]:
-        """The greedy completion of each prompt, at most MAX_NEW_TOKENS tokens."""
-
-        def complete(prompt: str) -> str:
-            start = prompt or self.tokenizer.eos_token  # a model cannot go on from no token at all
-            inputs = self.tokenizer(start, return_tensors="pt").to(self.model.device)
-            output = self.model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=min(MAX_NEW_TOKENS, self.tokenizer.model_max_length - inputs["input_ids"].shape[1]),
-                do_sample=False,
-                pad_token_id=self.tokenizer.eos_token_id,
-            )
-            new_tokens = output[0, inputs["input_ids"].shape[1] :]
-            return self.tokenizer.decode(new_tokens, skip_special_tokens=True)
-
-        from transformers import GenerationConfig
-
-        # The model's own may ask for beams or penalties, or for code of the hub.
-        own = self.model.generation_config
-        self.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
-        try:
-            return shared_map(complete, prompts)
-        finally:
-            self.model.generation_config = own
 
 
 class Evaluator:

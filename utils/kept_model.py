@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from utils.model_fingerprints import model_fingerprint
-from utils.models import first_traced_block, load_model, load_tokenizer
+from utils.models import load_model, load_tokenizer
 from utils.settings import Settings
 from utils.spreading import SPREAD
+from utils.transformer_blocks import first_traced_block
 from utils.trunk import Trunk
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Models and tokenizers: loading, families, the last blocks. Here, forward.py and trunk.py know a model's inside."""
+"""Models and tokenizers: loading, checking and saving them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from utils.console import UserError, say, say_read, shows_bars
 from utils.files import read_json, remove, to_json, write_whole
@@ -23,16 +22,13 @@ from utils.paths import may_be_hub_id, require_not_here, resolve_path
 from utils.processes import is_first
 from utils.spreading import keep_hooks_on_trunk, place_modules, silence_accelerate
 from utils.tensors import require_finite
+from utils.transformer_blocks import find_blocks, first_traced_block
 
 if TYPE_CHECKING:
     import transformers
 
 # The keyword for the precision of the weights was renamed in transformers 5.
 DTYPE_KEYWORD = "torch_dtype" if int(metadata.version("transformers").split(".")[0]) < 5 else "dtype"
-
-
-# `model_type` in config.json of the families that MODEL_FAMILY can insist on; "auto" takes any decoder that fits.
-FAMILY_TYPES = {"pythia": ("gpt_neox",), "qwen": ("qwen2", "qwen3")}
 
 # Keys of config.json and tokenizer_config.json that may hold a path of the machine that a model was made on.
 LOCAL_PATH_KEY = re.compile(r".*_(file|path|dir)")
@@ -301,68 +297,3 @@ def _skeleton(model: str) -> transformers.PreTrainedModel:
             f"{model}: model type {config.model_type!r} {what} cannot be built as config.json says "
             f"({type(error).__name__}: {hub_access().reason(error)})"
         ) from error
-
-
-def find_blocks(model: transformers.PreTrainedModel, family: str, num_blocks: int = 1) -> str:
-    """Dotted name of a decoder's list of transformer blocks, after checking that its last blocks can be traced.
-
-    Raises:
-        UserError: the model is not of MODEL_FAMILY, it has no list of as many blocks as config.json says, or one of
-            the last `num_blocks` has weight matrices outside of nn.Linear (Conv1D as in GPT-2, fused experts) or
-            shares a weight with another module.
-    """
-    config = model.config
-    if family != "auto" and config.model_type not in FAMILY_TYPES[family]:
-        raise UserError(
-            f"MODEL_FAMILY = {family!r}, but {config.name_or_path} is of type {config.model_type!r}; allowed: auto"
-            + "".join(f", {name}" for name, types in FAMILY_TYPES.items() if config.model_type in types)
-        )
-
-    def refusal(reason: str) -> UserError:
-        return UserError(
-            f"{config.name_or_path}: model type {config.model_type!r} is not supported: {reason}; supported are "
-            "decoders whose blocks are a list and whose weight matrices are nn.Linear, such as GPT-NeoX, Qwen2 or Llama"
-        )
-
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not names:
-        raise refusal(f"it has no list of {count} transformer blocks")
-    traced = tuple(f"{names[0]}.{block}." for block in range(max(0, count - num_blocks), count))
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for parameter_owners in owners.values():
-        own = [name for name in parameter_owners if name.startswith(traced)]
-        if own and len(parameter_owners) > 1:
-            raise refusal(f"{own[0]} is shared with {next(n for n in parameter_owners if n != own[0])}")
-    for name, parameter in model.named_parameters():
-        if name.startswith(traced) and parameter.ndim > 1 and name.rpartition(".")[0] not in linears:
-            owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            raise refusal(f"{name} is the weight of a {owner}")
-    return names[0]
-
-
-def first_traced_block(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> tuple[str, int]:
-    """Dotted name of the list of transformer blocks, and the position of the first of the last `num_blocks`.
-
-    Raises:
-        UserError: the model is unsupported, or NUM_BLOCKS exceeds the number of blocks.
-    """
-    prefix = find_blocks(model, family, num_blocks)
-    total = len(model.get_submodule(prefix))
-    if num_blocks > total:
-        raise UserError(f"NUM_BLOCKS = {num_blocks}: the model has {total} transformer blocks; allowed: 1 to {total}")
-    return prefix, total - num_blocks
-
-
-def traced_linear_names(model: transformers.PreTrainedModel, family: str, num_blocks: int) -> list[str]:
-    """Dotted names of every Linear in the last transformer blocks, in the model's order.
-
-    Raises:
-        UserError: as `first_traced_block`.
-    """
-    prefix, first = first_traced_block(model, family, num_blocks)
-    last = tuple(f"{prefix}.{block}." for block in range(first, first + num_blocks))
-    return [name for name, module in model.named_modules() if name.startswith(last) and isinstance(module, nn.Linear)]

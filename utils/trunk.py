@@ -20,8 +20,8 @@ from utils.batching import Batch, LabelledSequence
 from utils.console import say
 from utils.files import fingerprint_of_arrays
 from utils.forward import PROBE_TOKENS, last_hidden_state, probe
-from utils.models import first_traced_block
 from utils.performance_functions.hh import MAX_DIALOGUE_TOKENS
+from utils.transformer_blocks import first_traced_block
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -18,8 +18,8 @@ from utils.influence.token_gradients import TokenRows, active_rows, hook_linears
 from utils.influence.totals import Totals
 from utils.kept_model import open_model
 from utils.methods import factors_for
-from utils.models import traced_linear_names
 from utils.settings import Settings
+from utils.transformer_blocks import traced_linear_names
 from utils.trunk import Trunk
 
 if TYPE_CHECKING:
