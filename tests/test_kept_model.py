@@ -9,7 +9,8 @@ import torch
 from conftest import Workspace
 from safetensors.torch import load_file
 
-from utils import kept_model, trunk
+from utils import kept_model, learning_rate_search, selection, trunk
+from utils.files import read_json
 from utils.kept_model import keep_model, open_model
 from utils.settings import Settings
 
@@ -46,6 +47,46 @@ def test_the_same_numbers_with_less_work(make_workspace, monkeypatch, family):
         plain, kept = load_file(apart.output / file), load_file(together.output / file)
         assert all(torch.equal(plain[name], kept[name]) for name in plain), file
     assert kept_model._kept.opened is None, "nothing stays when the context ends"
+
+
+def test_searches_of_different_repairs_share_the_trunk(make_workspace, monkeypatch):
+    """The validation dialogues of two repairs are not the same, and yet what was computed for one serves the other."""
+    workspace, passes = make_workspace("pythia"), []
+    states = trunk.Trunk.states
+    monkeypatch.setattr(
+        trunk.Trunk, "states", lambda self, batch: passes.append(len(batch["input_ids"])) or states(self, batch)
+    )
+    monkeypatch.setattr(learning_rate_search, "PRECISION", 0.5)
+    workspace.run(STEP_1)
+
+    def texts_run(scores_type: str) -> int:
+        """How many texts the trunk was run on in step 5."""
+        common = ["--SCORES_TYPE", scores_type, "--BOTTOM_K", 5, "--TASK_NAME", "truth"]
+        workspace.run(STEP_4, *common)
+        passes.clear()
+        more = ["--SAVE_TO_DISK", False, "--COMPUTE_ANTHROPIC_EVAL", False, "--COMPUTE_TASK_EVAL", False]
+        workspace.run(STEP_5, *common, *more, "--LEARNING_RATE", "auto")
+        return sum(passes)
+
+    def search(scores_type: str) -> dict:
+        (file,) = workspace.output.glob(f"results/truth_*_{scores_type}_*_search.json")
+        return read_json(file)
+
+    monkeypatch.setattr(selection, "FEWEST_SHARED", 1)
+    with keep_model():
+        first, second = texts_run("pure_ekfac"), texts_run("random")
+    assert first > 27
+    assert second <= 3, "at most another portion"
+    shared = search("random")
+    monkeypatch.setattr(selection, "FEWEST_SHARED", 1_000)
+    shutil.rmtree(workspace.output / "results")
+    with keep_model():
+        texts_run("pure_ekfac")
+        assert texts_run("random") == 27, "all of its own validation dialogues"
+    alone = search("random")
+    assert [trial["perplexity_change"] for trial in shared["trials"]] == pytest.approx(
+        [trial["perplexity_change"] for trial in alone["trials"]], rel=1e-4
+    )
 
 
 def test_a_model_is_given_as_it_was_loaded(tiny_models, tmp_path):

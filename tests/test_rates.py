@@ -25,7 +25,7 @@ from utils.registry import ModelArtifacts
 from utils.repair_record import RepairRecord
 from utils.repairs import RepairChoice
 from utils.results import quantities
-from utils.selection import held_out_rows, portions_around
+from utils.selection import MOST_SHARED, held_out_rows, shared_portions
 from utils.settings import load_settings
 
 STEP_4, STEP_5 = "make_gradients.py", "gradient_ascent_and_save.py"
@@ -68,6 +68,15 @@ def test_a_repair_that_never_helps_is_no_repair():
     found = largest_gain_within(BUDGET, *probes)
     assert (found.learning_rate, found.stopped) == (0.0, "no step within the budget improves the training pairs")
     assert len(asked) < 25
+
+
+@pytest.mark.parametrize("damage", [-math.inf, -3.0])
+def test_a_budget_that_allows_for_damage_does_not_hide_a_step_that_helps(damage):
+    """Of the rates within the budget the largest gain ever less, and the smallest alone gain anything."""
+    probes, _ = curves(lambda rate: rate / 100, lambda rate: rate if rate < 0.02 else damage - rate)
+    found = largest_gain_within(BUDGET, *probes)
+    assert found.learning_rate == pytest.approx(0.02, rel=0.06)
+    assert all(row["gain"] is None or math.isfinite(row["gain"]) for row in (trial.as_row() for trial in found.trials))
 
 
 def test_a_repair_that_always_costs_too_much_is_no_repair():
@@ -176,6 +185,9 @@ def test_search_against_a_sweep_of_thirty_rates_under_the_same_rule(make_workspa
         return quantities(whole.measure("anthropic", dialogues.at(rows)))["loss"], of_pairs
 
     nll_before, before = losses(0.0)
+    nll, _ = losses(found["learning_rate"])
+    cost = (chosen["perplexity_change"], chosen["standard_error"])
+    assert cost == pytest.approx(perplexity_change(nll_before, nll), rel=1e-3), "of these very dialogues"
     best = 0.0
     for step in range(1, 31):
         nll, after = losses(1.5 * found["learning_rate"] * step / 30)
@@ -270,18 +282,25 @@ def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():
         held_out_rows("retain", range(9), 10, 5, 42)
 
 
-@pytest.mark.parametrize("count", [30, 500])
-def test_portions_hold_the_held_out_rows_and_are_the_same_for_every_subset(count):
-    drawn = ("validation", 100, count, 42)
+@pytest.mark.parametrize("count", [300, 5_000])
+def test_shared_portions_hold_the_held_out_rows_and_are_the_same_for_every_subset(count):
     found = []
-    for used in (range(5), range(50, 60), range(90), ()):
-        rows = held_out_rows("validation", used, 100, count, 42)
-        portions = portions_around(rows, *drawn)
+    for used in (range(20), range(50, 170), ()):
+        rows = held_out_rows("validation", used, 1_000, count, 42)
+        portions = shared_portions(rows, "validation", 1_000, count, 42)
         measured = [row for portion in portions for row in portion]
         assert set(rows) <= set(measured)
-        assert len(measured) == len(set(measured))
+        assert len(measured) == len(set(measured)) <= MOST_SHARED * len(rows)
         found.append(portions)
     longest = max(found, key=len)
+    assert len(longest) > 1 or count > 300, "half of all are few enough for one"
     assert all(portions == longest[: len(portions)] for portions in found)
-    assert sum(map(len, found[-1])) == min(count, 50), "nothing more where nothing is used"
-    assert sum(map(len, found[0])) <= 1.25 * min(count, 50), "few others"
+    assert sorted(found[-1][0]) == rows, "nothing more where nothing is used"
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "count", "used"), [(1_000, 5, ()), (60, 500, range(9)), (1_000, 500, range(900))]
+)
+def test_where_sharing_would_not_pay_the_rows_are_the_only_portion(num_examples, count, used):
+    rows = held_out_rows("validation", used, num_examples, count, 42)
+    assert shared_portions(rows, "validation", num_examples, count, 42) == [rows]

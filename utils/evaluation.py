@@ -30,7 +30,7 @@ from utils.results import HIGHER_IS_BETTER, LARGEST_LOSS, Losses, Metric, Result
 from utils.settings import Settings
 from utils.spreading import SPREAD
 from utils.tensors import Shapes
-from utils.trunk import HiddenStateCache, Trunk
+from utils.trunk import Trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,11 +100,10 @@ def require_finite_loss(model_name: str, metric: Metric, losses: Losses) -> None
 
 
 class EvaluationInput(NamedTuple):
-    """A tokenized data set: its batches, its answer pairs if any, and the cache of its hidden states if any."""
+    """A tokenized data set: its batches, and its answer pairs if any."""
 
     loader: BatchLoader
     pairs: TokenizedPairs | None
-    cache: HiddenStateCache | None
 
 
 class EvaluationModel:
@@ -150,16 +149,23 @@ class EvaluationModel:
         other.model = other._tail = model
         return other
 
-    def _input(self, metric: Metric, data: Data) -> EvaluationInput:
-        key = (metric, data.fingerprint)
-        if key not in self._inputs:
-            self._inputs[key] = self._tokenize(metric, data)
-        return self._inputs[key]
+    def prepare(self, metric: Metric, data: Data, needs_labels: bool = True) -> None:
+        """Tokenize data that will be measured many times: where memory is short, theirs are the hidden states to keep.
 
-    def _tokenize(self, metric: Metric, data: Data) -> EvaluationInput:
+        Args:
+            needs_labels: False for a portion of the dialogues, none of which need have a label.
+        """
+        self._inputs[metric, data.fingerprint] = self._tokenize(metric, data, needs_labels)
+
+    def _input(self, metric: Metric, data: Data) -> EvaluationInput:
+        if (metric, data.fingerprint) not in self._inputs:
+            self.prepare(metric, data)
+        return self._inputs[metric, data.fingerprint]
+
+    def _tokenize(self, metric: Metric, data: Data, needs_labels: bool) -> EvaluationInput:
         pairs, description = None, "HH dialogues"
         if isinstance(data, Dialogues):
-            sequences = tokenize_dialogues(data, self.tokenizer)
+            sequences = tokenize_dialogues(data, self.tokenizer, needs_labels)
         else:
             pairs = tokenize_pairs(data, self.tokenizer, MEASUREMENTS[metric].max_tokens)
             sequences, description = pairs.sequences, f"{metric} pairs"
@@ -172,7 +178,7 @@ class EvaluationModel:
             transform=cache.add_to if cache else None,
             description=description,
         )
-        return EvaluationInput(loader, pairs, cache)
+        return EvaluationInput(loader, pairs)
 
 
 class Evaluator:

@@ -26,13 +26,13 @@ from utils.intervals import ClusterSums, estimate_difference
 from utils.locks import locked
 from utils.paths import resolve_path
 from utils.performance_functions import MEASUREMENTS
-from utils.performance_functions.hh import Dialogues
+from utils.performance_functions.hh import Dialogues, tokenize_dialogues
 from utils.performance_functions.pairs import AnswerPairs
 from utils.processes import first_process_only
 from utils.registry import ModelArtifacts
 from utils.repairs import FIRST_RATE, RepairChoice
 from utils.results import Losses, Metric, quantities
-from utils.selection import held_out_rows, portions_around
+from utils.selection import held_out_rows, shared_portions
 from utils.settings import task_weights
 
 PRECISION = 0.01  # relative, of the rate that is found
@@ -57,6 +57,11 @@ class Trial:
     perplexity_change: float
     standard_error: float
     gain: float | None = None
+
+    def as_row(self) -> dict[str, float | None]:
+        """For a JSON file, which has no infinite numbers."""
+        row = dataclasses.asdict(self)
+        return row if self.gain is None or math.isfinite(self.gain) else {**row, "gain": None}
 
     @property
     def cost(self) -> float:
@@ -162,8 +167,9 @@ def _climb(
     within.sort(key=lambda known: -known.learning_rate)
     for position, trial in enumerate(within):
         within[position] = with_gain(trial)
-        if position and within[position].gain < within[position - 1].gain:
-            break
+        above = within[position - 1].gain if position else -math.inf
+        if above > 0 and within[position].gain < above:
+            break  # a gain below 0 is no peak: the steps may be so large that they do nothing but damage
     for _ in range(MAX_CLIMBS):
         within.sort(key=lambda known: known.learning_rate)
         position = max((i for i, known in enumerate(within) if known.gain is not None), key=lambda i: within[i].gain)
@@ -209,8 +215,9 @@ def search_learning_rate(
 
     Returns:
         learning_rate, stopped (why the search ended), budget, validation_dialogues, split_rules (how training and test
-        pairs were split, by task), seconds, and trials: for each rate the change of validation perplexity with its
-        standard error, and the improvement of the training pairs, weighted over the tasks (None: not measured).
+        pairs were split, by task), seconds, and trials: for each rate with a finite loss the change of validation
+        perplexity with its standard error, and the improvement of the training pairs, weighted over the tasks (None
+        where it was not measured, or is not finite).
     """
     settings, dialogues, weights = artifacts.settings, artifacts.dialogues, task_weights(artifacts.settings, task)
     used = {row for name in ("indices", "helpful", "retained") for row in gradient[name]}
@@ -229,19 +236,24 @@ def search_learning_rate(
     with locked(artifact.path):
         if artifact.is_finished(settings.OVERWRITE):
             return artifact.load_json()
-        model_at(0.0)  # loads the model, which the search's seconds leave out
+        model = model_at(0.0)  # loads the model, which the search's seconds leave out
         started = time.monotonic()
-        # The trunk runs once on portions that are the same for other repairs, in place of these very dialogues.
-        portions = portions_around(rows, "validation", len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
+        tokenize_dialogues(validation, model.tokenizer)  # refuses them if none has a label
+        # They are measured by portions that other repairs share, for which the trunk has to run but once.
+        portions = shared_portions(rows, "validation", len(dialogues), settings.NUM_VALIDATION_EXAMPLES, settings.SEED)
+        position_of = {row: position for position, row in enumerate(itertools.chain(*portions))}
+        positions = [position_of[row] for row in rows]
         of_portions = [dialogues.at(portion) for portion in portions]
-        measured_rows = list(itertools.chain(*portions))
-        positions = [measured_rows.index(row) for row in rows]
+        for portion in of_portions:
+            model.prepare("anthropic", portion, needs_labels=False)
+        for name, of_task in pairs.items():
+            model.prepare(name, of_task)
 
         def losses_at(rate: float, metric: Metric, data: Data) -> Losses:
-            model = model_at(rate)
-            if data is not validation:
-                return model.measure(metric, data, quiet=True)
-            measured = [model.measure(metric, portion, quiet=True) for portion in of_portions]
+            stepped = model_at(rate)
+            if metric != "anthropic":
+                return stepped.measure(metric, data, quiet=True)
+            measured = [stepped.measure(metric, portion, quiet=True) for portion in of_portions]
             return {name: torch.cat([losses[name] for losses in measured])[positions] for name in measured[0]}
 
         first = RepairChoice.of(settings).first_rate
@@ -252,11 +264,7 @@ def search_learning_rate(
             "budget": settings.PPL_BUDGET,
             "validation_dialogues": len(validation),
             "split_rules": {name: of_task.split_rule for name, of_task in pairs.items()},
-            "trials": [
-                dataclasses.asdict(trial)
-                for trial in search.trials
-                if math.isfinite(trial.perplexity_change) and (trial.gain is None or math.isfinite(trial.gain))
-            ],
+            "trials": [trial.as_row() for trial in search.trials if math.isfinite(trial.perplexity_change)],
             "seconds": round(time.monotonic() - started, 3),
         }
         artifact.save_json(content, started)
@@ -277,7 +285,8 @@ def search_on(
 
     Args:
         weights: of the tasks' gains.
-        losses_at: gives the losses of the model updated at a learning rate; 0 is the POST-SFT model.
+        losses_at: gives the losses of the model updated at a learning rate; 0 is the POST-SFT model. It may be asked
+            for a rate once more after others.
         first: learning rate that is tried first.
         counts_error: whether a standard error over the dialogues counts against the budget.
     """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
 
 from utils.console import UserError
+
+FEWEST_SHARED, MOST_SHARED = 64, 1.5  # rows of the first shared portion; all of them, as a multiple of those needed
 
 
 def most_harmful(scores: torch.Tensor, bottom_k: int) -> list[int]:
@@ -46,21 +49,28 @@ def held_out_rows(
     return sorted(free[: min(count, len(free) // 2)])
 
 
-def portions_around(
-    rows: Collection[int], purpose: Literal["retain", "validation"], num_examples: int, count: int, seed: int
-) -> list[list[int]]:
-    """Portions of the order of drawing that hold all of these held-out rows, and a few others.
+def shared_portions(rows: Sequence[int], purpose: str, num_examples: int, count: int, seed: int) -> list[list[int]]:
+    """Portions of the order of drawing that hold all of these held-out rows, and some that are not among them.
 
-    They do not depend on which rows these are, only their number does: what is computed for a portion serves every
-    repair. The first holds `count` rows, or half of all; those after it an eighth of that, in place of rows in use.
+    What the portions hold does not depend on `rows`, only how many there are does: what is computed for a portion
+    serves every repair. The first has `count` rows, or half of all, each further one an eighth of that. Where they
+    would be few, or more than MOST_SHARED times as many as the rows themselves, `rows` is the only portion.
+
+    Args:
+        rows: of `held_out_rows`, with the same other arguments.
     """
     order, missing = _drawing_order(purpose, num_examples, seed), set(rows)
-    portions, size = [], max(1, min(count, num_examples // 2))
-    while missing:
-        portions.append(sorted(order[:size]))
-        missing -= set(order[:size])
-        order, size = order[size:], max(1, len(portions[0]) // 8)
-    return portions
+    first = min(count, num_examples // 2)
+    ends = itertools.count(first, max(1, first // 8))
+    portions: list[list[int]] = []
+    start = 0
+    while missing and start < MOST_SHARED * len(rows):
+        end = next(ends)
+        portions.append(sorted(order[start:end]))
+        missing.difference_update(portions[-1])
+        start = end
+    is_worth_it = first >= FEWEST_SHARED and sum(map(len, portions)) <= MOST_SHARED * len(rows)
+    return portions if is_worth_it and not missing else [sorted(rows)]
 
 
 def require_enough(count: int, num_examples: int, constant: str = "BOTTOM_K") -> None:

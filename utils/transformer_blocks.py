@@ -1,6 +1,6 @@
 """A decoder's transformer blocks: where they are, and which Linears of the last ones are traced and repaired.
 
-Here, forward.py and trunk.py know a model's inside.
+Only this file, forward.py and trunk.py know a model's inside.
 """
 
 from __future__ import annotations

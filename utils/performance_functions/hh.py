@@ -125,13 +125,18 @@ def _download(hh_dataset: str, split: str, source: str) -> list[dict[str, Any]]:
         raise UserError(f"{source}: no such folder, and not to be had from the hub ({access.reason(error)})") from error
 
 
-def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase) -> list[LabelledSequence]:
+def tokenize_dialogues(
+    dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase, needs_labels: bool = True
+) -> list[LabelledSequence]:
     """Tokenize prompt + completion + EOS, no special tokens added, cut at 1,024 tokens or the model's limit.
 
     Labels are the completion's tokens (`label_texts`). The final EOS is not a label. A dialogue may have no label.
 
+    Args:
+        needs_labels: False for part of what is measured, none of whose dialogues need have a label.
+
     Raises:
-        UserError: none of the dialogues has a label, or as `label_texts`.
+        UserError: none of the dialogues has a label although `needs_labels`, or as `label_texts`.
     """
     sequences = label_texts(
         dialogues.prompts,
@@ -141,7 +146,8 @@ def tokenize_dialogues(dialogues: Dialogues, tokenizer: PreTrainedTokenizerBase)
         special_tokens=False,
         suffix=[tokenizer.eos_token_id],
     )
-    require_labels(sequences, dialogues.source)
+    if needs_labels:
+        require_labels(sequences, dialogues.source)
     return sequences
 
 

@@ -271,7 +271,8 @@ def main_table(
         "token, lower is better. Repairs: change of perplexity, and improvement of each loss (before - after) in nats "
         "per token; the last improvement is that of what the model was repaired for (combined: the mean of the three), "
         "with its percentage. Step size 0: no step improved the training pairs within the budget. Seconds: of the "
-        f"gradient and the search. {'Known harm: harmful dialogues among the unlearned. ' * bool(known_harm)}"
+        "gradient and the search, whose hidden states the first of a run computes for all. "
+        f"{'Known harm: harmful dialogues among the unlearned. ' * bool(known_harm)}"
         f"{_legend(repairs)} {_units(baselines)}"
     )
     return Table(caption, header, rows, [without_indices(row) for row in repairs])
