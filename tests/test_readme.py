@@ -124,6 +124,7 @@ def run(repository, quick_repairs, monkeypatch, tmp_path):
     """Runs one command as if the folder were the repository."""
     monkeypatch.setattr(paths, "PROJECT_ROOT", repository)
     monkeypatch.setattr(load_script(TABLES), "SWEPT_RATES", [0.05, 0.1])  # where a command does not say which
+    monkeypatch.setattr(load_script("compute_factors_and_scores.py"), "CG_ITERATIONS", 2)
     hub = official_hub(tmp_path / "hub")
     monkeypatch.setattr("datasets.load_dataset", hub.load_dataset)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.hf_hub_download)
