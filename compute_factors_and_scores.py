@@ -275,7 +275,7 @@ def next_step(settings: Settings) -> str:
     """The command that uses these scores; some only rank, and step 4 preconditions with EKFAC."""
     if settings.FACTOR_STRATEGY in ("identity", "ekfac_cg"):
         return next_command(STEP_4, settings, SCORES_TYPE=settings.FACTOR_STRATEGY, FACTOR_STRATEGY="ekfac")
-    return next_command(STEP_2, settings)
+    return f"{next_command(STEP_2, settings)}\n      (for SCORES_TYPE = 'dpp'; most others go on with {STEP_4})"
 
 
 if __name__ == "__main__":

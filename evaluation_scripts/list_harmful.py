@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from steps import require_writable, run_step
+from steps import constants_in_source, require_writable, run_step
 from utils import paths
 from utils.console import UserError, banner, say, shown_path
 from utils.dialogue_folders import rows_of, write_folder
@@ -234,11 +234,16 @@ def write_cleaned(
     say(f"   {len(kept):,} of {len(train):,} dialogues are left")
 
 
-def say_next(cleaned_dataset: str) -> None:
+def say_next(settings: Settings) -> None:
     """Print the command that fine-tunes on the cleaned dialogues."""
-    words = ["--HH_DATASET", cleaned_dataset, "--SFT_MODEL_DIR", f"{cleaned_dataset.rstrip('/')}-sft"]
+    folder = settings.CLEANED_DATASET
+    made_there = constants_in_source(paths.STEP_0).get("SFT_MODEL_DIR")
+    is_made_there = all(model == made_there for model in settings.MODEL_NAMES)
+    base = [] if is_made_there else ["--BASE_MODEL", "BASE"]
+    words = [*base, "--HH_DATASET", folder, "--SFT_MODEL_DIR", f"{folder.rstrip('/')}-sft"]
     say(f"next: {shlex.join([*launcher(), paths.STEP_0, *words])}")
-    say("      (add the base and the recipe of your model, where they are not the demo's)")
+    if not is_made_there:
+        say("      (BASE: what your model was fine-tuned from; add its recipe, such as LEARNING_RATE and NUM_EPOCHS)")
 
 
 @first_process_only
@@ -263,7 +268,7 @@ def main(settings: Settings) -> None:
     for artifacts, task, rows, scores in lists:
         list_dialogues(artifacts, task, rows, scores, known_harm)
     if is_cleaned:
-        say_next(settings.CLEANED_DATASET)
+        say_next(settings)
 
 
 if __name__ == "__main__":

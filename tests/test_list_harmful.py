@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from conftest import Workspace, contents, read_rows, run_script, write_rows
 
+from steps import load_script
 from utils.console import shown_path
 from utils.paths import LIST_HARMFUL, PROJECT_ROOT, STEP_1, STEP_2, STEP_4, gradients_file
+from utils.settings import load_settings
 
 TASKS = ("bias", "ethics", "truth")
 
@@ -154,7 +156,11 @@ def test_the_cleaned_dialogues_are_the_others(traced, tmp_path, capsys):
     assert [row["chosen"] for row in read_rows(cleaned / "test.jsonl")] == [row["chosen"] for row in test]
     shown = capsys.readouterr().out
     assert f"{60 - len(left_out)} of 60 dialogues are left" in shown
-    assert f"next: python data/make_sft_model.py --HH_DATASET {cleaned} --SFT_MODEL_DIR {cleaned}-sft\n" in shown
+    folders = f"--HH_DATASET {cleaned} --SFT_MODEL_DIR {cleaned}-sft\n"
+    assert f"next: python data/make_sft_model.py --BASE_MODEL BASE {folders}" in shown
+    settings = load_settings(load_script(LIST_HARMFUL), ["--CLEANED_DATASET", str(cleaned)])
+    load_script(LIST_HARMFUL).say_next(settings)
+    assert f"next: python data/make_sft_model.py {folders}" in capsys.readouterr().out, "the demo's model"
     assert json.loads((cleaned / "manifest.json").read_text())["left_out"] == sorted(left_out)
     before = contents(cleaned)
     traced.run(LIST_HARMFUL, *arguments)

@@ -395,7 +395,8 @@ def test_further_models_are_compared_with_the_first(workspace, tmp_path, capsys)
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     for metric, script in (("anthropic", "anthropic_eval"), ("bias", "bias_loss"), ("truth", "truth_loss")):
         workspace.run(f"evaluation_scripts/{script}.py", "--MODEL_NAMES", workspace.model, other)
-        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        lines = capsys.readouterr().out.splitlines()
+        table = [line for line in lines if line.startswith("|")]
         header, first, last = ([cell.strip() for cell in table[row].split("|")[1:-1]] for row in (0, 2, 3))
         name = "perplexity change" if metric == "anthropic" else "improvement of the loss"
         assert (header[-1], first[-1]) == (f"{name}, against {workspace.model.name}", "–")
@@ -408,6 +409,12 @@ def test_further_models_are_compared_with_the_first(workspace, tmp_path, capsys)
         assert value == shown
         low, high = map(float, interval.rstrip("]").split(", "))
         assert low < float(shown.rstrip(" %")) < high
+        measured = "perplexity" if metric == "anthropic" else metric
+        better, worse = (high < 0, low > 0) if metric == "anthropic" else (low > 0, high < 0)
+        verdict = f"{other.name}: no difference in {measured} from {workspace.model.name} that can be told from 0"
+        if better or worse:
+            verdict = f"{other.name}: {'better' if better else 'worse'} in {measured} than {workspace.model.name}"
+        assert lines[-1] == verdict
 
 
 def test_perplexities_of_other_tokenizers_are_not_compared():
@@ -415,7 +422,9 @@ def test_perplexities_of_other_tokenizers_are_not_compared():
         Result({"model": name, "loss": 1.0}, {"nll": torch.ones(3), "tokens": torch.tensor(tokens)})
         for name, tokens in (("one", [4, 5, 6]), ("other", [5, 5, 6]))
     ]
-    assert "other tokens" in results_table("anthropic", results)
+    shown = results_table("anthropic", results)
+    assert "other tokens" in shown
+    assert shown.endswith("other: its tokens are not those of one, so perplexities cannot be compared")
 
 
 def test_a_change_that_is_too_large_for_a_number_is_shown_as_that():
@@ -423,7 +432,9 @@ def test_a_change_that_is_too_large_for_a_number_is_shown_as_that():
         Result({"model": name, "loss": loss}, {"nll": torch.full((3,), 4 * loss), "tokens": torch.tensor([4, 4, 4])})
         for name, loss in (("one", 1.0), ("diverged", 705.0))
     ]
-    assert "too large for a number" in results_table("anthropic", results)
+    shown = results_table("anthropic", results)
+    assert "too large for a number" in shown
+    assert shown.endswith("diverged: worse in perplexity than one")
 
 
 def plain_pairs(data, split: str) -> dict[str, list[tuple[str, str, str]]]:

@@ -14,9 +14,11 @@ from utils.files import read_json
 from utils.intervals import ClusterSums
 from utils.learning_rate_search import (
     PRECISION,
+    Search,
     Trial,
     largest_gain_within,
     perplexity_change,
+    say_noise,
     search_learning_rate,
 )
 from utils.performance_functions import MEASUREMENTS
@@ -268,6 +270,19 @@ def test_a_step_that_costs_more_on_the_test_dialogues_says_so(capsys, cost, is_t
         assert (advice in capsys.readouterr().out) == is_told
     load_script(STEP_5).say_report({"measurements": {"perplexity": row}}, None, 0.01, is_sweep=True)
     assert "PPL_BUDGET" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "next_rate", "is_told"), [(0.008, 0.0101, True), (0.004, 0.0101, False), (0.008, None, False)]
+)
+def test_a_step_that_noise_keeps_small_says_so(capsys, error, next_rate, is_told):
+    chosen = Trial(0.01, 0.009 - error, error, 0.1)
+    beyond = [] if next_rate is None else [Trial(next_rate, 0.011 - error, error)]
+    say_noise(Search(0.01, "", [Trial(0.005, 0.0, error), chosen, *beyond]), BUDGET, 25)
+    told = capsys.readouterr().out
+    assert ("known to ± 0.80 % alone, on 25 dialogues" in told) == is_told
+    say_noise(Search(0.0, "", [chosen]), BUDGET, 25)  # no step at all
+    assert capsys.readouterr().out == ""
 
 
 def test_rows_apart_are_disjoint_seeded_and_nearly_the_same_for_every_subset():

@@ -275,7 +275,10 @@ def test_options_that_do_not_fit_are_left_out():
 
 
 def test_more_helpful_dialogues_than_there_are(plain, capsys):
-    for scores_type, told in (("contrast", "BOTTOM_K and TOP_K together = 61"), ("descent", "TOP_K = 57")):
+    for scores_type, told in (
+        ("contrast", "BOTTOM_K and TOP_K (None: 5 x BOTTOM_K) together = 61"),
+        ("descent", "TOP_K = 57"),
+    ):
         arguments = ["--TASK_NAME", "bias", "--BOTTOM_K", 4, "--TOP_K", 57]
         if scores_type == "descent":
             arguments[-1] = 61

@@ -220,6 +220,23 @@ def test_settings_are_checked_before_a_model_is_looked_for(script, capsys):
     assert capsys.readouterr().err.startswith("error: OVERWRITE = maybe: allowed is True or False")
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "meant"),
+    [
+        (STEPS[4], ["--SCORES_TYPE", "contarst"], "contrast"),
+        (STEPS[4], ["--TASK_NAME", "ethic"], "ethics"),
+        ("evaluation_scripts/paper_tables.py", ["--SCORES_TYPES", "pure_ekfac", "fited"], "fitted"),
+        (STEPS[4], ["--SCORES_TYPE", "xyz"], None),
+        (STEPS[4], ["--OVERWRITE", "maybe"], None),
+    ],
+)
+def test_a_misspelt_choice_is_told_what_was_meant(script, words, meant):
+    with pytest.raises(UserError) as refusal:
+        load_settings(load_script(script), words)
+    told = str(refusal.value)
+    assert told.endswith(f"; did you mean {meant!r}?") if meant else "did you mean" not in told
+
+
 # ------------------------------------------------------------------------------------ the blocks of constants
 
 

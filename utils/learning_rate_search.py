@@ -269,7 +269,20 @@ def search_learning_rate(
         }
         artifact.save_json(content, started)
     say(f"   learning rate {search.learning_rate:g}: {search.stopped}")
+    say_noise(search, settings.PPL_BUDGET, len(validation))
     return content
+
+
+def say_noise(search: Search, budget: float, num_dialogues: int) -> None:
+    """Say so where the budget is spent on how little is known of a step's cost, more than on the cost."""
+    chosen = next((trial for trial in search.trials if trial.learning_rate == search.learning_rate), None)
+    larger = [trial for trial in search.trials if trial.learning_rate > search.learning_rate]
+    if chosen and larger and larger[0].cost > budget and chosen.standard_error > chosen.perplexity_change:
+        error = f"± {100 * chosen.standard_error:.2f} %"
+        say(
+            f"   its cost is known to {error} alone, on {num_dialogues:,} dialogues: that limits the step more than "
+            "the cost does; give more dialogues, or LEARNING_RATE a number"
+        )
 
 
 def search_on(
@@ -297,20 +310,25 @@ def search_on(
     def pairs_at(rate: float) -> dict[str, float]:
         return {name: float(losses_at(rate, name, of_task)["loss"].mean()) for name, of_task in pairs.items()}
 
+    numbers = " and ".join(f"{len(of_task):,} pairs of {name}" for name, of_task in pairs.items())
+    limit = f"at most {budget:+.1%}" + ", ± included" * counts_error
+    say(f"   cost on {len(dialogues):,} dialogues, {limit}; improvement on {numbers}")
     nll_before, pairs_before = nll_at(0.0), pairs_at(0.0)
 
     # Decided by one process, so that none takes another branch for a last digit.
     @first_process_only
     def trial_of(rate: float, nll_after: ClusterSums) -> Trial:
         change, error = perplexity_change(nll_before, nll_after)
-        say(f"   tried {rate:g}: perplexity {100 * change:+.2f} ± {100 * error:.2f} %")
-        return Trial(rate, change, error if counts_error else 0.0)
+        trial = Trial(rate, change, error if counts_error else 0.0)
+        is_over = ", over the budget" * (trial.cost > budget)
+        say(f"   tried {rate:g}: perplexity {100 * change:+.2f} ± {100 * error:.2f} %{is_over}")
+        return trial
 
     @first_process_only
     def gain_of(rate: float, pairs_after: dict[str, float]) -> float:
         gain = sum(weight * (pairs_before[name] - pairs_after[name]) for name, weight in weights.items())
         gain /= sum(weights.values())
-        say(f"   with {rate:g} the training pairs improve by {gain:+.4f} nats per token")
+        say(f"   at {rate:g} the pairs are {'better' if gain > 0 else 'worse'} by {abs(gain):.4f} nats per token")
         return gain if math.isfinite(gain) else -math.inf
 
     return largest_gain_within(

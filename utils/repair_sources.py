@@ -23,7 +23,7 @@ from utils.performance_functions import MEASUREMENTS
 from utils.performance_functions.pairs import AnswerPairs
 from utils.rankings import Scored, min_max_normalise, ranking_scores, relative_weights, task_scores, token_scores
 from utils.registry import ModelArtifacts
-from utils.repairs import RepairChoice
+from utils.repairs import HELPFUL_FOR_EACH_HARMFUL, RepairChoice
 from utils.selection import held_out_rows, most_harmful, random_subset, require_enough
 from utils.settings import TASK_NAMES, task_weights
 
@@ -188,7 +188,11 @@ def dialogue_weights(
         return weights, of_subset | {"weights": fingerprint_of(list(weights.values()))}
     weights = dict.fromkeys(indices, 1 / len(indices) if is_mean else 1 / SUM_DIVISOR)
     if choice.scores_type == "contrast":
-        require_enough(choice.bottom_k + choice.num_helpful, total, "BOTTOM_K and TOP_K together")
+        require_enough(
+            choice.bottom_k + choice.num_helpful,
+            total,
+            f"BOTTOM_K and TOP_K (None: {HELPFUL_FOR_EACH_HARMFUL} x BOTTOM_K) together",
+        )
         helpful = most_harmful(ranking[0], total)[::-1][: choice.num_helpful]
         weights |= dict.fromkeys(helpful, -1 / len(helpful) if is_mean else -1 / SUM_DIVISOR)
         return weights, of_subset | {"helpful": fingerprint_of(helpful)}

@@ -187,6 +187,17 @@ def _allowed(annotation: Any) -> str:  # noqa: ANN401
     }[annotation]
 
 
+def _did_you_mean(value: object, annotation: Any) -> str:  # noqa: ANN401
+    """A choice that the annotation allows and that is spelt much like a value, as the end of a message."""
+    if typing.get_origin(annotation) is Literal:
+        choices = [str(choice) for choice in typing.get_args(annotation)]
+        alike = [] if value in choices else difflib.get_close_matches(str(value), choices, n=1)
+        return f"; did you mean {alike[0]!r}?" if alike else ""
+    members = value if isinstance(value, list) else [value]
+    found = (_did_you_mean(member, part) for part in typing.get_args(annotation) for member in members)
+    return next(filter(None, found), "")
+
+
 def _matches(value: Any, annotation: Any) -> bool:  # noqa: ANN401
     """Whether a Python value satisfies an annotation. A whole number is also a float; True is not a number."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -341,12 +352,14 @@ def load_settings(module: types.ModuleType, arguments: Sequence[str]) -> Setting
             shown = " ".join(words) or "nothing"
             is_one = len(words) > 1 and not _list_of(schema[name])
             hint = f"; it takes one value, and {words!r:.300} follow it" if is_one else ""
+            hint += _did_you_mean(words, schema[name])
             raise UserError(f"{name} = {shown}: allowed is {_allowed(schema[name])}{hint}") from None
     for name, value in values.items():
         _require_writable_text(name, value)
         if not _matches(value, schema[name]):
             again = next((f"{item!r} is given twice; " for item in _repeated(value, schema[name])), "")
-            raise UserError(f"{name} = {value!r}: {again}allowed is {_allowed(schema[name])}")
+            hint = "" if again else _did_you_mean(value, schema[name])
+            raise UserError(f"{name} = {value!r}: {again}allowed is {_allowed(schema[name])}{hint}")
     return Settings(**{name: _with_floats(value, schema[name]) for name, value in values.items()})
 
 

@@ -153,7 +153,8 @@ def with_interval(row: Row, name: str) -> WithInterval:
 def results_table(metric: Metric, results: Sequence[Result]) -> str:
     """Results of one metric as Markdown, one row per model; intervals in brackets behind their numbers.
 
-    Of several models the last column has what each changed against the first, paired over the same pairs or dialogues.
+    Of several models the last column has what each changed against the first, paired over the same pairs or dialogues,
+    and a line below the table says of each whether that can be told from 0.
     """
     numbers = [result.numbers for result in results]
     hidden = {"model", "metric", "split", *(part for name in numbers[0] for part in interval_names(name))}
@@ -166,7 +167,24 @@ def results_table(metric: Metric, results: Sequence[Result]) -> str:
         header.append(f"{kind}, against {first.numbers['model']}")
         cells = ["–", *(_difference_cell(metric, first.losses, other.losses) for other in others)]
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
+        verdicts = [_verdict(metric, first, other) for other in others]
+        return "\n".join([markdown_table(header, rows), "", *verdicts])
     return markdown_table(header, rows)
+
+
+def _verdict(metric: Metric, first: Result, other: Result) -> str:
+    """Whether a model is better or worse than the first by its 95 % interval."""
+    measurement = "perplexity" if metric == "anthropic" else metric
+    name, of_first = other.numbers["model"], first.numbers["model"]
+    if measurement == "perplexity" and not first.losses["tokens"].equal(other.losses["tokens"]):
+        return f"{name}: its tokens are not those of {of_first}, so perplexities cannot be compared"
+    row = compare(metric, first.losses, other.losses)[measurement]
+    change = with_interval(row, "change_percent" if measurement == "perplexity" else "improvement")
+    if change.value is not None and (change.low is None or change.low <= 0 <= change.high):
+        return f"{name}: no difference in {measurement} from {of_first} that can be told from 0"
+    is_more = change.value is None or change.value > 0  # None: perplexity beyond any number
+    is_better = is_more == (measurement != "perplexity")
+    return f"{name}: {'better' if is_better else 'worse'} in {measurement} than {of_first}"
 
 
 def _difference_cell(metric: Metric, before: Losses, after: Losses) -> str:
