@@ -311,7 +311,7 @@ def search_on(
         return {name: float(losses_at(rate, name, of_task)["loss"].mean()) for name, of_task in pairs.items()}
 
     numbers = " and ".join(f"{len(of_task):,} pairs of {name}" for name, of_task in pairs.items())
-    limit = f"at most {budget:+.1%}" + ", ± included" * counts_error
+    limit = f"at most {100 * budget:+.3g} %" + ", ± included" * counts_error
     say(f"   cost on {len(dialogues):,} dialogues, {limit}; improvement on {numbers}")
     nll_before, pairs_before = nll_at(0.0), pairs_at(0.0)
 
