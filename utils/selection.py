@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Collection, Sequence
 from typing import Literal
@@ -61,14 +60,12 @@ def shared_portions(rows: Sequence[int], purpose: str, num_examples: int, count:
     """
     order, missing = _drawing_order(purpose, num_examples, seed), set(rows)
     first = min(count, num_examples // 2)
-    ends = itertools.count(first, max(1, first // 8))
     portions: list[list[int]] = []
-    start = 0
+    start, end = 0, first
     while missing and start < MOST_SHARED * len(rows):
-        end = next(ends)
         portions.append(sorted(order[start:end]))
         missing.difference_update(portions[-1])
-        start = end
+        start, end = end, end + max(1, first // 8)
     is_worth_it = first >= FEWEST_SHARED and sum(map(len, portions)) <= MOST_SHARED * len(rows)
     return portions if is_worth_it and not missing else [sorted(rows)]
 

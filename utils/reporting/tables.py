@@ -13,7 +13,7 @@ from utils.files import write_if_changed
 from utils.intervals import interval_names
 from utils.performance_functions import MEASUREMENTS
 from utils.reporting.escaping import csv_cell, latex_text, markdown_text
-from utils.results import Losses, Metric, Result, compare
+from utils.results import Metric, Result, compare
 
 Row = dict[str, Any]  # what one repair did with one seed
 NO_PERCENTAGE = "‡"
@@ -165,33 +165,27 @@ def results_table(metric: Metric, results: Sequence[Result]) -> str:
         first, *others = results
         kind = "perplexity change" if metric == "anthropic" else "improvement of the loss"
         header.append(f"{kind}, against {first.numbers['model']}")
-        cells = ["–", *(_difference_cell(metric, first.losses, other.losses) for other in others)]
+        differences = [_difference(metric, first, other) for other in others]
+        cells = ["–", *(cell for cell, _ in differences)]
         rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
-        verdicts = [_verdict(metric, first, other) for other in others]
-        return "\n".join([markdown_table(header, rows), "", *verdicts])
+        return "\n".join([markdown_table(header, rows), "", *(verdict for _, verdict in differences)])
     return markdown_table(header, rows)
 
 
-def _verdict(metric: Metric, first: Result, other: Result) -> str:
-    """Whether a model is better or worse than the first by its 95 % interval."""
-    measurement = "perplexity" if metric == "anthropic" else metric
+def _difference(metric: Metric, first: Result, other: Result) -> tuple[str, str]:
+    """What a model changed against the first: a cell, and whether it is better or worse by its 95 % interval."""
     name, of_first = other.numbers["model"], first.numbers["model"]
-    if measurement == "perplexity" and not first.losses["tokens"].equal(other.losses["tokens"]):
-        return f"{name}: its tokens are not those of {of_first}, so perplexities cannot be compared"
+    is_perplexity = metric == "anthropic"
+    if is_perplexity and not first.losses["tokens"].equal(other.losses["tokens"]):
+        return "–, other tokens", f"{name}: its tokens are not those of {of_first}, so perplexities cannot be compared"
+    measurement = "perplexity" if is_perplexity else metric
     row = compare(metric, first.losses, other.losses)[measurement]
-    change = with_interval(row, "change_percent" if measurement == "perplexity" else "improvement")
+    cell = change_with_interval(measurement, row)
+    change = with_interval(row, "change_percent" if is_perplexity else "improvement")
     if change.value is not None and (change.low is None or change.low <= 0 <= change.high):
-        return f"{name}: no difference in {measurement} from {of_first} that can be told from 0"
+        return cell, f"{name}: no difference in {measurement} from {of_first} that can be told from 0"
     is_more = change.value is None or change.value > 0  # None: perplexity beyond any number
-    is_better = is_more == (measurement != "perplexity")
-    return f"{name}: {'better' if is_better else 'worse'} in {measurement} than {of_first}"
-
-
-def _difference_cell(metric: Metric, before: Losses, after: Losses) -> str:
-    if metric == "anthropic" and not before["tokens"].equal(after["tokens"]):
-        return "–, other tokens"
-    measurement = "perplexity" if metric == "anthropic" else metric
-    return change_with_interval(measurement, compare(metric, before, after)[measurement])
+    return cell, f"{name}: {'worse' if is_more == is_perplexity else 'better'} in {measurement} than {of_first}"
 
 
 def change_with_interval(measurement: str, row: Row) -> str:
